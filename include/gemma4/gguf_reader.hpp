@@ -434,7 +434,7 @@ class GgufFile {
   [[nodiscard]] T convert(std::string_view key, const GgufValue& value, TNumber number) const {
     if constexpr (std::is_integral_v<T> && std::is_integral_v<TNumber>) {
       if (!std::in_range<T>(number)) mismatch<T>(key, value, +number);
-    } else if constexpr (sizeof(T) < sizeof(TNumber)) {
+    } else if constexpr (std::is_floating_point_v<TNumber> && sizeof(T) < sizeof(TNumber)) {
       if (std::isfinite(number) && std::abs(number) > static_cast<TNumber>(std::numeric_limits<T>::max())) {
         mismatch<T>(key, value, number);
       }
