@@ -18,7 +18,8 @@ struct AttentionConfig {
   std::int64_t n_head_kv = 0;
   double rope_theta = 0;
   /// Rotated pairs (i, i + head_dim / 2), i < rope_pairs, with frequency rope_theta^(-2 i / head_dim); the other
-  /// coordinates pass through. head_dim / 2 on sliding layers; an eighth of head_dim (partial 0.25, proportional) on full.
+  /// coordinates pass through. head_dim / 2 on sliding layers; an eighth of head_dim (partial 0.25, proportional) on
+  /// full.
   std::int64_t rope_pairs = 0;
   bool operator==(const AttentionConfig&) const = default;
 };
@@ -41,8 +42,12 @@ struct ModelConfig {
   static constexpr float kAttentionScale = 1.0f;
 
   [[nodiscard]] std::int64_t n_layer() const { return static_cast<std::int64_t>(is_sliding.size()); }
-  [[nodiscard]] bool sliding_layer(std::int64_t layer) const { return is_sliding.at(static_cast<std::size_t>(layer)) != 0; }
-  [[nodiscard]] const AttentionConfig& attention(std::int64_t layer) const { return sliding_layer(layer) ? sliding : full; }
+  [[nodiscard]] bool sliding_layer(std::int64_t layer) const {
+    return is_sliding.at(static_cast<std::size_t>(layer)) != 0;
+  }
+  [[nodiscard]] const AttentionConfig& attention(std::int64_t layer) const {
+    return sliding_layer(layer) ? sliding : full;
+  }
   [[nodiscard]] std::int64_t n_full_layer() const {
     std::int64_t count = 0;
     for (const std::uint8_t flag : is_sliding) count += flag == 0;
@@ -122,8 +127,8 @@ inline void require_config(const ModelConfig& config) {
     const AttentionConfig& attention = sliding ? config.sliding : config.full;
     if (config.n_full_layer() == (sliding ? config.n_layer() : 0)) continue;  // no layer of this kind
     if (sliding) positive("window", config.window);
-    require(is_power_of_two(attention.head_dim) && attention.head_dim >= 64 && attention.head_dim <= 512, "config: ",
-            kind, " head_dim is ", attention.head_dim, ", need a power of two from 64 to 512");
+    require(is_power_of_two(attention.head_dim) && attention.head_dim >= 64 && attention.head_dim <= 512,
+            "config: ", kind, " head_dim is ", attention.head_dim, ", need a power of two from 64 to 512");
     require(attention.n_head_kv > 0 && config.n_head % attention.n_head_kv == 0, "config: n_head ", config.n_head,
             " is not a multiple of ", kind, " n_head_kv ", attention.n_head_kv);
     require(attention.rope_theta > 1, "config: ", kind, " rope_theta is ", attention.rope_theta, ", need more than 1");

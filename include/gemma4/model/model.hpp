@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <concepts>
+#include <cstdint>
+#include <span>
+
+#include "gemma4/config.hpp"
+#include "gemma4/error.hpp"
+
+/// The model graph, once, for every backend.
+///
+///   x = embed(tokens) * sqrt(hidden)
+///   per layer:  x = x + norm(W_o attention(norm(x)))
+///               x = (x + norm(W_down(gelu(W_gate h) * (W_up h)))) * scale,   h = norm(x)
+///   logits = softcap(W_embed norm(x))
+///
+/// The graph is cut where a fast backend wants to fuse: a layer is five steps, each of which begins by finishing the
+/// residual that the step before left pending (post-norm, add, layer scale) and normalising. A backend may do a step
+/// in one launch or in ten; it may not reorder steps.
+namespace gemma4 {
+
+/// What the graph asks of a backend. A backend owns the weights, the caches and the activations of one sequence.
+template <class TBackend>
+concept Backend = requires(TBackend& backend, const TBackend& constant, std::span<const std::int32_t> tokens,
+                           std::span<const std::int64_t> rows, std::int64_t position, std::int64_t layer) {
+  { constant.config() } -> std::convertible_to<const ModelConfig&>;
+  { constant.context() } -> std::convertible_to<std::int64_t>;    // positions that the caches hold
+  { constant.max_chunk() } -> std::convertible_to<std::int64_t>;  // tokens that one forward pass takes
+  backend.embed(tokens, position);  // the residual stream of the chunk that starts at `position`
+  backend.project_qkv(layer);       // q, k, v: normalised, rotated by position
+  backend.attend(layer);            // over the cache and the chunk; then the chunk is in the cache
+  backend.project_output(layer);    // W_o, pending
+  backend.gate_up(layer);           // gelu(W_gate h) * (W_up h)
+  backend.down(layer);              // W_down, pending
+  backend.lm_head(rows);            // logits of the given rows of the chunk; none: nothing to do
+  backend.reset();                  // forget the sequence
+  backend.range("prefill");         // a scope that a profiler shows; any type, named and kept by the graph
+};
+
+template <Backend TBackend>
+class Model {
+ public:
+  explicit Model(TBackend& backend) : backend_(backend) {}
+
+  /// Tokens that the caches hold: the position of the next one.
+  [[nodiscard]] std::int64_t position() const { return position_; }
+
+  void reset() {
+    backend_.reset();
+    position_ = 0;
+  }
+
+  /// One chunk through the model. Logits of rows `logit_rows` (indices into the chunk) are the backend's afterwards.
+  /// @throws std::invalid_argument before any work when the chunk is empty, too long, or does not fit the context
+  void forward(std::span<const std::int32_t> tokens, std::span<const std::int64_t> logit_rows) {
+    const auto n_token = static_cast<std::int64_t>(tokens.size());
+    require(n_token >= 1 && n_token <= backend_.max_chunk(), "model: a chunk of ", n_token, " tokens, need 1 to ",
+            backend_.max_chunk());
+    require_room(n_token);
+    const ModelConfig& config = backend_.config();
+    for (std::int64_t t = 0; t < n_token; ++t) {
+      const std::int32_t token = tokens[static_cast<std::size_t>(t)];
+      require(token >= 0 && token < config.vocab, "model: token ", token, " at position ", position_ + t,
+              " is outside the vocabulary [0, ", config.vocab, ")");
+    }
+    for (const std::int64_t row : logit_rows) {
+      require(row >= 0 && row < n_token, "model: logits of row ", row, ", the chunk has ", n_token);
+    }
+    backend_.embed(tokens, position_);
+    for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) run_layer(layer);
+    if (!logit_rows.empty()) {
+      [[maybe_unused]] const auto range = backend_.range("lm_head");
+      backend_.lm_head(logit_rows);
+    }
+    position_ += n_token;
+  }
+
+  /// A prompt of any length in chunks of at most `chunk` tokens, the last one ragged; with logits of its last token.
+  /// Continues the sequence: the prompt starts at position(). `on_chunk(n_done)` is called after each chunk.
+  /// @throws std::invalid_argument before any work when the prompt does not fit
+  template <class TOnChunk>
+  void prefill(std::span<const std::int32_t> tokens, std::int64_t chunk, TOnChunk&& on_chunk) {
+    require(!tokens.empty(), "model: the prompt is empty");
+    require(chunk >= 1 && chunk <= backend_.max_chunk(), "model: chunk ", chunk, ", need 1 to ", backend_.max_chunk());
+    const auto n_token = static_cast<std::int64_t>(tokens.size());
+    require_room(n_token);
+    [[maybe_unused]] const auto range = backend_.range("prefill");
+    for (std::int64_t done = 0; done < n_token;) {
+      const std::int64_t count = std::min(chunk, n_token - done);
+      const std::array<std::int64_t, 1> last = {count - 1};
+      const bool is_last = done + count == n_token;
+      forward(tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(count)),
+              std::span<const std::int64_t>(last).first(is_last ? 1 : 0));
+      done += count;
+      on_chunk(done);
+    }
+  }
+
+  /// One token; its logits are the backend's afterwards.
+  void decode(std::int32_t token) {
+    [[maybe_unused]] const auto range = backend_.range("decode");
+    constexpr std::array<std::int64_t, 1> kFirst = {0};
+    forward(std::span(&token, 1), kFirst);
+  }
+
+ private:
+  void require_room(std::int64_t n_token) const {
+    require(position_ + n_token <= backend_.context(), "model: the context is full: position ", position_, " + ",
+            n_token, " tokens, the caches hold ", backend_.context());
+  }
+
+  void run_layer(std::int64_t layer) {
+    [[maybe_unused]] const auto range = backend_.range("layer");
+    step("project_qkv", [&] { backend_.project_qkv(layer); });
+    step("attend", [&] { backend_.attend(layer); });
+    step("project_output", [&] { backend_.project_output(layer); });
+    step("gate_up", [&] { backend_.gate_up(layer); });
+    step("down", [&] { backend_.down(layer); });
+  }
+
+  template <class TStep>
+  void step(const char* name, TStep&& body) {
+    [[maybe_unused]] const auto range = backend_.range(name);
+    body();
+  }
+
+  TBackend& backend_;
+  std::int64_t position_ = 0;
+};
+
+}  // namespace gemma4

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "gemma4/block_decode.hpp"
+#include "gemma4/error.hpp"
+#include "gemma4/quantized_matrix.hpp"
+#include "reference/matrix.hpp"
+
+namespace gemma4::reference {
+
+namespace detail {
+
+/// Rows of a weight matrix that are decoded at a time: the tile of the 31B's widest matrix is 11 MB, so a model is
+/// never decoded as a whole, and a GEMM of this width is efficient.
+inline constexpr std::int64_t kWeightTileRows = 128;
+
+/// Rows [begin, begin + count) of `weight`, decoded: [count, cols].
+template <class Scalar>
+[[nodiscard]] Matrix<Scalar> decode_rows(const QuantizedMatrix& weight, std::int64_t begin, std::int64_t count) {
+  Matrix<float> tile(count, weight.cols);
+  for (std::int64_t row = 0; row < count; ++row) {
+    decode_row(weight.type, weight.row(begin + row),
+               std::span<float>(tile.row(row).data(), static_cast<std::size_t>(weight.cols)));
+  }
+  if constexpr (std::is_same_v<Scalar, float>) {
+    return tile;
+  } else {
+    return tile.template cast<Scalar>();
+  }
+}
+
+/// Calls `body(begin, count)` for each tile of rows, in parallel; a tile owns its columns of the output.
+template <class TBody>
+void for_weight_tiles(std::int64_t rows, TBody&& body) {
+#pragma omp parallel for schedule(dynamic)
+  for (std::int64_t begin = 0; begin < rows; begin += kWeightTileRows) {
+    body(begin, std::min(kWeightTileRows, rows - begin));
+  }
+}
+
+}  // namespace detail
+
+/// out = x * weight^T: out[t, n] = sum_k x[t, k] * weight[n, k].
+/// @param x       [n_token, cols]
+/// @param weight  [rows, cols] in any block format
+/// @param out     [n_token, rows]; must not alias x
+/// @throws std::invalid_argument when a shape differs
+/// Mirror: cuda/quantized_linear.cuh
+template <class Scalar>
+void quantized_linear(ConstMatrixRef<Scalar> x, const QuantizedMatrix& weight, MatrixRef<Scalar> out) {
+  require(x.cols() == weight.cols, "quantized_linear: x has width ", x.cols(), ", weight has ", weight.cols,
+          " columns");
+  require(out.rows() == x.rows() && out.cols() == weight.rows, "quantized_linear: out is ", out.rows(), " x ",
+          out.cols(), ", need ", x.rows(), " x ", weight.rows);
+  detail::for_weight_tiles(weight.rows, [&](std::int64_t begin, std::int64_t count) {
+    const Matrix<Scalar> tile = detail::decode_rows<Scalar>(weight, begin, count);
+    out.middleCols(begin, count).noalias() = x * tile.transpose();
+  });
+}
+
+}  // namespace gemma4::reference
