@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# Flags of the project's own executables. They are private: who links gemma4::core gets none of them.
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE Release)
+endif()
+set(GEMMA4_BIN_DIR "${PROJECT_BINARY_DIR}/bin")
+set(GEMMA4_TEST_DATA_DIR "${PROJECT_SOURCE_DIR}/tests/data")
+
+add_library(gemma4_private_flags INTERFACE)
+set(gemma4_warnings -Wall -Wextra)
+if(GEMMA4_WERROR)
+  list(APPEND gemma4_warnings -Werror)
+endif()
+target_compile_options(gemma4_private_flags INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${gemma4_warnings}>")
+set(gemma4_nvcc_flags -lineinfo -Xcompiler=-Wall,-Wextra)
+if(GEMMA4_WERROR)
+  list(APPEND gemma4_nvcc_flags -Werror=all-warnings)
+endif()
+target_compile_options(gemma4_private_flags INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:${gemma4_nvcc_flags}>")
+if(GEMMA4_NATIVE)
+  target_compile_options(gemma4_private_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-march=native>
+                                                        $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-march=native>)
+endif()
+if(GEMMA4_SANITIZE)
+  set(gemma4_sanitize -fsanitize=${GEMMA4_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_compile_options(gemma4_private_flags INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${gemma4_sanitize}>")
+  target_link_options(gemma4_private_flags INTERFACE "$<$<LINK_LANGUAGE:CXX>:${gemma4_sanitize}>")
+endif()
+target_include_directories(gemma4_private_flags INTERFACE "${PROJECT_SOURCE_DIR}")
+target_compile_definitions(gemma4_private_flags INTERFACE GEMMA4_TEST_DATA="${GEMMA4_TEST_DATA_DIR}")
+
+# gemma4_executable(<target> <source> <libraries...>): one translation unit, into build/bin.
+function(gemma4_executable target source)
+  add_executable(${target} "${source}")
+  target_link_libraries(${target} PRIVATE gemma4_private_flags ${ARGN})
+  set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${GEMMA4_BIN_DIR}" CXX_EXTENSIONS OFF)
+endfunction()

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+# Written by .ci/list-headers and held against the folder by .ci/check-rooms.
+set(GEMMA4_CORE_HEADERS
+    "${PROJECT_SOURCE_DIR}/include/gemma4/accuracy_stats.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/attention.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/block_decode.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/block_formats.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/config.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/config_from_gguf.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/error.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/float16.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/gguf.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/gguf_reader.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/gguf_writer.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/mapped_file.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/model/model.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/model/weights.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/nvtx.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/platform.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/progress.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/quantized_matrix.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/result_table.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/rotation.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/run_info.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/tq4_codebook.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/tq4_format.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/view.hpp"
+)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+# Written by .ci/list-headers and held against the folder by .ci/check-rooms.
+set(GEMMA4_REFERENCE_HEADERS
+    "${PROJECT_SOURCE_DIR}/reference/backend.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/decoder_layer.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/embedding.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/fused_mlp.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/layer_cache.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/lm_head.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/matrix.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/quantized_linear.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/rms_norm.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/rope.hpp"
+)
