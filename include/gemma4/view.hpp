@@ -19,8 +19,7 @@ struct View {
   std::int64_t stride[kRank] = {};
 
   template <class... TIndex>
-    requires(sizeof...(TIndex) == kRank)
-  [[nodiscard]] GEMMA4_HD constexpr T& operator()(TIndex... index) const {
+  requires(sizeof...(TIndex) == kRank) [[nodiscard]] GEMMA4_HD constexpr T& operator()(TIndex... index) const {
     const std::int64_t indices[kRank] = {static_cast<std::int64_t>(index)...};
     std::int64_t offset = 0;
     for (int axis = 0; axis < kRank; ++axis) offset += indices[axis] * stride[axis];
@@ -34,9 +33,7 @@ struct View {
   }
 
   /// A view of mutable elements converts to a view of const ones.
-  [[nodiscard]] constexpr operator View<const T, kRank>() const
-    requires(!std::is_const_v<T>)
-  {
+  [[nodiscard]] constexpr operator View<const T, kRank>() const requires(!std::is_const_v<T>) {
     View<const T, kRank> view;
     view.data = data;
     for (int axis = 0; axis < kRank; ++axis) view.extent[axis] = extent[axis], view.stride[axis] = stride[axis];
@@ -58,6 +55,20 @@ template <class T, class... TExtent>
     step *= values[axis];
   }
   return view;
+}
+
+/// The same elements with an outermost axis of extent 1.
+template <class T, int kRank>
+[[nodiscard]] constexpr View<T, kRank + 1> with_batch(const View<T, kRank>& view) {
+  View<T, kRank + 1> batched;
+  batched.data = view.data;
+  batched.extent[0] = 1;
+  batched.stride[0] = view.extent[0] * view.stride[0];
+  for (int axis = 0; axis < kRank; ++axis) {
+    batched.extent[axis + 1] = view.extent[axis];
+    batched.stride[axis + 1] = view.stride[axis];
+  }
+  return batched;
 }
 
 }  // namespace gemma4
