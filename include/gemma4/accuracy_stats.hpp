@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "gemma4/error.hpp"
+
+/// What a change did to a model's predictions, measured position by position on the logits, all sums in double.
+namespace gemma4 {
+
+/// One position: the prediction of a model under test beside that of the base, for the token that really came next.
+struct PositionAccuracy {
+  double nll = 0;                ///< -ln p(target), nats
+  double kl = 0;                 ///< KL(base || test), nats; at least 0 up to rounding
+  bool same_top = false;         ///< both put the same token first (ties: the lowest index)
+  double probability_delta = 0;  ///< p_test(target) - p_base(target)
+  double cosine = 0;             ///< of the two logit vectors
+};
+
+/// Index of the largest value; the lowest index among equals.
+[[nodiscard]] inline std::int64_t argmax(std::span<const float> values) {
+  return std::max_element(values.begin(), values.end()) - values.begin();
+}
+
+/// ln(sum(exp(logits))).
+[[nodiscard]] inline double log_sum_exp(std::span<const float> logits) {
+  const auto top = static_cast<double>(*std::max_element(logits.begin(), logits.end()));
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - top);
+  return top + std::log(sum);
+}
+
+/// @param test, base  [vocab] logits of the same position
+/// @throws std::invalid_argument when the lengths differ or the target is outside the vocabulary
+[[nodiscard]] inline PositionAccuracy compare_logits(std::span<const float> test, std::span<const float> base,
+                                                     std::int64_t target) {
+  require(!test.empty() && test.size() == base.size(), "compare_logits: ", test.size(), " logits against ",
+          base.size());
+  require(target >= 0 && target < static_cast<std::int64_t>(test.size()), "compare_logits: target ", target,
+          " is outside the vocabulary [0, ", test.size(), ")");
+  const double test_norm = log_sum_exp(test);
+  const double base_norm = log_sum_exp(base);
+  const auto at = static_cast<std::size_t>(target);
+  PositionAccuracy result;
+  result.nll = test_norm - static_cast<double>(test[at]);
+  double dot = 0, test_square = 0, base_square = 0;
+  for (std::size_t i = 0; i < test.size(); ++i) {
+    const auto t = static_cast<double>(test[i]), b = static_cast<double>(base[i]);
+    result.kl += std::exp(b - base_norm) * ((b - base_norm) - (t - test_norm));
+    dot += t * b;
+    test_square += t * t;
+    base_square += b * b;
+  }
+  result.same_top = argmax(test) == argmax(base);
+  result.probability_delta =
+      std::exp(static_cast<double>(test[at]) - test_norm) - std::exp(static_cast<double>(base[at]) - base_norm);
+  result.cosine = dot / std::sqrt(test_square * base_square);
+  return result;
+}
+
+/// The summary of a range of positions.
+struct AccuracySummary {
+  std::int64_t count = 0;
+  double nll = 0, kl_mean = 0, kl_p99 = 0, kl_max = 0, same_top = 0, dp_rms = 0, cosine = 0;
+};
+
+/// Positions [begin, end) of `positions`. kl_p99 is the smallest value that at least 99 % of the positions do not
+/// exceed. An empty range has count 0 and NaN elsewhere.
+[[nodiscard]] inline AccuracySummary summarise(std::span<const PositionAccuracy> positions) {
+  AccuracySummary summary;
+  summary.count = static_cast<std::int64_t>(positions.size());
+  if (positions.empty()) {
+    constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+    summary.nll = summary.kl_mean = summary.kl_p99 = summary.kl_max = kNan;
+    summary.same_top = summary.dp_rms = summary.cosine = kNan;
+    return summary;
+  }
+  std::vector<double> kl;
+  kl.reserve(positions.size());
+  for (const PositionAccuracy& position : positions) {
+    summary.nll += position.nll;
+    summary.kl_mean += position.kl;
+    summary.same_top += position.same_top;
+    summary.dp_rms += position.probability_delta * position.probability_delta;
+    summary.cosine += position.cosine;
+    kl.push_back(position.kl);
+  }
+  const auto count = static_cast<double>(positions.size());
+  for (double* mean : {&summary.nll, &summary.kl_mean, &summary.same_top, &summary.cosine}) *mean /= count;
+  summary.dp_rms = std::sqrt(summary.dp_rms / count);
+  const auto rank = static_cast<std::size_t>(std::ceil(0.99 * count)) - 1;
+  std::nth_element(kl.begin(), kl.begin() + static_cast<std::ptrdiff_t>(rank), kl.end());
+  summary.kl_p99 = kl[rank];
+  summary.kl_max = *std::max_element(kl.begin(), kl.end());
+  return summary;
+}
+
+}  // namespace gemma4
