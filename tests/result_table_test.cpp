@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemma4/result_table.hpp"
+
+#include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
+
+#include <clocale>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <locale>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using gemma4::ResultTable;
+using gemma4::RunInfo;
+
+/// A folder of its own for each test, removed afterwards.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string name = (std::filesystem::temp_directory_path() / "result_table_XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
+    path_ = name;
+  }
+  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
+  [[nodiscard]] std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+std::string read_text(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+/// RFC 4180, written independently of the writer: one record a line.
+std::vector<std::vector<std::string>> parse_csv(const std::string& text) {
+  std::vector<std::vector<std::string>> rows;
+  std::vector<std::string> row(1);
+  bool is_quoted = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (is_quoted) {
+      if (c == '"' && i + 1 < text.size() && text[i + 1] == '"') {
+        row.back() += text[++i];
+      } else if (c == '"') {
+        is_quoted = false;
+      } else {
+        row.back() += c;
+      }
+    } else if (c == '"') {
+      is_quoted = true;
+    } else if (c == ',') {
+      row.emplace_back();
+    } else if (c == '\n') {
+      rows.push_back(row);
+      row.assign(1, "");
+    } else {
+      row.back() += c;
+    }
+  }
+  return rows;
+}
+
+RunInfo example_run() {
+  const char* const argv[] = {"/somewhere/bin/accuracy", "--cache", "bf16,tq4", "--prompt", "it's, \"so\""};
+  return gemma4::run_info("accuracy", 5, argv, 7, {"0123456789abcdef", "0", "Release", "-O3 -march=native"});
+}
+
+std::string message_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(ResultTable, HeaderIsRunThenParametersThenMeasuresThenStatus) {
+  const TemporaryFolder folder;
+  ResultTable table(folder / "a/b/t.csv", example_run(), {"cache", "context"}, {"nll", "kl_mean"});
+  EXPECT_FALSE(std::filesystem::exists(folder / "a/b/t.csv")) << "a run that fails early must leave no empty table";
+  table.row().set("cache", "tq4").set("context", 8192).set("nll", 1.25).commit();
+  const auto rows = parse_csv(read_text(folder / "a/b/t.csv"));
+  ASSERT_EQ(rows.size(), 2u);
+  const std::vector<std::string> header = {"schema", "experiment", "git_sha",  "git_dirty", "utc",   "gpu",  "sm_count",
+                                           "driver", "cuda",       "compiler", "build",     "flags", "seed", "argv",
+                                           "cache",  "context",    "nll",      "kl_mean",   "status"};
+  EXPECT_EQ(rows[0], header);
+  ASSERT_EQ(rows[1].size(), header.size());
+  EXPECT_EQ(rows[1][1], "accuracy");
+  EXPECT_EQ(rows[1][2], "0123456789abcdef");
+  EXPECT_TRUE(rows[1][5].starts_with("cpu: ")) << rows[1][5];
+  EXPECT_EQ(rows[1][12], "7");
+  EXPECT_EQ(rows[1][13], "accuracy --cache bf16,tq4 --prompt 'it'\\''s, \"so\"'") << "the command, as a shell takes it";
+  const std::vector<std::string> values(rows[1].begin() + 14, rows[1].end());
+  EXPECT_EQ(values, (std::vector<std::string>{"tq4", "8192", "1.25", "", "ok"})) << "not measured is an empty cell";
+}
+
+TEST(ResultTable, EachRowIsOnDiskBeforeTheNext) {
+  const TemporaryFolder folder;
+  ResultTable table(folder / "t.csv", example_run(), {"context"}, {"nll"});
+  for (int n = 1; n <= 3; ++n) {
+    table.row().set("context", n).commit();
+    EXPECT_EQ(parse_csv(read_text(folder / "t.csv")).size(), static_cast<std::size_t>(n + 1));
+  }
+  { auto abandoned = table.row().set("context", 99); }
+  EXPECT_EQ(parse_csv(read_text(folder / "t.csv")).size(), 4u) << "a row that is not committed is not written";
+}
+
+TEST(ResultTable, FailedCaseIsARowWithTheReason) {
+  const TemporaryFolder folder;
+  ResultTable table(folder / "t.csv", example_run(), {"context"}, {"nll"});
+  table.row().set("context", 512).fail("out of memory,\nneed 3 GB");
+  const auto rows = parse_csv(read_text(folder / "t.csv"));
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_EQ(rows[1].back(), "failed: out of memory, need 3 GB");
+}
+
+TEST(ResultTable, AppendsToItsOwnHeaderAndRefusesAnother) {
+  const TemporaryFolder folder;
+  const auto path = folder / "t.csv";
+  for (int run = 0; run < 2; ++run) {
+    ResultTable(path, example_run(), {"context"}, {"nll"}).row().set("context", run).commit();
+  }
+  const std::string before = read_text(path);
+  EXPECT_EQ(parse_csv(before).size(), 3u);
+  const std::string message = message_of([&] { ResultTable(path, example_run(), {"context"}, {"kl_mean"}); });
+  EXPECT_NE(message.find("context,nll,status"), message.npos) << message;
+  EXPECT_NE(message.find("context,kl_mean,status"), message.npos) << message;
+  EXPECT_EQ(read_text(path), before);
+}
+
+TEST(ResultTable, IncompleteLastLineIsRefusedAndKept) {
+  const TemporaryFolder folder;
+  const auto path = folder / "t.csv";
+  ResultTable(path, example_run(), {"context"}, {"nll"}).row().set("context", 1).commit();
+  const std::string whole = read_text(path);
+  std::filesystem::resize_file(path, whole.size() - 5);
+  const std::string cut = read_text(path);
+  const std::string message = message_of([&] { ResultTable(path, example_run(), {"context"}, {"nll"}); });
+  EXPECT_NE(message.find("incomplete"), message.npos) << message;
+  EXPECT_EQ(read_text(path), cut);
+  const auto tail = cut.size() - cut.rfind('\n') - 1;
+  EXPECT_NE(message.find("truncate --size=-" + std::to_string(tail) + " "), message.npos) << message;
+  std::filesystem::resize_file(path, cut.size() - tail);  // what the message says
+  ResultTable(path, example_run(), {"context"}, {"nll"}).row().set("context", 2).commit();
+  EXPECT_EQ(parse_csv(read_text(path)).size(), 2u);
+}
+
+TEST(ResultTable, ColumnNamesAreUniqueAndLowerCase) {
+  const auto refusal = [](std::vector<std::string> parameters, std::vector<std::string> measures) {
+    return message_of([&] { ResultTable("", example_run(), parameters, measures); });
+  };
+  EXPECT_EQ(refusal({"context"}, {"median_us", "p99"}), "");
+  EXPECT_NE(refusal({"context"}, {"context"}).find("'context' is there twice"), std::string::npos);
+  EXPECT_NE(refusal({"seed"}, {}).find("'seed' is there twice"), std::string::npos);
+  EXPECT_NE(refusal({}, {"status"}).find("'status' is there twice"), std::string::npos);
+  for (const char* bad : {"Context", "n head", "", "kl-mean", "größe"}) {
+    EXPECT_NE(refusal({bad}, {}).find("lower-case"), std::string::npos) << bad;
+  }
+}
+
+TEST(ResultTable, UnknownOrRepeatedColumnIsRefusedByName) {
+  ResultTable table("", example_run(), {"context"}, {"nll"});
+  const std::string unknown = message_of([&] { table.row().set("nlll", 1.0); });
+  EXPECT_NE(unknown.find("'nlll'"), unknown.npos) << unknown;
+  EXPECT_NE(unknown.find("context,nll"), unknown.npos) << unknown;
+  EXPECT_NE(message_of([&] { table.row().set("nll", 1.0).set("nll", 2.0); }).find("'nll' is set twice"), unknown.npos);
+  EXPECT_NE(message_of([&] { table.row().set("seed", 1); }).find("'seed'"), unknown.npos) << "the run's own column";
+  EXPECT_NE(message_of([&] { table.row().set("status", "ok"); }), "");
+  EXPECT_NE(message_of([&] { table.row().set("typo", std::optional<double>()); }), "") << "even with nothing to write";
+}
+
+TEST(ResultTable, PlaceThatCannotBeWrittenIsRefusedBeforeTheRun) {
+  const TemporaryFolder folder;
+  std::ofstream(folder / "file") << "x";
+  EXPECT_NE(message_of([&] { ResultTable(folder / "file/t.csv", example_run(), {}, {"nll"}); }), "");
+  std::filesystem::create_directory(folder / "directory.csv");
+  EXPECT_NE(message_of([&] { ResultTable(folder / "directory.csv", example_run(), {}, {"nll"}); }), "");
+}
+
+TEST(ResultTable, NumbersUseADotWhateverTheLocale) {
+  struct CommaPoint : std::numpunct<char> {
+    char do_decimal_point() const override { return ','; }
+    char do_thousands_sep() const override { return '.'; }
+    std::string do_grouping() const override { return "\3"; }
+  };
+  const std::locale before = std::locale::global(std::locale(std::locale::classic(), new CommaPoint));
+  std::ostringstream control;
+  control << 1234567.5;
+  const TemporaryFolder folder;
+  ResultTable table(folder / "t.csv", example_run(), {"context"}, {"nll"});
+  table.row().set("context", 1234567).set("nll", 1234567.5).commit();
+  std::ostringstream printed;
+  table.print(printed, {"context", "nll"});
+  std::locale::global(before);
+  EXPECT_NE(control.str().find(','), std::string::npos) << "the locale must be one that would show";
+  const auto rows = parse_csv(read_text(folder / "t.csv"));
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_EQ(rows[1][14], "1234567");
+  EXPECT_EQ(rows[1][15], "1234567.5");
+}
+
+RC_GTEST_PROP(ResultTable, AnyTextComesBackAsOneLine, (const std::vector<std::string>& texts)) {
+  const TemporaryFolder folder;
+  ResultTable table(folder / "t.csv", example_run(), {"text"}, {"nll"});
+  for (const std::string& text : texts) table.row().set("text", text).commit();
+  const std::string content = texts.empty() ? "" : read_text(folder / "t.csv");
+  const auto rows = parse_csv(content);
+  RC_ASSERT(rows.size() == (texts.empty() ? 0 : texts.size() + 1));
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    std::string expected = texts[i];
+    for (char& c : expected) c = (c == '\n' || c == '\r' || c == '\0') ? ' ' : c;
+    RC_ASSERT(rows[i + 1].size() == rows[0].size());
+    RC_ASSERT(rows[i + 1][14] == expected);
+  }
+}
+
+RC_GTEST_PROP(ResultTable, AnyDoubleReadsBackToTheSameValue, (std::uint64_t bits)) {
+  const auto value = gemma4::bit_cast<double>(bits);
+  const std::string text = gemma4::detail::result_cell(value).full;
+  const double back = std::strtod(text.c_str(), nullptr);
+  RC_ASSERT((std::isnan(value) ? std::isnan(back) : back == value));
+  const std::string six_digits = gemma4::concat(0.1234567890123);  // control: a stream's default does not
+  RC_ASSERT(std::strtod(six_digits.c_str(), nullptr) != 0.1234567890123);
+}
+
+TEST(ResultTable, ConcurrentRunsInterleaveWholeRows) {
+  const TemporaryFolder folder;
+  const auto write = [&](int run) {
+    ResultTable table(folder / "t.csv", example_run(), {"run", "context"}, {"nll"});
+    for (int n = 0; n < 50; ++n) table.row().set("run", run).set("context", n).commit();
+  };
+  std::vector<std::thread> runs;
+  for (int run = 0; run < 4; ++run) runs.emplace_back(write, run);
+  for (std::thread& run : runs) run.join();
+  const auto rows = parse_csv(read_text(folder / "t.csv"));
+  ASSERT_EQ(rows.size(), 201u) << "one header and every row";
+  for (const auto& row : rows) EXPECT_EQ(row.size(), rows[0].size());
+}
+
+TEST(ResultTable, PrintsChosenColumnsAligned) {
+  ResultTable table("", example_run(), {"cache", "context"}, {"nll"});
+  table.row().set("cache", "bf16").set("context", 512).set("nll", 1.23456789).commit();
+  table.row().set("cache", "tq4-haar").set("context", 131072).commit();
+  std::ostringstream stream;
+  table.print(stream, {"cache", "context", "nll", "status"});
+  EXPECT_EQ(stream.str(),
+            "cache     context     nll  status\n"
+            "bf16          512  1.2346  ok\n"
+            "tq4-haar   131072       -  ok\n");
+  EXPECT_NE(message_of([&] { table.print(stream, {"typo"}); }), "");
+}
+
+TEST(RunInfo, UtcIsIso8601) {
+  EXPECT_EQ(gemma4::utc_text(std::chrono::system_clock::from_time_t(0)), "1970-01-01T00:00:00Z");
+  EXPECT_EQ(gemma4::utc_text(std::chrono::system_clock::from_time_t(951782399)), "2000-02-28T23:59:59Z");
+}
+
+TEST(RunInfo, DefaultPathNamesExperimentDeviceAndCommit) {
+  RunInfo run = example_run();
+  run.gpu = "NVIDIA H200 (SXM)";
+  EXPECT_EQ(gemma4::default_result_path(run).string(), "results/accuracy/nvidia-h200-sxm-01234567.csv");
+}
+
+}  // namespace
