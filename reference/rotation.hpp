@@ -11,24 +11,10 @@
 #include "gemma4/error.hpp"
 #include "gemma4/rotation.hpp"
 #include "gemma4/tq4_format.hpp"
-#include "gemma4/view.hpp"
+#include "reference/matrix.hpp"
 
 /// The seeded orthogonal transform of head vectors, as Eigen computes it. Mirror: cuda/rotation.cuh.
 namespace gemma4::reference {
-
-/// Vectors as rows: [n, head_dim], each contiguous.
-template <class Scalar>
-using RowMatrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-
-/// Borrowed rows, any distance apart; a RowMatrix, a block of its rows and a RowMap all convert to it without a copy.
-template <class Scalar>
-using RowRef = Eigen::Ref<RowMatrix<Scalar>, 0, Eigen::OuterStride<>>;
-template <class Scalar>
-using ConstRowRef = Eigen::Ref<const RowMatrix<Scalar>, 0, Eigen::OuterStride<>>;
-template <class Scalar>
-using RowMap = Eigen::Map<RowMatrix<Scalar>, 0, Eigen::OuterStride<>>;
-template <class Scalar>
-using ConstRowMap = Eigen::Map<const RowMatrix<Scalar>, 0, Eigen::OuterStride<>>;
 
 /// y = R x for an orthogonal R [head_dim, head_dim], applied to many vectors at once; gemma4/rotation.hpp defines what
 /// a seed means. Errors of one application, relative to |x|: about log2(head_dim) roundings (signed Hadamard) or
@@ -51,18 +37,18 @@ class Rotation {
     const std::vector<double> values = haar_matrix(seed, head_dim);
     Rotation rotation;
     rotation.kind_ = RotationKind::kDenseHaar;
-    rotation.matrix_ = Eigen::Map<const RowMatrix<double>>(values.data(), head_dim, head_dim).template cast<Scalar>();
+    rotation.matrix_ = Eigen::Map<const Matrix<double>>(values.data(), head_dim, head_dim).template cast<Scalar>();
     return rotation;
   }
 
   /// A given R, from a file for instance.
   /// @throws std::invalid_argument unless it is square and R R^T = 1 within 1e-5 in every entry
-  [[nodiscard]] static Rotation dense(RowMatrix<Scalar> matrix) {
+  [[nodiscard]] static Rotation dense(Matrix<Scalar> matrix) {
     require(matrix.rows() == matrix.cols() && matrix.rows() > 0, "Rotation::dense: matrix is ", matrix.rows(), " x ",
             matrix.cols(), ", need a square one");
-    const RowMatrix<double> wide = matrix.template cast<double>();
+    const Matrix<double> wide = matrix.template cast<double>();
     const double error =
-        (wide * wide.transpose() - RowMatrix<double>::Identity(wide.rows(), wide.rows())).cwiseAbs().maxCoeff();
+        (wide * wide.transpose() - Matrix<double>::Identity(wide.rows(), wide.rows())).cwiseAbs().maxCoeff();
     require(error <= 1e-5, "Rotation::dense: R R^T differs from the identity by ", error, ", need at most 1e-5");
     Rotation rotation;
     rotation.kind_ = RotationKind::kDenseHaar;
@@ -82,7 +68,7 @@ class Rotation {
   /// Every row x of `rows` becomes R x, in place. A row's result does not depend on the rows beside it with the signed
   /// Hadamard; with a dense matrix Eigen may sum in another order for another number of rows.
   /// @throws std::invalid_argument unless `rows` has head_dim columns
-  void forward(RowRef<Scalar> rows) const {
+  void forward(MatrixRef<Scalar> rows) const {
     require_columns("Rotation::forward", rows.cols());
     if (kind_ == RotationKind::kDenseHaar) {
       rows = (rows * matrix_.transpose()).eval();
@@ -95,7 +81,7 @@ class Rotation {
   }
 
   /// Every row y of `rows` becomes R^T y, in place; otherwise like forward.
-  void inverse(RowRef<Scalar> rows) const {
+  void inverse(MatrixRef<Scalar> rows) const {
     require_columns("Rotation::inverse", rows.cols());
     if (kind_ == RotationKind::kDenseHaar) {
       rows = (rows * matrix_).eval();
@@ -120,7 +106,7 @@ class Rotation {
   }
 
   template <class TTransform>
-  static void transform_blocks(RowRef<Scalar>& rows, const TTransform& transform) {
+  static void transform_blocks(MatrixRef<Scalar>& rows, const TTransform& transform) {
     Lanes block = Lanes::Zero(rows.cols(), kLanes);
     for (Eigen::Index first = 0; first < rows.rows(); first += kLanes) {
       const Eigen::Index count = std::min(kLanes, rows.rows() - first);
@@ -149,7 +135,7 @@ class Rotation {
 
   RotationKind kind_ = RotationKind::kSignedHadamard;
   Eigen::Array<Scalar, Eigen::Dynamic, 1> signs_;  ///< [head_dim], signed Hadamard only
-  RowMatrix<Scalar> matrix_;                       ///< R [head_dim, head_dim], dense only
+  Matrix<Scalar> matrix_;                          ///< R [head_dim, head_dim], dense only
 };
 
 }  // namespace gemma4::reference

@@ -18,6 +18,7 @@
 #include "gemma4/tq4_codebook.hpp"
 #include "gemma4/tq4_format.hpp"
 #include "gemma4/view.hpp"
+#include "reference/matrix.hpp"
 #include "reference/rotation.hpp"
 
 /// Compression of K and V to the row format of gemma4/tq4_format.hpp, and back. Mirror: cuda/tq4_cache.cuh.
@@ -59,9 +60,10 @@ class Tq4Codec {
 
   /// Compresses rows [n, head_dim] to codes [n, head_dim/2] and norms [n].
   /// @throws std::invalid_argument naming the extent that does not fit
-  void compress(CacheSide side, ConstRowRef<Scalar> rows, View<std::uint8_t, 2> codes, View<Tq4Norm, 1> norms) const {
+  void compress(CacheSide side, ConstMatrixRef<Scalar> rows, View<std::uint8_t, 2> codes,
+                View<Tq4Norm, 1> norms) const {
     require_extents("Tq4Codec::compress", rows.rows(), rows.cols(), codes, norms);
-    RowMatrix<Scalar> rotated(rows.rows(), rows.cols());
+    Matrix<Scalar> rotated(rows.rows(), rows.cols());
     std::vector<double> lengths(static_cast<std::size_t>(rows.rows()));
     for (Eigen::Index r = 0; r < rows.rows(); ++r) {
       const double length = rows.row(r).template cast<double>().norm();
@@ -82,7 +84,7 @@ class Tq4Codec {
   /// that is NaN or infinite, or holds garbage, shows in its own row only.
   /// @throws std::invalid_argument naming the extent that does not fit
   void decompress_rotated(CacheSide side, View<const std::uint8_t, 2> codes, View<const Tq4Norm, 1> norms,
-                          RowRef<Scalar> out) const {
+                          MatrixRef<Scalar> out) const {
     require_extents("Tq4Codec::decompress_rotated", out.rows(), out.cols(), codes, norms);
     const auto& pairs = at(side).pairs;
     const Eigen::Index n_byte = out.cols() / 2;
@@ -100,7 +102,7 @@ class Tq4Codec {
 
   /// The stored vectors themselves: decompress_rotated and the inverse rotation.
   void decompress(CacheSide side, View<const std::uint8_t, 2> codes, View<const Tq4Norm, 1> norms,
-                  RowRef<Scalar> out) const {
+                  MatrixRef<Scalar> out) const {
     decompress_rotated(side, codes, norms, out);
     rotation_.inverse(out);
   }
@@ -208,8 +210,9 @@ void tq4_cache_update(const Tq4Codec<Scalar>& codec, View<const Scalar, 4> k, Vi
   const auto byte_rows = make_view(bytes.data(), n_new, shape.head_dim / 2);
   const auto store = [&](CacheSide side, const View<const Scalar, 4>& from, const View<std::uint8_t, 4>& codes_out,
                          const View<Tq4Norm, 3>& norms_out, std::int64_t b, std::int64_t h) {
-    const ConstRowMap<Scalar> rows(from.data + b * from.stride[0] + h * from.stride[2], n_new, shape.head_dim,
-                                   Eigen::OuterStride<>(from.stride[1]));
+    const Eigen::Map<const Matrix<Scalar>, 0, Eigen::OuterStride<>> rows(
+        from.data + b * from.stride[0] + h * from.stride[2], n_new, shape.head_dim,
+        Eigen::OuterStride<>(from.stride[1]));
     codec.compress(side, rows, byte_rows, make_view(norms.data(), n_new));
     for (std::int64_t t = 0; t < n_new; ++t) {
       const std::int64_t position = positions[static_cast<std::size_t>(t)];
@@ -234,6 +237,8 @@ class Tq4CacheBuffer {
         v_codes_(k_codes_.size()),
         k_norm_(n_row()),
         v_norm_(n_row()) {}
+  Tq4CacheBuffer(std::int64_t batch, std::int64_t n_head_kv, std::int64_t buffer_len, std::int64_t head_dim)
+      : Tq4CacheBuffer(CacheShape{batch, n_head_kv, buffer_len, head_dim}) {}
   Tq4CacheBuffer(Tq4CacheBuffer&&) noexcept = default;
   Tq4CacheBuffer& operator=(Tq4CacheBuffer&&) noexcept = default;
   [[nodiscard]] Tq4CacheBuffer clone() const { return *this; }

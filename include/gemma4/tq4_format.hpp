@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 #include <string>
+#include <type_traits>
 
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
@@ -15,7 +15,8 @@
 /// A vector x of head_dim values is stored as a norm and head_dim 4-bit indices:
 ///   y = rotation(x / ||x||), whose coordinates are close to N(0, 1/head_dim);
 ///   index[i] = number of codebook boundaries strictly below y[i] (a tie goes to the lower index);
-///   norm = ||x|| / ||centroid[index]|| when corrected (the decoded vector has the length of x exactly), ||x|| when raw.
+///   norm = ||x|| / ||centroid[index]|| when corrected (the decoded vector has the length of x exactly), ||x|| when
+///   raw.
 /// Decoded, still rotated: norm * centroid[index[i]]; the inverse rotation brings it back.
 ///
 /// Row bytes, head_dim / 2 of them: byte j holds index[2j] in its high nibble and index[2j + 1] in its low nibble.
@@ -56,6 +57,11 @@ struct BasicTq4CacheView {
   View<Element<std::uint8_t>, 4> v_codes;  ///< the same
   View<Element<Tq4Norm>, 3> k_norm;        ///< [batch, n_head_kv, buffer_len]
   View<Element<Tq4Norm>, 3> v_norm;        ///< the same
+
+  /// A view of a mutable cache converts to a view of a const one.
+  [[nodiscard]] constexpr operator BasicTq4CacheView<true>() const requires(!kConst) {
+    return {k_codes, v_codes, k_norm, v_norm};
+  }
 };
 using Tq4CacheView = BasicTq4CacheView<false>;
 using ConstTq4CacheView = BasicTq4CacheView<true>;
