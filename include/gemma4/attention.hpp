@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "gemma4/error.hpp"
+#include "gemma4/tq4_format.hpp"
 #include "gemma4/view.hpp"
 
 /// The contract that every attention of the project shares: shapes, kv_len, causality, mask, and what is refused.
@@ -116,6 +117,28 @@ template <class Scalar, class TStorage>
   require_extents(who, "out", out, {shape.batch, shape.n_query, shape.n_head, shape.head_dim});
   require_contiguous_rows(who, "k", k);
   require_contiguous_rows(who, "v", v);
+  return shape;
+}
+
+/// The shape of a call over a TQ4 cache, from q and the codes of k. @throws std::invalid_argument when the rest does
+/// not fit
+template <class Scalar>
+[[nodiscard]] AttentionShape tq4_attention_shape(const char* who, const View<const Scalar, 4>& q,
+                                                 const ConstTq4CacheView& cache, const View<Scalar, 4>& out) {
+  const AttentionShape shape{.batch = q.extent[0],
+                             .n_query = q.extent[1],
+                             .n_head = q.extent[2],
+                             .n_head_kv = cache.k_codes.extent[1],
+                             .head_dim = q.extent[3],
+                             .buffer_len = cache.k_codes.extent[2]};
+  const std::int64_t row_bytes = shape.head_dim / 2;
+  require_extents(who, "k_codes", cache.k_codes, {shape.batch, shape.n_head_kv, shape.buffer_len, row_bytes});
+  require_extents(who, "v_codes", cache.v_codes, {shape.batch, shape.n_head_kv, shape.buffer_len, row_bytes});
+  require_extents(who, "k_norm", cache.k_norm, {shape.batch, shape.n_head_kv, shape.buffer_len});
+  require_extents(who, "v_norm", cache.v_norm, {shape.batch, shape.n_head_kv, shape.buffer_len});
+  require_extents(who, "out", out, {shape.batch, shape.n_query, shape.n_head, shape.head_dim});
+  require_contiguous_rows(who, "k_codes", cache.k_codes);
+  require_contiguous_rows(who, "v_codes", cache.v_codes);
   return shape;
 }
 
