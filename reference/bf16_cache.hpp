@@ -19,9 +19,8 @@ namespace gemma4::reference {
 template <class TStorage>
 class FlatCache {
  public:
-  explicit FlatCache(const CacheShape& shape) : shape_(shape), k_(size()), v_(size()) {}
   FlatCache(std::int64_t batch, std::int64_t n_head_kv, std::int64_t buffer_len, std::int64_t head_dim)
-      : FlatCache(CacheShape{batch, n_head_kv, buffer_len, head_dim}) {}
+      : shape_{batch, n_head_kv, buffer_len, head_dim}, k_(size()), v_(size()) {}
   FlatCache(FlatCache&&) noexcept = default;
   FlatCache& operator=(FlatCache&&) noexcept = default;
   [[nodiscard]] FlatCache clone() const { return *this; }

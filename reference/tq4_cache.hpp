@@ -231,14 +231,12 @@ void tq4_cache_update(const Tq4Codec<Scalar>& codec, View<const Scalar, 4> k, Vi
 /// The memory of one compressed cache. Begins as zeros, which decode to zero vectors.
 class Tq4CacheBuffer {
  public:
-  explicit Tq4CacheBuffer(const CacheShape& shape)
-      : shape_(shape),
-        k_codes_(n_row() * static_cast<std::size_t>(shape.head_dim / 2)),
+  Tq4CacheBuffer(std::int64_t batch, std::int64_t n_head_kv, std::int64_t buffer_len, std::int64_t head_dim)
+      : shape_{batch, n_head_kv, buffer_len, head_dim},
+        k_codes_(n_row() * static_cast<std::size_t>(head_dim / 2)),
         v_codes_(k_codes_.size()),
         k_norm_(n_row()),
         v_norm_(n_row()) {}
-  Tq4CacheBuffer(std::int64_t batch, std::int64_t n_head_kv, std::int64_t buffer_len, std::int64_t head_dim)
-      : Tq4CacheBuffer(CacheShape{batch, n_head_kv, buffer_len, head_dim}) {}
   Tq4CacheBuffer(Tq4CacheBuffer&&) noexcept = default;
   Tq4CacheBuffer& operator=(Tq4CacheBuffer&&) noexcept = default;
   [[nodiscard]] Tq4CacheBuffer clone() const { return *this; }
