@@ -25,19 +25,21 @@ namespace gemma4 {
 /// What the graph asks of a backend. A backend owns the weights, the caches and the activations of one sequence.
 template <class TBackend>
 concept Backend = requires(TBackend& backend, const TBackend& constant, std::span<const std::int32_t> tokens,
-                           std::span<const std::int64_t> rows, std::int64_t position, std::int64_t layer) {
+                           std::span<const std::int64_t> rows, std::int64_t position, std::int64_t layer,
+                           std::span<float> host) {
   { constant.config() } -> std::convertible_to<const ModelConfig&>;
   { constant.context() } -> std::convertible_to<std::int64_t>;    // positions that the caches hold
   { constant.max_chunk() } -> std::convertible_to<std::int64_t>;  // tokens that one forward pass takes
-  backend.embed(tokens, position);  // the residual stream of the chunk that starts at `position`
-  backend.project_qkv(layer);       // q, k, v: normalised, rotated by position
-  backend.attend(layer);            // over the cache and the chunk; then the chunk is in the cache
-  backend.project_output(layer);    // W_o, pending
-  backend.gate_up(layer);           // gelu(W_gate h) * (W_up h)
-  backend.down(layer);              // W_down, pending
-  backend.lm_head(rows);            // logits of the given rows of the chunk; none: nothing to do
-  backend.reset();                  // forget the sequence
-  backend.range("prefill");         // a scope that a profiler shows; any type, named and kept by the graph
+  backend.embed(tokens, position);      // the residual stream of the chunk that starts at `position`
+  backend.project_qkv(layer);           // q, k, v: normalised, rotated by position
+  backend.attend(layer);                // over the cache and the chunk; then the chunk is in the cache
+  backend.project_output(layer);        // W_o, pending
+  backend.gate_up(layer);               // gelu(W_gate h) * (W_up h)
+  backend.down(layer);                  // W_down, pending
+  backend.lm_head(rows);                // logits of the given rows of the chunk; none: nothing to do
+  backend.copy_logits(position, host);  // logits of one of those rows, to the host
+  backend.reset();                      // forget the sequence
+  backend.range("prefill");             // a scope that a profiler shows; any type, named and kept by the graph
 };
 
 template <Backend TBackend>

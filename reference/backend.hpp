@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "gemma4/model/model.hpp"
+#include "gemma4/model/weights.hpp"
+#include "reference/decoder_layer.hpp"
+#include "reference/embedding.hpp"
+#include "reference/layer_cache.hpp"
+#include "reference/lm_head.hpp"
+
+namespace gemma4::reference {
+
+struct BackendOptions {
+  CacheSpec cache;
+  std::int64_t context = 8192;  ///< positions that the caches hold
+  std::int64_t max_chunk = 512;
+};
+
+/// The Eigen backend of the model graph: activations in `Scalar` (float is the specification), caches by
+/// `options.cache`. The weights are borrowed: the file that they are bound to must outlive the backend.
+template <class Scalar>
+class Backend {
+ public:
+  /// @throws std::invalid_argument when the context or the chunk cannot be had
+  Backend(const ModelWeights& weights, const BackendOptions& options) : weights_(weights), options_(options) {
+    require(options.context >= 1 && options.context <= config().context, "backend: context ", options.context,
+            ", need 1 to the model's ", config().context);
+    require(options.max_chunk >= 1, "backend: max_chunk ", options.max_chunk, ", need at least 1");
+    reset();
+  }
+
+  [[nodiscard]] const ModelConfig& config() const { return weights_.config; }
+  [[nodiscard]] std::int64_t context() const { return options_.context; }
+  [[nodiscard]] std::int64_t max_chunk() const { return options_.max_chunk; }
+
+  void embed(std::span<const std::int32_t> tokens, std::int64_t position) {
+    position_ = position;
+    x_.resize(static_cast<Eigen::Index>(tokens.size()), config().hidden);
+    pending_ = {};
+    embedding<Scalar>(tokens, weights_.token_embd, config().embedding_scale(), x_);
+  }
+
+  void project_qkv(std::int64_t layer) {
+    qkv_ = reference::project_qkv(config(), config().attention(layer), weights(layer), position_, x_, pending_);
+  }
+
+  void attend(std::int64_t layer) {
+    attended_ = std::visit([&](auto& cache) { return cache.attend(qkv_, position_); },
+                           caches_[static_cast<std::size_t>(layer)]);
+  }
+
+  void project_output(std::int64_t layer) { pending_ = reference::project_output(weights(layer), attended_); }
+
+  void gate_up(std::int64_t layer) { activation_ = reference::gate_up(config(), weights(layer), x_, pending_); }
+
+  void down(std::int64_t layer) { pending_ = reference::down(weights(layer), activation_); }
+
+  void lm_head(std::span<const std::int64_t> rows) {
+    const Matrix<Scalar> h = finish_and_normalise(x_, pending_, weights_.output_norm, config().rms_epsilon);
+    Matrix<Scalar> wanted(static_cast<Eigen::Index>(rows.size()), h.cols());
+    for (std::size_t i = 0; i < rows.size(); ++i) wanted.row(static_cast<Eigen::Index>(i)) = h.row(rows[i]);
+    logits_.resize(wanted.rows(), config().vocab);
+    reference::lm_head<Scalar>(wanted, weights_.token_embd, config().softcap, logits_);
+  }
+
+  /// [n_rows, vocab] of the last lm_head.
+  [[nodiscard]] const Matrix<Scalar>& logits() const { return logits_; }
+
+  /// Row i of them as floats: what every backend can hand over.
+  void copy_logits(std::int64_t row, std::span<float> out) const {
+    require(row >= 0 && row < logits_.rows(), "backend: logits of row ", row, ", there are ", logits_.rows());
+    require(static_cast<Eigen::Index>(out.size()) == logits_.cols(), "backend: room for ", out.size(), " logits, need ",
+            logits_.cols());
+    std::transform(logits_.row(row).begin(), logits_.row(row).end(), out.begin(),
+                   [](Scalar logit) { return static_cast<float>(logit); });
+  }
+
+  void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context); }
+
+  /// The reference is not profiled.
+  struct NoRange {};
+  [[nodiscard]] NoRange range(const char*) const { return {}; }
+
+ private:
+  [[nodiscard]] const LayerWeights& weights(std::int64_t layer) const {
+    return weights_.layers[static_cast<std::size_t>(layer)];
+  }
+
+  const ModelWeights& weights_;
+  BackendOptions options_;
+  std::vector<LayerCache<Scalar>> caches_;
+  std::int64_t position_ = 0;
+  Matrix<Scalar> x_;
+  Pending<Scalar> pending_;
+  Qkv<Scalar> qkv_;
+  Matrix<Scalar> attended_, activation_, logits_;
+};
+
+static_assert(gemma4::Backend<Backend<float>>);
+
+}  // namespace gemma4::reference
