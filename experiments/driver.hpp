@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <filesystem>
+#include <iostream>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "experiments/build_info.hpp"
+#include "gemma4/cache_spec.hpp"
+#include "gemma4/progress.hpp"
+#include "gemma4/result_table.hpp"
+#include "gemma4/run_info.hpp"
+
+/// What the drivers share: flags of one spelling, one way to fail, one place for results.
+///
+///   void run(int argc, char** argv) {
+///     CLI::App app("What a TQ4 cache costs in accuracy.");
+///     DriverOptions options;
+///     add_model(app, options);
+///     add_caches(app, options);
+///     parse(app, argc, argv);
+///     ...
+///   }
+///   int main(int argc, char** argv) { return run_main(argc, argv, run); }
+namespace gemma4::experiment {
+
+/// The values of the shared flags. A driver adds those it uses, and sets its own defaults before.
+struct DriverOptions {
+  std::filesystem::path model;
+  std::string backend = "reference";
+  std::vector<std::string> caches = {"bf16"};
+  std::vector<std::int64_t> contexts;
+  std::filesystem::path ids;
+  std::vector<std::filesystem::path> recall;
+  std::uint64_t seed = 0;
+  std::filesystem::path out;
+  bool is_quiet = false;
+};
+
+inline CLI::Option* add_model(CLI::App& app, DriverOptions& options) {
+  return app.add_option("--model", options.model, "GGUF file of the model")->required()->check(CLI::ExistingFile);
+}
+
+inline CLI::Option* add_backend(CLI::App& app, DriverOptions& options) {
+  return app.add_option("--backend", options.backend, "Who computes")
+      ->check(CLI::IsMember({"reference", "cuda"}))
+      ->capture_default_str();
+}
+
+/// Refuses a name that parse_cache_spec() does not know, with the grammar.
+[[nodiscard]] inline std::string check_cache_name(const std::string& name) {
+  try {
+    (void)parse_cache_spec(name);
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+/// A list: a table compares them.
+inline CLI::Option* add_caches(CLI::App& app, DriverOptions& options) {
+  return app.add_option("--cache", options.caches, "Cache formats, comma-separated: " + std::string(kCacheSpecGrammar))
+      ->delimiter(',')
+      ->check(CLI::Validator(check_cache_name, "CACHE"))
+      ->capture_default_str();
+}
+
+/// A single one; the first entry of options.caches.
+inline CLI::Option* add_cache(CLI::App& app, DriverOptions& options) {
+  options.caches.resize(1);
+  return app.add_option("--cache", options.caches.front(), "Cache format: " + std::string(kCacheSpecGrammar))
+      ->check(CLI::Validator(check_cache_name, "CACHE"))
+      ->capture_default_str();
+}
+
+inline CLI::Option* add_contexts(CLI::App& app, DriverOptions& options) {
+  return app.add_option("--contexts", options.contexts, "Context lengths in tokens, comma-separated")
+      ->delimiter(',')
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
+      ->capture_default_str();
+}
+
+inline CLI::Option* add_ids(CLI::App& app, DriverOptions& options) {
+  return app.add_option("--ids", options.ids, "Token ids: little-endian uint16 (*.u16) or int32 (*.i32)")
+      ->check(CLI::ExistingFile);
+}
+
+inline CLI::Option* add_recall(CLI::App& app, DriverOptions& options) {
+  return app.add_option("--recall", options.recall, "Key-recall file (GGUF); may be given more than once")
+      ->check(CLI::ExistingFile);
+}
+
+inline CLI::Option* add_seed(CLI::App& app, DriverOptions& options) {
+  return app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
+}
+
+inline CLI::Option* add_out(CLI::App& app, DriverOptions& options) {
+  return app.add_option("--out", options.out,
+                        "CSV file to append to; '-' for none; default results/<experiment>/<device>-<commit>.csv");
+}
+
+inline CLI::Option* add_quiet(CLI::App& app, DriverOptions& options) {
+  return app.add_flag("--quiet", options.is_quiet, "No progress on stderr");
+}
+
+/// What --out stands for, as ResultTable takes it: an empty path is no file.
+[[nodiscard]] inline std::filesystem::path result_path(const DriverOptions& options, const RunInfo& info) {
+  if (options.out == "-") return {};
+  return options.out.empty() ? default_result_path(info) : options.out;
+}
+
+[[nodiscard]] inline ProgressOptions progress_options(const DriverOptions& options, std::string unit) {
+  ProgressOptions progress;
+  if (options.is_quiet) progress.mode = ProgressMode::kSilent;
+  progress.unit = std::move(unit);
+  return progress;
+}
+
+/// Leaves run_main() with an exit code; the message has been printed.
+struct Exit {
+  int code = EXIT_SUCCESS;
+};
+
+/// Parses the command line. --help prints and leaves with code 0, a mistake with the message and another code.
+inline void parse(CLI::App& app, int argc, char** argv) {
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& help) {
+    throw Exit{app.exit(help)};
+  } catch (const CLI::ParseError& error) {
+    std::cerr << "error: " << error.what() << "\nRun with --help for what it takes.\n";
+    throw Exit{error.get_exit_code() == 0 ? EXIT_FAILURE : error.get_exit_code()};
+  }
+}
+
+/// Runs fn(argc, argv), which returns an exit code or nothing. Whatever it throws is printed as `error: ...` on stderr
+/// and ends the program with a code that is not 0; nothing escapes main.
+template <class TFunction>
+[[nodiscard]] int run_main(int argc, char** argv, TFunction&& fn) {
+  try {
+    if constexpr (std::is_void_v<std::invoke_result_t<TFunction, int, char**>>) {
+      fn(argc, argv);
+      return EXIT_SUCCESS;
+    } else {
+      return fn(argc, argv);
+    }
+  } catch (const Exit& exit) {
+    return exit.code;
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << std::endl;
+  } catch (...) {
+    std::cerr << "error: an exception of an unknown type" << std::endl;
+  }
+  return EXIT_FAILURE;
+}
+
+}  // namespace gemma4::experiment
