@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+# Installs the package into a scratch prefix, then configures, builds and runs tests/house/consumer against it.
+function(run)
+  execute_process(COMMAND ${ARGN} RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "failed (${status}): ${ARGN}\n${output}")
+  endif()
+  message(STATUS "${output}")
+endfunction()
+
+file(REMOVE_RECURSE "${SCRATCH_DIR}")
+run("${CMAKE_COMMAND}" --install "${BUILD_DIR}" --prefix "${SCRATCH_DIR}/prefix")
+set(options -DCMAKE_PREFIX_PATH=${SCRATCH_DIR}/prefix -DCMAKE_CXX_COMPILER=${CXX_COMPILER} -DWITH_CUDA=${HAS_CUDA}
+            -DCMAKE_BUILD_TYPE=Debug)
+if(HAS_CUDA)
+  list(APPEND options -DCMAKE_CUDA_COMPILER=${CUDA_COMPILER} "-DCMAKE_CUDA_ARCHITECTURES=${CUDA_ARCHITECTURES}")
+endif()
+if(EIGEN_DIR)
+  list(APPEND options -DEigen3_DIR=${EIGEN_DIR} -DWITH_REFERENCE=ON)
+else()
+  message(STATUS "Eigen was fetched and is not installed: the package offers core (and cuda) alone")
+endif()
+run("${CMAKE_COMMAND}" -S "${CONSUMER_DIR}" -B "${SCRATCH_DIR}/build" -G "${GENERATOR}" ${options})
+run("${CMAKE_COMMAND}" --build "${SCRATCH_DIR}/build")
+run("${SCRATCH_DIR}/build/core_consumer")
+if(EIGEN_DIR)
+  run("${SCRATCH_DIR}/build/reference_consumer")
+endif()
