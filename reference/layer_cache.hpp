@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "gemma4/cache_spec.hpp"
-#include "gemma4/cache_update.hpp"
 #include "gemma4/config.hpp"
 #include "reference/bf16_attention.hpp"
 #include "reference/bf16_cache.hpp"
@@ -39,10 +38,6 @@ template <class TStorage, class Scalar>
   std::transform(m.data(), m.data() + m.size(), out.begin(),
                  [](Scalar value) { return from_float<TStorage>(static_cast<float>(value)); });
   return out;
-}
-
-[[nodiscard]] inline CacheShape flat_cache_shape(const AttentionConfig& attention, std::int64_t context) {
-  return {.batch = 1, .n_head_kv = attention.n_head_kv, .buffer_len = context, .head_dim = attention.head_dim};
 }
 
 [[nodiscard]] inline std::vector<std::int32_t> consecutive(std::int64_t first, std::int64_t count) {
@@ -90,7 +85,7 @@ template <class TStorage>
 class FlatLayerCache {
  public:
   FlatLayerCache(const AttentionConfig& attention, std::int64_t context)
-      : head_dim_(attention.head_dim), cache_(detail::flat_cache_shape(attention, context)) {}
+      : head_dim_(attention.head_dim), cache_(1, attention.n_head_kv, context, attention.head_dim) {}
 
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
@@ -117,7 +112,9 @@ class Tq4LayerCache {
  public:
   Tq4LayerCache(const AttentionConfig& attention, std::int64_t context,
                 std::shared_ptr<const Tq4Codec<CodecScalar>> codec)
-      : head_dim_(attention.head_dim), codec_(std::move(codec)), cache_(detail::flat_cache_shape(attention, context)) {}
+      : head_dim_(attention.head_dim),
+        codec_(std::move(codec)),
+        cache_(1, attention.n_head_kv, context, attention.head_dim) {}
 
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {

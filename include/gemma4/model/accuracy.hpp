@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <numeric>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "gemma4/accuracy_stats.hpp"
+#include "gemma4/gguf_reader.hpp"
+#include "gemma4/model/model.hpp"
+
+/// What a cache costs in accuracy, measured on a model that runs: next-token predictions over a text, and key recall.
+namespace gemma4 {
+
+struct PositionRange {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  [[nodiscard]] std::string name() const { return std::to_string(begin) + "-" + std::to_string(end); }
+  bool operator==(const PositionRange&) const = default;
+};
+
+/// All positions of a context, and then its parts between 0, 2048, 8192, 32768, 131072 where there is more than one.
+[[nodiscard]] inline std::vector<PositionRange> position_ranges(std::int64_t context) {
+  std::vector<PositionRange> ranges = {{0, context}};
+  std::int64_t begin = 0;
+  for (const std::int64_t edge : {2048, 8192, 32768, 131072}) {
+    if (begin >= context) break;
+    ranges.push_back({begin, std::min<std::int64_t>(edge, context)});
+    begin = edge;
+  }
+  if (ranges.size() == 2) ranges.pop_back();  // the one part is the whole
+  return ranges;
+}
+
+/// One backend's predictions over a text, each beside the base's.
+struct AccuracyTrace {
+  std::vector<PositionAccuracy> positions;
+  std::vector<double>
+      forward_s;  ///< after each position: seconds in the model so far, logits of every position included
+};
+
+/// Runs the backends over ids[0 .. n_position) in lockstep, chunk by chunk; position p predicts ids[p + 1]. The first
+/// backend is the base of every comparison, its own included. `on_chunk(n_done)` after each chunk of each backend, in
+/// positions times backends.
+template <Backend TBackend, class TOnChunk>
+[[nodiscard]] std::vector<AccuracyTrace> measure_accuracy(std::span<TBackend* const> backends,
+                                                          std::span<const std::int32_t> ids, std::int64_t n_position,
+                                                          std::int64_t chunk, TOnChunk&& on_chunk) {
+  using Clock = std::chrono::steady_clock;
+  require(!backends.empty(), "measure_accuracy: no backend");
+  require(n_position >= 1 && n_position < static_cast<std::int64_t>(ids.size()), "measure_accuracy: ", n_position,
+          " positions need ", n_position + 1, " ids, there are ", ids.size());
+  const auto vocab = static_cast<std::size_t>(backends.front()->config().vocab);
+  std::vector<Model<TBackend>> models;
+  for (TBackend* backend : backends) models.emplace_back(*backend).reset();
+  std::vector<AccuracyTrace> traces(backends.size());
+  std::vector<double> seconds(backends.size());
+  std::vector<float> base(static_cast<std::size_t>(chunk) * vocab), test(vocab);
+  std::vector<std::int64_t> rows(static_cast<std::size_t>(chunk));
+  std::iota(rows.begin(), rows.end(), 0);
+  std::int64_t n_done = 0;
+  for (std::int64_t begin = 0; begin < n_position; begin += chunk) {
+    const auto count = static_cast<std::size_t>(std::min(chunk, n_position - begin));
+    const auto tokens = ids.subspan(static_cast<std::size_t>(begin), count);
+    for (std::size_t b = 0; b < backends.size(); ++b) {
+      const auto start = Clock::now();
+      models[b].forward(tokens, std::span(rows).first(count));
+      seconds[b] += std::chrono::duration<double>(Clock::now() - start).count();
+      for (std::size_t t = 0; t < count; ++t) {
+        const auto base_row = std::span(base).subspan(t * vocab, vocab);
+        backends[b]->copy_logits(static_cast<std::int64_t>(t), b == 0 ? base_row : std::span(test));
+        traces[b].positions.push_back(compare_logits(b == 0 ? base_row : std::span(test), base_row,
+                                                     ids[static_cast<std::size_t>(begin) + t + 1]));
+        traces[b].forward_s.push_back(seconds[b]);
+      }
+      on_chunk(n_done += static_cast<std::int64_t>(count));
+    }
+  }
+  return traces;
+}
+
+/// Questions about keys planted far back in long documents. A question is answered when the model, given the document
+/// so far, puts each of the answer's tokens first in turn.
+struct RecallTask {
+  struct Question {
+    std::int64_t document = 0;
+    std::int64_t position = 0;         ///< of the last token of the question
+    std::vector<std::int32_t> answer;  ///< the tokens that must follow it
+    std::int64_t distance = 0;         ///< from the key to the question, tokens
+  };
+  std::int64_t document_len = 0;
+  std::vector<std::vector<std::int32_t>> documents;
+  std::vector<Question> questions;
+};
+
+/// A container with `ids` [n_document, document_len], `query_doc`, `query_position`, `distance` [n_question] and
+/// `answer` [n_question, n] padded with -1, all i32.
+/// @throws FormatError naming the tensor and the value that does not fit
+[[nodiscard]] inline RecallTask read_recall_task(const std::filesystem::path& path) {
+  const GgufFile file = GgufFile::open(path);
+  const auto matrix = [&](const char* name) {
+    const GgufTensor& tensor = file.tensor(name);
+    require_format(tensor.dims.size() == 2, path.string(), ": tensor '", name, "' has ", tensor.dims.size(),
+                   " dimensions, expected 2");
+    return data_as<std::int32_t>(tensor);
+  };
+  const auto ids = matrix("ids");
+  const auto answers = matrix("answer");
+  const auto documents = data_as<std::int32_t>(file.tensor("query_doc"));
+  const auto positions = data_as<std::int32_t>(file.tensor("query_position"));
+  const auto distances = data_as<std::int32_t>(file.tensor("distance"));
+  RecallTask task;
+  task.document_len = file.tensor("ids").dims[0];
+  const std::int64_t answer_len = file.tensor("answer").dims[0];
+  for (std::size_t at = 0; at < ids.size(); at += static_cast<std::size_t>(task.document_len)) {
+    const auto document = ids.subspan(at, static_cast<std::size_t>(task.document_len));
+    task.documents.emplace_back(document.begin(), document.end());
+  }
+  require_format(positions.size() == documents.size() && distances.size() == documents.size() &&
+                     answers.size() == documents.size() * static_cast<std::size_t>(answer_len),
+                 path.string(), ": tensors 'query_position', 'distance' and 'answer' need ", documents.size(),
+                 " entries, as 'query_doc' has");
+  for (std::size_t i = 0; i < documents.size(); ++i) {
+    RecallTask::Question question{documents[i], positions[i], {}, distances[i]};
+    for (std::int64_t j = 0; j < answer_len; ++j) {
+      const std::int32_t token = answers[i * static_cast<std::size_t>(answer_len) + static_cast<std::size_t>(j)];
+      if (token >= 0) question.answer.push_back(token);
+    }
+    const auto n_answer = static_cast<std::int64_t>(question.answer.size());
+    require_format(question.document >= 0 && question.document < static_cast<std::int64_t>(task.documents.size()),
+                   path.string(), ": query_doc[", i, "] is ", question.document, ", expected 0 to ",
+                   task.documents.size() - 1);
+    require_format(n_answer >= 1 && question.position >= 0 && question.position + n_answer <= task.document_len,
+                   path.string(), ": query_position[", i, "] is ", question.position, " with an answer of ", n_answer,
+                   " tokens, expected them inside the document of ", task.document_len);
+    task.questions.push_back(std::move(question));
+  }
+  return task;
+}
+
+struct RecallResult {
+  std::int64_t correct = 0;
+  std::int64_t total = 0;
+};
+
+/// Asks every question. The documents hold the answers, so one pass over each is enough. `on_chunk(n_done)` counts
+/// tokens over all documents.
+template <Backend TBackend, class TOnChunk>
+[[nodiscard]] RecallResult measure_recall(TBackend& backend, const RecallTask& task, std::int64_t chunk,
+                                          TOnChunk&& on_chunk) {
+  Model<TBackend> model(backend);
+  std::vector<float> logits(static_cast<std::size_t>(backend.config().vocab));
+  std::vector<bool> answered(task.questions.size(), true);
+  std::int64_t n_done = 0;
+  for (std::size_t d = 0; d < task.documents.size(); ++d) {
+    model.reset();
+    const std::span<const std::int32_t> document = task.documents[d];
+    while (model.position() < task.document_len) {
+      const std::int64_t begin = model.position();
+      const std::int64_t count = std::min(chunk, task.document_len - begin);
+      std::vector<std::int64_t> rows;  // in the order of questions and answer tokens
+      const auto for_each_wanted = [&](auto&& visit) {
+        for (std::size_t i = 0; i < task.questions.size(); ++i) {
+          const RecallTask::Question& question = task.questions[i];
+          if (question.document != static_cast<std::int64_t>(d)) continue;
+          for (std::size_t j = 0; j < question.answer.size(); ++j) {
+            const std::int64_t row = question.position + static_cast<std::int64_t>(j) - begin;
+            if (row >= 0 && row < count) visit(i, row, question.answer[j]);
+          }
+        }
+      };
+      for_each_wanted([&](std::size_t, std::int64_t row, std::int32_t) { rows.push_back(row); });
+      model.forward(document.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)), rows);
+      std::int64_t next = 0;
+      for_each_wanted([&](std::size_t i, std::int64_t, std::int32_t token) {
+        backend.copy_logits(next++, logits);
+        if (argmax(logits) != token) answered[i] = false;
+      });
+      on_chunk(n_done += count);
+    }
+  }
+  return {std::count(answered.begin(), answered.end(), true), static_cast<std::int64_t>(answered.size())};
+}
+
+}  // namespace gemma4
