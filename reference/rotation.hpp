@@ -49,6 +49,8 @@ class Rotation {
     const Matrix<double> wide = matrix.template cast<double>();
     const double error =
         (wide * wide.transpose() - Matrix<double>::Identity(wide.rows(), wide.rows())).cwiseAbs().maxCoeff();
+    // Asked for by itself, because a maximum may or may not show a NaN.
+    require(wide.allFinite(), "Rotation::dense: the matrix holds a value that is not finite");
     require(error <= 1e-5, "Rotation::dense: R R^T differs from the identity by ", error, ", need at most 1e-5");
     Rotation rotation;
     rotation.kind_ = RotationKind::kDenseHaar;

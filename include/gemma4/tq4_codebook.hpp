@@ -111,10 +111,10 @@ inline constexpr int kCutCodebookRounds = 200;
 /// kCutAtThreeSigma is for parity with a peer: the density is cut off at three standard deviations and Lloyd's rules
 /// are applied kCutCodebookRounds times. On the whole line, which real data comes from, that table makes 5 % more
 /// squared error at 4 bits.
-/// @throws std::invalid_argument unless bits is 2, 3 or 4 and head_dim at least 2
+/// @throws std::invalid_argument unless bits is 2, 3 or 4 and head_dim at least 1
 inline Codebook solve_codebook(CodebookKind kind, int bits, std::int64_t head_dim) {
   require(bits >= 2 && bits <= 4, "solve_codebook: bits ", bits, ", need 2, 3 or 4");
-  require(head_dim >= 2, "solve_codebook: head_dim ", head_dim, ", need at least 2");
+  require(head_dim >= 1, "solve_codebook: head_dim ", head_dim, ", need at least 1");
   constexpr int kMaxRounds = 100000;  // 4 bits need about 1000
   const int n_half = 1 << (bits - 1);
   const bool full = kind == CodebookKind::kFull;

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemma4/cache_spec.hpp"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tests/support/property.hpp"
+
+namespace {
+
+using namespace gemma4;
+
+TEST(CacheSpec, NamesMeanWhatTheGrammarSays) {
+  EXPECT_EQ(parse_cache_spec("f32").kind, CacheKind::kF32);
+  EXPECT_EQ(parse_cache_spec("bf16").kind, CacheKind::kBf16);
+  EXPECT_EQ(parse_cache_spec("tq4"), (CacheSpec{CacheKind::kTq4, Tq4Options{}}));
+  EXPECT_EQ(parse_cache_spec("tq4-k4v3").tq4, (Tq4Options{.v_bits = 3}));
+  EXPECT_EQ(parse_cache_spec("tq4-k2v4-cut").tq4,
+            (Tq4Options{.codebook = CodebookKind::kCutAtThreeSigma, .k_bits = 2}));
+  EXPECT_EQ(parse_cache_spec("tq4-raw").tq4, (Tq4Options{.norm = NormKind::kRaw}));
+  EXPECT_EQ(parse_cache_spec("tq4-haar").tq4, (Tq4Options{.rotation = RotationKind::kDenseHaar}));
+  const Tq4Options peer = {RotationKind::kDenseHaar, CodebookKind::kCutAtThreeSigma, NormKind::kRaw};
+  EXPECT_EQ(parse_cache_spec("tq4-peer").tq4, peer);
+  EXPECT_EQ(parse_cache_spec("tq4-cut-raw-haar").tq4, peer);
+}
+
+TEST(CacheSpec, EveryFormatHasItsOwnNameThatReadsBack) {
+  std::set<std::string> names = {to_string(CacheSpec{CacheKind::kF32, {}}), to_string(CacheSpec{CacheKind::kBf16, {}})};
+  std::size_t count = names.size();
+  for (const auto rotation : {RotationKind::kSignedHadamard, RotationKind::kDenseHaar}) {
+    for (const auto codebook : {CodebookKind::kFull, CodebookKind::kCutAtThreeSigma}) {
+      for (const auto norm : {NormKind::kCorrected, NormKind::kRaw}) {
+        for (int bits = 0; bits < 9; ++bits) {
+          const CacheSpec spec{CacheKind::kTq4, {rotation, codebook, norm, 2 + bits / 3, 2 + bits % 3}};
+          EXPECT_EQ(parse_cache_spec(to_string(spec)), spec) << to_string(spec);
+          names.insert(to_string(spec));
+          ++count;
+        }
+      }
+    }
+  }
+  EXPECT_EQ(names.size(), count);
+}
+
+TEST(CacheSpec, AWrongNameIsRefusedWithItselfAndTheGrammar) {
+  const std::vector<std::string> wrong = {
+      "",         "fp16",     "BF16",      "bf16 ",    "tq",          "tq4x",        "tq4-",         "tq4-k4",
+      "tq4-k5v4", "tq4-k4v1", "tq4-k44v4", "tq4-v4k4", "tq4-raw-cut", "tq4-cut-cut", "tq4-peer-raw", "tq4-k4v3-peer",
+      "bf16-raw", "tq4-k4v"};
+  for (const std::string& name : wrong) {
+    try {
+      (void)parse_cache_spec(name);
+      ADD_FAILURE() << "'" << name << "' was accepted";
+    } catch (const std::invalid_argument& error) {
+      const std::string message = error.what();
+      EXPECT_NE(message.find("'" + name + "'"), std::string::npos) << message;
+      EXPECT_NE(message.find(kCacheSpecGrammar), std::string::npos) << message;
+    }
+  }
+}
+
+RC_GTEST_PROP(CacheSpec, AnyTextIsReadOrRefused, (const std::string& tail)) {
+  for (const std::string& name : {tail, "tq4" + tail, "tq4-k" + tail}) {
+    try {
+      const CacheSpec spec = parse_cache_spec(name);
+      RC_ASSERT(parse_cache_spec(to_string(spec)) == spec);
+    } catch (const std::invalid_argument&) {
+    }
+  }
+}
+
+TEST(CacheSpec, RowBytes) {
+  EXPECT_EQ(cache_row_bytes(CacheKind::kF32, 512), 2048);
+  EXPECT_EQ(cache_row_bytes(CacheKind::kBf16, 512), 1024);
+  EXPECT_EQ(cache_row_bytes(CacheKind::kTq4, 512), 258);
+}
+
+}  // namespace
