@@ -1,0 +1,474 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemma4/tokenizer.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "gemma4/text_escapes.hpp"
+#include "tests/support/json.hpp"
+#include "tests/support/property.hpp"
+#include "tests/support/toy_vocabulary.hpp"
+
+namespace {
+
+using namespace gemma4;
+using testkit::add_token;
+using testkit::toy_vocabulary;
+using Ids = std::vector<std::int32_t>;
+
+const std::filesystem::path kData = GEMMA4_TEST_DATA;
+constexpr EncodeOptions kPlain{.add_bos = false, .parse_special = false};
+constexpr EncodeOptions kSpecial{.add_bos = false, .parse_special = true};
+
+VocabularyData file_vocabulary(const std::string& path) {
+  return vocabulary_data(GgufFile::open(kData / path));
+}
+const VocabularyData& nano_data() {
+  static const VocabularyData data = file_vocabulary("nano/nano-Q4_K_M.gguf");
+  return data;
+}
+const Tokenizer& nano() {
+  static const Tokenizer tokenizer(nano_data());
+  return tokenizer;
+}
+
+std::string printed(const Ids& ids) {
+  std::ostringstream out;
+  for (std::size_t i = 0; i < ids.size(); ++i) out << (i == 0 ? "[" : ", ") << ids[i];
+  return out.str() + "]\n";
+}
+
+std::string replaced(std::string text, std::string_view from, std::string_view to) {
+  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size()) {
+    text.replace(at, from.size(), to);
+  }
+  return text;
+}
+
+/// What decode(encode(text)) promises: U+2581 is a space.
+std::string round_trip(const std::string& text) {
+  return replaced(text, kSpaceMark, " ");
+}
+
+// ---- another implementation, with nothing clever in it: strings, quadratic, no ids until the end
+
+struct Oracle {
+  explicit Oracle(const VocabularyData& data) : data(data) {
+    for (std::size_t i = 0; i < data.tokens.size(); ++i) ids[data.tokens[i]] = static_cast<std::int32_t>(i);
+    for (std::size_t rank = 0; rank < data.merges.size(); ++rank) {
+      const std::size_t space = data.merges[rank].find(' ');
+      ranks[{data.merges[rank].substr(0, space), data.merges[rank].substr(space + 1)}] = rank;
+    }
+  }
+
+  [[nodiscard]] bool is_user_defined(const std::string& text) const {
+    const auto found = ids.find(text);
+    return found != ids.end() && data.types[static_cast<std::size_t>(found->second)] == 4;
+  }
+
+  /// Valid UTF-8 only.
+  [[nodiscard]] Ids encode(const std::string& text) const {
+    Ids out;
+    std::string plain;
+    for (std::size_t at = 0; at < text.size();) {
+      std::size_t longest = 0;
+      for (std::size_t bytes = 1; at + bytes <= text.size() && bytes < 32; ++bytes) {
+        if (is_user_defined(text.substr(at, bytes))) longest = bytes;
+      }
+      if (longest == 0) {
+        plain += text[at++];
+        continue;
+      }
+      encode_plain(std::exchange(plain, {}), out);
+      out.push_back(ids.at(text.substr(at, longest)));
+      at += longest;
+    }
+    encode_plain(plain, out);
+    return out;
+  }
+
+  void encode_plain(const std::string& plain, Ids& out) const {
+    std::vector<std::string> pieces;
+    for (const char c : replaced(plain, " ", kSpaceMark)) {
+      if (pieces.empty() || (c == '\n') != (pieces.back().back() == '\n')) pieces.emplace_back();
+      pieces.back() += c;
+    }
+    for (const std::string& piece : pieces) {
+      const bool whole = piece[0] == '\n' && ids.contains(piece);
+      for (const std::string& symbol : whole ? std::vector{piece} : merged(piece)) emit(symbol, out);
+    }
+  }
+
+  [[nodiscard]] std::vector<std::string> merged(const std::string& piece) const {
+    std::vector<std::string> symbols;
+    for (const char c : piece) {
+      const bool continues = (static_cast<unsigned char>(c) & 0xC0) == 0x80 && !symbols.empty();
+      if (!continues) symbols.emplace_back();
+      symbols.back() += c;
+    }
+    while (true) {
+      std::size_t best = 0, best_rank = std::numeric_limits<std::size_t>::max();
+      for (std::size_t i = 0; i + 1 < symbols.size(); ++i) {
+        const auto found = ranks.find({symbols[i], symbols[i + 1]});
+        if (found != ranks.end() && found->second < best_rank) {
+          best = i;
+          best_rank = found->second;
+        }
+      }
+      if (best_rank == std::numeric_limits<std::size_t>::max()) return symbols;
+      symbols[best] += symbols[best + 1];
+      symbols.erase(symbols.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+    }
+  }
+
+  void emit(const std::string& symbol, Ids& out) const {
+    if (const auto found = ids.find(symbol); found != ids.end()) {
+      out.push_back(found->second);
+      return;
+    }
+    for (const char c : symbol) {
+      constexpr std::string_view kDigits = "0123456789ABCDEF";
+      const auto byte = static_cast<unsigned char>(c);
+      out.push_back(ids.at(std::string("<0x") + kDigits[byte / 16] + kDigits[byte % 16] + ">"));
+    }
+  }
+
+  const VocabularyData& data;
+  std::map<std::string, std::int32_t> ids;
+  std::map<std::pair<std::string, std::string>, std::size_t> ranks;
+};
+
+// ---- texts
+
+/// Fragments of every kind that the tokenizer treats in its own way, valid UTF-8.
+rc::Gen<std::string> utf8_text() {
+  const auto fragment = rc::gen::element<std::string>(
+      " ", "  ", "\n", "\n\n\n", "\n\n\n\n\n\n\n", "\t", "\r\n", "def ", "return", "self.", "import os", "        ",
+      "é", "e\u0301", "你好", "\U0001F600", "\u2581", "\u2581\u2581", "<|turn>", "<turn|>", "<bos>", "<|channel>",
+      "<0x41>", "x", "0123", "\"\"\"");
+  return rc::gen::map(rc::gen::container<std::vector<std::string>>(fragment),
+                      [](const std::vector<std::string>& parts) {
+                        std::string text;
+                        for (const std::string& part : parts) text += part;
+                        return text;
+                      });
+}
+
+/// Bytes that mostly are no UTF-8: any bytes, and cut pieces of valid text.
+rc::Gen<std::string> byte_text() {
+  return rc::gen::oneOf(
+      rc::gen::arbitrary<std::string>(),
+      rc::gen::map(rc::gen::pair(utf8_text(), rc::gen::inRange<std::size_t>(0, 8)),
+                   [](const std::pair<std::string, std::size_t>& cut) {
+                     return cut.first.substr(std::min(cut.second, cut.first.size()));
+                   }),
+      rc::gen::container<std::string>(rc::gen::element('\xE2', '\x96', '\x81', '\xF0', '\xC3', ' ', 'a')));
+}
+
+// ---- ids that other implementations gave
+
+TEST(Tokenizer, GoldenNanoTextHasEveryId) {
+  const std::string text = unescape(testkit::read_text(kData / "tokenizer/nano-text.txt"));
+  const std::string golden = testkit::read_text(kData / "tokenizer/nano-text.ids");
+  EXPECT_EQ(printed(nano().encode(text, {.add_bos = {}, .parse_special = true})), golden);
+  EXPECT_EQ(nano().decode(nano().encode(text, kSpecial)), text);
+  // Each part of the recipe counts: special tokens, the begin of sequence, the escapes of the peer's command line.
+  EXPECT_NE(printed(nano().encode(text)), golden);
+  EXPECT_NE(printed(nano().encode(text, kSpecial)), golden);
+  EXPECT_NE(printed(nano().encode(testkit::read_text(kData / "tokenizer/nano-text.txt"), {{}, true})), golden);
+}
+
+TEST(Tokenizer, GoldenTinyHasEveryIdAndText) {
+  const Tokenizer tiny(file_vocabulary("tiny/tiny-a-Q4_K_M.gguf"));
+  const auto cases = testkit::parse_json(testkit::read_text(kData / "tokenizer/tiny-golden.json"));
+  ASSERT_GE(cases.array().size(), 14u);
+  for (const testkit::Json& golden : cases.array()) {
+    SCOPED_TRACE(golden["text"].string());
+    const Ids ids = tiny.encode(golden["text"].string(), kSpecial);
+    EXPECT_EQ(ids, golden["ids"].numbers<std::int32_t>());
+    EXPECT_EQ(tiny.decode(ids), golden["decoded"].string());
+  }
+}
+
+// ---- laws
+
+RC_GTEST_PROP(Tokenizer, AnyBytesComeBack, ()) {
+  const std::string text = *byte_text();
+  RC_ASSERT(nano().decode(nano().encode(text, kPlain)) == round_trip(text));
+}
+
+RC_GTEST_PROP(Tokenizer, AnyUtf8ComesBackWithSpecialTokensParsed, ()) {
+  const std::string text = *utf8_text();
+  RC_ASSERT(nano().decode(nano().encode(text, kSpecial)) == round_trip(text));
+}
+
+TEST(Tokenizer, BytesDoNotComeBackWithoutByteTokens) {
+  Ids ids = nano().encode("caf\xC3 你", kPlain);
+  std::erase_if(ids, [](std::int32_t id) { return nano().vocabulary().type(id) == TokenType::kByte; });
+  EXPECT_NE(nano().decode(ids), "caf\xC3 你");
+}
+
+RC_GTEST_PROP(Tokenizer, MergesAsTheObviousImplementationDoes, ()) {
+  static const Oracle oracle(nano_data());
+  const std::string text = *utf8_text();
+  RC_ASSERT(nano().encode(text, kPlain) == oracle.encode(text));
+}
+
+RC_GTEST_PROP(Tokenizer, MergesAsTheObviousImplementationDoesInAToyVocabulary, ()) {
+  static const VocabularyData data = toy_vocabulary();
+  static const Oracle oracle(data);
+  static const Tokenizer toy(data);
+  const std::string text = *rc::gen::map(rc::gen::container<std::vector<std::string>>(rc::gen::element<std::string>(
+                                             "a", "a", "b", "c", "x", "y", "z", " ", "\n", "é", "你", "ü")),
+                                         [](const std::vector<std::string>& parts) {
+                                           std::string joined;
+                                           for (const std::string& part : parts) joined += part;
+                                           return joined;
+                                         });
+  RC_ASSERT(toy.encode(text, kPlain) == oracle.encode(text));
+}
+
+TEST(Tokenizer, TheRankOfMergesDecides) {
+  const std::string text = testkit::read_text(kData / "tokenizer/nano-text.txt").substr(0, 2000);
+  const Ids ids = nano().encode(text, kPlain);
+  EXPECT_EQ(ids, Oracle(nano_data()).encode(text));
+  VocabularyData reversed = nano_data();
+  std::reverse(reversed.merges.begin(), reversed.merges.end());
+  EXPECT_NE(ids, Oracle(reversed).encode(text));
+  EXPECT_NE(ids, Tokenizer(reversed).encode(text, kPlain));
+}
+
+RC_GTEST_PROP(Tokenizer, TextSplitsWhereNewlinesBeginAndEnd, ()) {
+  const std::string left = "x" + *utf8_text() + "x", right = "x" + *utf8_text() + "x";
+  const std::string newlines(*rc::gen::inRange<std::size_t>(1, 12), '\n');
+  Ids parts = nano().encode(left, kPlain);
+  for (const std::string& part : {newlines, right}) {
+    const Ids ids = nano().encode(part, kPlain);
+    parts.insert(parts.end(), ids.begin(), ids.end());
+  }
+  RC_ASSERT(nano().encode(left + newlines + right, kPlain) == parts);
+}
+
+TEST(Tokenizer, TextDoesNotSplitElsewhere) {
+  Ids parts = nano().encode("retu", kPlain);
+  const Ids rest = nano().encode("rn", kPlain);
+  parts.insert(parts.end(), rest.begin(), rest.end());
+  EXPECT_NE(nano().encode("return", kPlain), parts);
+}
+
+RC_GTEST_PROP(Tokenizer, PlainTextNeverBecomesAControlToken, ()) {
+  for (const std::int32_t id : nano().encode(*utf8_text(), kPlain)) RC_ASSERT(!nano().vocabulary().is_control(id));
+}
+
+TEST(Tokenizer, ParsedTextBecomesControlTokens) {
+  EXPECT_EQ(nano().encode("<|turn>user", kSpecial).front(), 5);
+  EXPECT_GT(nano().encode("<|turn>user", kPlain).front(), 255);
+}
+
+TEST(Tokenizer, AMergeThatSpellsAControlOrByteTokenIsNotUsed) {
+  VocabularyData data = toy_vocabulary();
+  for (const char* text : {"<", "bos>", "<0x", "41>"}) add_token(data, text);
+  data.merges.insert(data.merges.end(), {"< bos>", "<0x 41>"});
+  const Tokenizer tokenizer(data);
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode("<bos><0x41>", kPlain)), "<bos><0x41>");
+  for (const std::int32_t id : tokenizer.encode("<bos>", kPlain)) EXPECT_NE(id, 2);
+}
+
+// ---- cases
+
+TEST(Tokenizer, TheEarliestThenTheLongestUserDefinedTokenWins) {
+  const Tokenizer toy(toy_vocabulary());
+  const auto id = [&](std::string_view text) { return *toy.vocabulary().find(text); };
+  EXPECT_EQ(toy.encode("xyzab", kPlain), (Ids{id("xyz"), id("ab")}));
+  EXPECT_EQ(toy.encode("yzab", kPlain), (Ids{id("yzab")}));
+  EXPECT_EQ(toy.encode("axya", kPlain), (Ids{id("a"), id("xy"), id("a")}));
+}
+
+TEST(Tokenizer, EqualMergesGoLeftToRight) {
+  const Tokenizer toy(toy_vocabulary());
+  const auto id = [&](std::string_view text) { return *toy.vocabulary().find(text); };
+  EXPECT_EQ(toy.encode("aaa", kPlain), (Ids{id("aa"), id("a")}));
+  EXPECT_EQ(toy.encode("aaaaaa", kPlain), (Ids{id("aaaa"), id("aa")}));
+  EXPECT_EQ(toy.encode("abc", kPlain), (Ids{id("abc")}));  // "b c" first, then "a bc"
+}
+
+TEST(Tokenizer, ARunOfNewlinesThatIsATokenStaysWhole) {
+  const Tokenizer toy(toy_vocabulary());  // no merge makes three newlines
+  const auto id = [&](std::string_view text) { return *toy.vocabulary().find(text); };
+  EXPECT_EQ(toy.encode("a\n\n\na", kPlain), (Ids{id("a"), id("\n\n\n"), id("a")}));
+  EXPECT_EQ(toy.encode("\n\n\n\n\n", kPlain), (Ids{id("\n\n"), id("\n\n"), id("\n")}));
+}
+
+TEST(Tokenizer, ACodePointOutsideTheVocabularyGivesItsBytes) {
+  const Tokenizer toy(toy_vocabulary());
+  const auto byte = [&](std::uint8_t value) { return toy.vocabulary().byte_token(value); };
+  EXPECT_EQ(toy.encode("ü", kPlain), (Ids{byte(0xC3), byte(0xBC)}));
+  EXPECT_EQ(toy.encode("a\xE4\xBD", kPlain), (Ids{*toy.vocabulary().find("a"), byte(0xE4), byte(0xBD)}));
+  EXPECT_EQ(toy.encode(std::string_view("\0", 1), kPlain), (Ids{byte(0)}));
+}
+
+TEST(Tokenizer, BeginOfSequenceComesAsAskedFor) {
+  VocabularyData data = toy_vocabulary();
+  EXPECT_EQ(Tokenizer(data).encode(""), (Ids{2}));
+  EXPECT_EQ(Tokenizer(data).encode("", kPlain), Ids{});
+  data.add_bos = false;
+  EXPECT_EQ(Tokenizer(data).encode(""), Ids{});
+  EXPECT_EQ(Tokenizer(data).encode("", {.add_bos = true}), (Ids{2}));
+  data.bos_id = -1;
+  EXPECT_THROW(static_cast<void>(Tokenizer(data).encode("", {.add_bos = true})), std::invalid_argument);
+}
+
+TEST(Tokenizer, ControlTokensAreSkippedWhenAsked) {
+  const Ids ids = nano().encode("<bos>a<turn|> b<|channel>", kSpecial);
+  EXPECT_EQ(nano().decode(ids), "<bos>a<turn|> b<|channel>");
+  EXPECT_EQ(nano().decode(ids, {.skip_control = true}), "a b<|channel>");
+}
+
+TEST(Tokenizer, TheSpacePrefixIsAddedOnceAndTakenBack) {
+  VocabularyData data = toy_vocabulary();
+  data.add_space_prefix = true;
+  const Tokenizer toy(data);
+  const auto id = [&](std::string_view text) { return *toy.vocabulary().find(text); };
+  EXPECT_EQ(toy.encode("ab", kPlain), (Ids{id(kSpaceMark), id("ab")}));
+  EXPECT_EQ(toy.encode("<bos>a", kSpecial), (Ids{2, id("\u2581a")}));
+  EXPECT_EQ(toy.encode("xya", kPlain), (Ids{id("xy"), id("a")}));
+  for (const char* text : {"", " ", "ab", " ab", "  a", "\na", "xy a", " xy", "<bos> a", "<bos>xy a"}) {
+    EXPECT_EQ(toy.decode(toy.encode(text, kSpecial)), text);
+  }
+}
+
+TEST(Tokenizer, EndsAreTheEndOfSequenceAndOfATurn) {
+  const Tokenizer toy(toy_vocabulary());
+  EXPECT_TRUE(toy.is_end(1));
+  EXPECT_TRUE(toy.is_end(5));
+  EXPECT_FALSE(toy.is_end(2));
+  EXPECT_FALSE(toy.is_end(300));
+  VocabularyData data = toy_vocabulary();
+  data.eos_id = -1;
+  data.types[5] = static_cast<std::int32_t>(TokenType::kNormal);
+  EXPECT_FALSE(Tokenizer(data).is_end(1));
+  EXPECT_FALSE(Tokenizer(data).is_end(5));
+}
+
+TEST(Tokenizer, PiecesJoinToTheDecodedText) {
+  const std::string text = "na\u00EFve 你好 \U0001F600";
+  std::string joined;
+  for (const std::int32_t id : nano().encode(text, kPlain)) joined += nano().decode_piece(id);
+  EXPECT_EQ(joined, text);
+}
+
+TEST(Tokenizer, AMillionBytesInOnePieceAreNoWork) {
+  const Tokenizer toy(toy_vocabulary());
+  const std::string text(1'000'000, 'a');
+  const Ids ids = toy.encode(text, kPlain);
+  EXPECT_EQ(ids.size(), text.size() / 4);
+  EXPECT_EQ(toy.decode(ids), text);
+}
+
+TEST(Tokenizer, AMovedTokenizerWorks) {
+  Tokenizer first(toy_vocabulary());
+  const Tokenizer second = std::move(first);
+  EXPECT_EQ(second.decode(second.encode("<bos>abc xyz", kSpecial)), "<bos>abc xyz");
+}
+
+TEST(Tokenizer, AnIdOutsideTheVocabularyIsRefused) {
+  for (const std::int32_t id : {-1, 4096}) {
+    EXPECT_THROW(static_cast<void>(nano().decode(Ids{5, id})), std::invalid_argument);
+    EXPECT_THROW(static_cast<void>(nano().decode_piece(id)), std::invalid_argument);
+  }
+  try {
+    static_cast<void>(nano().decode(Ids{5, 4096}));
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(), "tokenizer: id 4096 at place 1, the vocabulary has 4096 tokens");
+  }
+}
+
+// ---- bad vocabularies
+
+struct BadVocabulary {
+  const char* name;
+  void (*spoil)(VocabularyData&);
+  const char* message;  // that the error must contain
+};
+
+std::int32_t number(TokenType type) {
+  return static_cast<std::int32_t>(type);
+}
+
+const BadVocabulary kBad[] = {
+    {"no_tokens", [](VocabularyData& d) { d.tokens.clear(), d.types.clear(); },
+     "tokens: expected 1 to 2147483647 tokens, found 0"},
+    {"types_too_few", [](VocabularyData& d) { d.types.pop_back(); },
+     "token_type: expected 284 types, one a token, found 283"},
+    {"types_too_many", [](VocabularyData& d) { d.types.push_back(1); }, "expected 284 types, one a token, found 285"},
+    {"type_zero", [](VocabularyData& d) { d.types[9] = 0; }, "token_type[9]: expected a type from 1 to 6, found 0"},
+    {"type_seven", [](VocabularyData& d) { d.types[9] = 7; }, "token_type[9]: expected a type from 1 to 6, found 7"},
+    {"empty_token", [](VocabularyData& d) { d.tokens[3].clear(); }, "tokens[3]: expected a text, found an empty one"},
+    {"repeated_token", [](VocabularyData& d) { d.tokens[3] = "<bos>"; },
+     "tokens[3]: expected unique tokens, found '<bos>', which is also id 2"},
+    {"byte_missing", [](VocabularyData& d) { d.types[8] = number(TokenType::kNormal); },
+     "expected a byte token for each byte, found none for byte 0"},
+    {"byte_malformed", [](VocabularyData& d) { d.tokens[8] = "<0x0g>"; },
+     "tokens[8]: expected a byte token <0x00> to <0xFF>, found '<0x0g>'"},
+    {"byte_lower_case", [](VocabularyData& d) { d.tokens[8 + 0xAB] = "<0xab>"; }, "found '<0xab>'"},
+    {"no_space_mark", [](VocabularyData& d) { d.types[267] = number(TokenType::kControl); },
+     "expected a token for the space mark U+2581, found none"},
+    {"merge_without_space", [](VocabularyData& d) { d.merges[1] = "ab"; },
+     "merges[1]: expected two tokens with one space between, found 'ab'"},
+    {"merge_with_two_spaces", [](VocabularyData& d) { d.merges[1] = "a  b"; },
+     "merges[1]: expected two tokens with one space between"},
+    {"merge_without_left", [](VocabularyData& d) { d.merges[1] = " b"; }, "merges[1]: expected two tokens"},
+    {"merge_without_right", [](VocabularyData& d) { d.merges[1] = "a "; }, "merges[1]: expected two tokens"},
+    {"merge_empty", [](VocabularyData& d) { d.merges[1] = ""; }, "merges[1]: expected two tokens"},
+    {"merge_unknown_left", [](VocabularyData& d) { d.merges[1] = "q b"; },
+     "merges[1]: expected tokens of the vocabulary, found 'q', which is none"},
+    {"merge_unknown_right", [](VocabularyData& d) { d.merges[1] = "a q"; }, "found 'q', which is none"},
+    {"merge_unknown_result", [](VocabularyData& d) { d.merges[1] = "c c"; }, "found 'cc', which is none"},
+    {"merge_repeated", [](VocabularyData& d) { d.merges[3] = "b c"; },
+     "merges[3]: expected unique merges, found 'b c', which is also merge 0"},
+    {"bos_out_of_range", [](VocabularyData& d) { d.bos_id = 284; },
+     "bos_token_id: expected an id below 284, found 284"},
+    {"bos_below_none", [](VocabularyData& d) { d.bos_id = -2; }, "bos_token_id: expected an id below 284, found -2"},
+    {"eos_out_of_range", [](VocabularyData& d) { d.eos_id = 1LL << 40; },
+     "eos_token_id: expected an id below 284, found 1099511627776"},
+    {"add_bos_without_bos", [](VocabularyData& d) { d.bos_id = -1; },
+     "add_bos_token: expected a bos_token_id with it, found none"},
+};
+
+class TokenizerRefuses : public testing::TestWithParam<BadVocabulary> {};
+
+TEST_P(TokenizerRefuses, NamingWhatIsWrong) {
+  VocabularyData data = toy_vocabulary();
+  ASSERT_NO_THROW(Tokenizer{data});
+  GetParam().spoil(data);
+  try {
+    const Tokenizer tokenizer(data);
+    FAIL() << "accepted";
+  } catch (const FormatError& error) {
+    EXPECT_NE(std::string(error.what()).find(GetParam().message), std::string::npos) << error.what();
+    EXPECT_TRUE(std::string(error.what()).starts_with("toy: tokenizer.ggml."));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Tokenizer, TokenizerRefuses, testing::ValuesIn(kBad),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(Tokenizer, AFileWithoutAVocabularyIsRefused) {
+  try {
+    static_cast<void>(vocabulary_data(GgufFile::open(kData / "nano/nano-Q4_K_M-logits.gguf")));
+    FAIL() << "accepted";
+  } catch (const FormatError& error) {
+    EXPECT_NE(std::string(error.what()).find("tokenizer.ggml.model"), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
