@@ -59,7 +59,8 @@ struct BasicTq4CacheView {
   View<Element<Tq4Norm>, 3> v_norm;        ///< the same
 
   /// A view of a mutable cache converts to a view of a const one.
-  [[nodiscard]] constexpr operator BasicTq4CacheView<true>() const requires(!kConst) {
+  template <bool kTo>
+  requires(kTo && !kConst) [[nodiscard]] constexpr operator BasicTq4CacheView<kTo>() const {
     return {k_codes, v_codes, k_norm, v_norm};
   }
 };

@@ -32,8 +32,11 @@ struct View {
     return count;
   }
 
-  /// A view of mutable elements converts to a view of const ones.
-  [[nodiscard]] constexpr operator View<const T, kRank>() const requires(!std::is_const_v<T>) {
+  /// A view of mutable elements converts to a view of const ones. (A template, because nvcc warns of a plain conversion
+  /// operator of View<const T> to itself even where `requires` removes it.)
+  template <class TConst>
+  requires(!std::is_const_v<T> && std::is_same_v<TConst, const T>) [[nodiscard]] constexpr
+  operator View<TConst, kRank>() const {
     View<const T, kRank> view;
     view.data = data;
     for (int axis = 0; axis < kRank; ++axis) view.extent[axis] = extent[axis], view.stride[axis] = stride[axis];
