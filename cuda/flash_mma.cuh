@@ -1,0 +1,421 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "cuda/flash_params.cuh"
+#include "cuda/mma.cuh"
+
+/// Flash attention with mma.sync: every head_dim, group, mask and source of keys, on every device from sm_80.
+/// It is the path of decode (few rows, keys split over blocks) and the prefill of devices without wgmma.
+///
+/// A block holds 16 * warps_m rows of one KV head and walks over tiles of keys; warps_k warps share the keys of a tile
+/// and are merged at the end in a fixed order; warps_d warps share the output dimensions (each computes all scores).
+/// With n_split > 1 a block takes one slice of the tiles and leaves (max, sum, unnormalised output) for combine_kernel.
+/// Slices are cut from the number of keys alone, so the result depends on n_split and kv_len, never on the buffer.
+namespace gemma4::cuda {
+
+/// One compiled shape of the mma.sync kernel.
+struct FlashTile {
+  int head_dim;
+  int warps_m;  ///< 16 rows each
+  int warps_k;  ///< share the keys of a tile
+  int warps_d;  ///< share the output dimensions: 256 of them are 128 registers
+  int tile_kv;  ///< keys in shared memory at a time
+  int n_stage;  ///< tiles in flight
+  bool operator==(const FlashTile&) const = default;
+
+  [[nodiscard]] constexpr int n_thread() const { return 32 * warps_m * warps_k * warps_d; }
+  [[nodiscard]] constexpr int rows() const { return 16 * warps_m; }
+  [[nodiscard]] constexpr int smem_bytes() const { return (rows() + 2 * tile_kv * n_stage) * head_dim * 2; }
+};
+
+/// Prefill tiles have warps_m = 4, decode tiles warps_m = 1. For each head_dim the first that fits is taken; the last
+/// of each kind needs at most 99 KB, what every device from sm_80 has.
+inline constexpr std::array kFlashTiles{
+    FlashTile{.head_dim = 64, .warps_m = 4, .warps_k = 1, .warps_d = 1, .tile_kv = 64, .n_stage = 2},
+    FlashTile{.head_dim = 128, .warps_m = 4, .warps_k = 1, .warps_d = 1, .tile_kv = 64, .n_stage = 2},
+    FlashTile{.head_dim = 256, .warps_m = 4, .warps_k = 1, .warps_d = 1, .tile_kv = 64, .n_stage = 2},
+    FlashTile{.head_dim = 256, .warps_m = 4, .warps_k = 1, .warps_d = 1, .tile_kv = 32, .n_stage = 2},
+    FlashTile{.head_dim = 512, .warps_m = 4, .warps_k = 1, .warps_d = 2, .tile_kv = 32, .n_stage = 2},
+    FlashTile{.head_dim = 512, .warps_m = 4, .warps_k = 1, .warps_d = 2, .tile_kv = 16, .n_stage = 1},
+    FlashTile{.head_dim = 64, .warps_m = 1, .warps_k = 4, .warps_d = 1, .tile_kv = 64, .n_stage = 3},
+    FlashTile{.head_dim = 128, .warps_m = 1, .warps_k = 4, .warps_d = 1, .tile_kv = 64, .n_stage = 2},
+    FlashTile{.head_dim = 256, .warps_m = 1, .warps_k = 4, .warps_d = 1, .tile_kv = 64, .n_stage = 2},
+    FlashTile{.head_dim = 256, .warps_m = 1, .warps_k = 4, .warps_d = 1, .tile_kv = 64, .n_stage = 1},
+    FlashTile{.head_dim = 512, .warps_m = 1, .warps_k = 2, .warps_d = 2, .tile_kv = 32, .n_stage = 2},
+    FlashTile{.head_dim = 512, .warps_m = 1, .warps_k = 2, .warps_d = 2, .tile_kv = 32, .n_stage = 1},
+};
+
+namespace detail {
+
+template <FlashTile kTile>
+struct FlashMmaTraits {
+  static constexpr int kHeadDim = kTile.head_dim;
+  static constexpr int kWarpsM = kTile.warps_m, kWarpsK = kTile.warps_k, kWarpsD = kTile.warps_d;
+  static constexpr int kTileKv = kTile.tile_kv, kStages = kTile.n_stage;
+  static constexpr int kThreads = kTile.n_thread();
+  static constexpr int kRows = kTile.rows();
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr int kChunks = kHeadDim / 8;  ///< of 16 bytes in a row
+  static constexpr int kWarpDims = kHeadDim / kWarpsD;
+  static constexpr int kQBytes = kRows * kRowBytes;
+  static constexpr int kTileBytes = kTileKv * kRowBytes;  ///< of K or of V
+  static constexpr int kSmemBytes = kTile.smem_bytes();
+  static_assert(kTileKv % (16 * kWarpsK) == 0, "each warp takes whole groups of 16 keys");
+  static_assert(kWarpDims <= 256, "more than 128 accumulator registers a thread spill");
+  static_assert(kWarpsK == 1 || kRows * kHeadDim * 4 + kWarpsK * kRows * 8 <= 2 * kStages * kTileBytes + kQBytes,
+                "the merge of the warps must fit where the tiles were");
+};
+
+/// Byte offset of 16-byte chunk `chunk` of row `row`: the chunk index is XORed with the row, so that eight rows of one
+/// column, which ldmatrix reads together, lie in eight different groups of banks.
+template <class TTraits>
+[[nodiscard]] __device__ __forceinline__ std::uint32_t swizzled(int row, int chunk) {
+  return static_cast<std::uint32_t>(row * TTraits::kRowBytes + ((chunk ^ (row & 7)) << 4));
+}
+
+/// Rows row0, row0 + 1, ... of the call into shared memory; rows beyond the last are zero.
+template <class TTraits>
+__device__ __forceinline__ void load_queries(const FlashParams& params, std::uint32_t smem, int batch, int head_kv,
+                                             int row0) {
+  const int n_row = flash_rows(params);
+  for (int item = threadIdx.x; item < TTraits::kRows * TTraits::kChunks; item += TTraits::kThreads) {
+    const int row = item / TTraits::kChunks, chunk = item % TTraits::kChunks;
+    const bool valid = row0 + row < n_row;
+    const int token = valid ? (row0 + row) / params.group : 0;
+    const int head = head_kv * params.group + (valid ? (row0 + row) % params.group : 0);
+    const Bf16* source =
+        params.q + batch * params.q_stride[0] + token * params.q_stride[1] + head * params.q_stride[2] + chunk * 8;
+    copy_async_16(smem + swizzled<TTraits>(row, chunk), source, valid);
+  }
+}
+
+/// K and V of positions [first, first + kTileKv); rows outside [keys.lo, keys.hi) are zero, so that a masked
+/// probability of 0 never meets a NaN.
+template <class TTraits>
+__device__ __forceinline__ void load_keys(const FlashParams& params, const KeyExtent& extent, KeyRange keys,
+                                          std::uint32_t smem, int batch, int head_kv, int first) {
+  for (int item = threadIdx.x; item < TTraits::kTileKv * TTraits::kChunks; item += TTraits::kThreads) {
+    const int row = item / TTraits::kChunks, chunk = item % TTraits::kChunks;
+    const int position = first + row;
+    const bool valid = position >= keys.lo && position < keys.hi;
+    const bool fresh = position >= extent.fresh_begin;
+    const KeySource& source = fresh ? params.fresh : params.old;
+    std::int64_t source_row = 0;
+    if (valid) source_row = fresh ? position - extent.fresh_begin : position % params.ring_len;
+    const Bf16* k = (valid ? source.k : params.q) + batch * source.k_stride[0] + head_kv * source.k_stride[1] +
+                    source_row * source.k_stride[2] + chunk * 8;
+    const Bf16* v = (valid ? source.v : params.q) + batch * source.v_stride[0] + head_kv * source.v_stride[1] +
+                    source_row * source.v_stride[2] + chunk * 8;
+    const std::uint32_t target = smem + swizzled<TTraits>(row, chunk);
+    copy_async_16(target, k, valid);
+    copy_async_16(target + TTraits::kTileBytes, v, valid);
+  }
+}
+
+/// Running softmax and output of the two rows that a thread shares with its quad.
+template <class TTraits>
+struct FlashState {
+  float m[2], l[2];  ///< maximum in base 2; this thread's part of the sum
+  float o[TTraits::kWarpDims / 8][4];
+
+  __device__ __forceinline__ void init() {
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0.0f;
+#pragma unroll
+    for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
+  }
+};
+
+/// Scores of 16 rows against 16 keys, summed over all of head_dim in two chains.
+template <class TTraits>
+__device__ __forceinline__ void score_keys(float (&s)[2][4], std::uint32_t q_smem, std::uint32_t k_smem, int row0,
+                                           int key0) {
+  const int lane = threadIdx.x & 31;
+  const int a_row = row0 + (lane & 15), b_row = key0 + (lane & 7) + ((lane >> 4) << 3);
+  float chain[2][2][4] = {};
+#pragma unroll 8
+  for (int step = 0; step < TTraits::kHeadDim / 16; ++step) {
+    std::uint32_t a[4], b[4];
+    load_matrix_x4(a, q_smem + swizzled<TTraits>(a_row, 2 * step + (lane >> 4)));
+    load_matrix_x4(b, k_smem + swizzled<TTraits>(b_row, 2 * step + ((lane >> 3) & 1)));
+    mma_bf16(chain[step & 1][0], a, b[0], b[1]);
+    mma_bf16(chain[step & 1][1], a, b[2], b[3]);
+  }
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[tile][i] = chain[0][tile][i] + chain[1][tile][i];
+  }
+}
+
+/// Scales the scores and hides the keys that a row does not see.
+__device__ __forceinline__ void hide_keys(float (&s)[2][4], const FlashParams& params, int batch, int first,
+                                          const int (&token)[2], const KeyRange (&keys)[2]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int half = (i >> 1) & 1;
+    const int position = first + (i >> 2) * 8 + (threadIdx.x & 3) * 2 + (i & 1);
+    bool visible = position >= keys[half].lo && position < keys[half].hi;
+    if (params.mask != nullptr && visible) {
+      visible = params.mask[(static_cast<std::int64_t>(batch) * params.n_query + token[half]) * params.mask_extent +
+                            position] != 0;
+    }
+    float& score = s[i >> 2][i & 3];
+    score = visible ? score * params.scale_log2 : -INFINITY;
+  }
+}
+
+/// Absorbs 16 scored keys into the state: new maximum, probabilities, and o = o * alpha + p V.
+template <class TTraits>
+__device__ __forceinline__ void absorb(FlashState<TTraits>& state, float (&s)[2][4], std::uint32_t v_smem, int key0,
+                                       int dim0) {
+  float alpha[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float maximum = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
+    maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
+    maximum = fmaxf(state.m[half], fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2)));
+    const float reference = maximum == -INFINITY ? 0.0f : maximum;  // (-inf) - (-inf) is not a number
+    alpha[half] = exp2_approx(state.m[half] - reference);
+    state.m[half] = maximum;
+    float sum = 0.0f;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& p = s[tile][2 * half + i];
+        p = exp2_approx(p - reference);
+        sum += p;
+      }
+    }
+    state.l[half] = state.l[half] * alpha[half] + sum;
+  }
+  if (__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
+#pragma unroll
+    for (auto& tile : state.o) {
+      tile[0] *= alpha[0], tile[1] *= alpha[0];
+      tile[2] *= alpha[1], tile[3] *= alpha[1];
+    }
+  }
+  const std::uint32_t p[4] = {pack_bf16(s[0][0], s[0][1]), pack_bf16(s[0][2], s[0][3]), pack_bf16(s[1][0], s[1][1]),
+                              pack_bf16(s[1][2], s[1][3])};
+  const int lane = threadIdx.x & 31;
+  const int v_row = key0 + (lane & 15);
+#pragma unroll
+  for (int pair = 0; pair < TTraits::kWarpDims / 16; ++pair) {
+    std::uint32_t b[4];
+    load_matrix_x4_transposed(b, v_smem + swizzled<TTraits>(v_row, dim0 / 8 + 2 * pair + (lane >> 4)));
+    mma_bf16(state.o[2 * pair], p, b[0], b[1]);
+    mma_bf16(state.o[2 * pair + 1], p, b[2], b[3]);
+  }
+}
+
+/// Where the rows of a block go: normalised into out, or as they are into the partials of a split.
+template <class TTraits>
+__device__ __forceinline__ void store_pair(const FlashParams& params, int batch, int head_kv, int row, int dim, float l,
+                                           float first, float second) {
+  if (row >= flash_rows(params)) return;
+  if (params.n_split > 1) {
+    const std::int64_t index =
+        (static_cast<std::int64_t>(blockIdx.z) * params.batch * params.n_head_kv + batch * params.n_head_kv + head_kv) *
+            flash_rows(params) +
+        row;
+    *reinterpret_cast<float2*>(params.partial_o + index * TTraits::kHeadDim + dim) = make_float2(first, second);
+    return;
+  }
+  const float inverse = l > 0.0f ? 1.0f / l : 0.0f;  // a row that saw no key gives zeros
+  Bf16* target = params.out + batch * params.out_stride[0] + (row / params.group) * params.out_stride[1] +
+                 (head_kv * params.group + row % params.group) * params.out_stride[2] + dim;
+  *reinterpret_cast<std::uint32_t*>(target) = pack_bf16(first * inverse, second * inverse);
+}
+
+template <class TTraits>
+__device__ __forceinline__ void store_ml(const FlashParams& params, int batch, int head_kv, int row, float m, float l) {
+  if (params.n_split == 1 || row >= flash_rows(params)) return;
+  const std::int64_t index =
+      (static_cast<std::int64_t>(blockIdx.z) * params.batch * params.n_head_kv + batch * params.n_head_kv + head_kv) *
+          flash_rows(params) +
+      row;
+  *reinterpret_cast<float2*>(params.partial_ml + index * 2) = make_float2(m, l);
+}
+
+/// Merges the warps that shared the keys (in warp order, through shared memory) and writes the block's rows.
+template <class TTraits>
+__device__ __forceinline__ void merge_and_store(FlashState<TTraits>& state, const FlashParams& params, float* smem,
+                                                int batch, int head_kv, int row0, int warp_m, int warp_k, int dim0) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int row = warp_m * 16 + g;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    state.l[half] += __shfl_xor_sync(~0u, state.l[half], 1);
+    state.l[half] += __shfl_xor_sync(~0u, state.l[half], 2);
+  }
+  if constexpr (TTraits::kWarpsK == 1) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (t == 0 && dim0 == 0) {
+        store_ml<TTraits>(params, batch, head_kv, row0 + row + 8 * half, state.m[half], state.l[half]);
+      }
+#pragma unroll
+      for (int tile = 0; tile < TTraits::kWarpDims / 8; ++tile) {
+        store_pair<TTraits>(params, batch, head_kv, row0 + row + 8 * half, dim0 + tile * 8 + 2 * t, state.l[half],
+                            state.o[tile][2 * half], state.o[tile][2 * half + 1]);
+      }
+    }
+  } else {
+    float* const sums = smem;                                     // [kRows, kHeadDim]
+    float* const ml = smem + TTraits::kRows * TTraits::kHeadDim;  // [kWarpsK, kRows, 2]
+    __syncthreads();                                              // the tiles are no longer needed
+    for (int half = 0; half < 2; ++half) {
+      if (t == 0 && dim0 == 0) {
+        ml[(warp_k * TTraits::kRows + row + 8 * half) * 2] = state.m[half];
+        ml[(warp_k * TTraits::kRows + row + 8 * half) * 2 + 1] = state.l[half];
+      }
+    }
+    __syncthreads();
+    float maximum[2], factor[2], total[2] = {0.0f, 0.0f};
+    for (int half = 0; half < 2; ++half) {
+      const float* row_ml = ml + (row + 8 * half) * 2;
+      maximum[half] = -INFINITY;
+      for (int k = 0; k < TTraits::kWarpsK; ++k) maximum[half] = fmaxf(maximum[half], row_ml[k * TTraits::kRows * 2]);
+      const float reference = maximum[half] == -INFINITY ? 0.0f : maximum[half];
+      for (int k = 0; k < TTraits::kWarpsK; ++k) {
+        total[half] += row_ml[k * TTraits::kRows * 2 + 1] * exp2_approx(row_ml[k * TTraits::kRows * 2] - reference);
+      }
+      factor[half] = exp2_approx(state.m[half] - reference);
+    }
+    for (int k = 0; k < TTraits::kWarpsK; ++k) {
+      if (warp_k == k) {
+#pragma unroll
+        for (int i = 0; i < TTraits::kWarpDims / 4; ++i) {
+          const int half = i & 1, tile = i >> 1;
+          float* sum = sums + (row + 8 * half) * TTraits::kHeadDim + dim0 + tile * 8 + 2 * t;
+          const float2 before = k == 0 ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(sum);
+          const float2 after = make_float2(before.x + state.o[tile][2 * half] * factor[half],
+                                           before.y + state.o[tile][2 * half + 1] * factor[half]);
+          if (k + 1 < TTraits::kWarpsK) {
+            *reinterpret_cast<float2*>(sum) = after;
+          } else {
+            store_pair<TTraits>(params, batch, head_kv, row0 + row + 8 * half, dim0 + tile * 8 + 2 * t, total[half],
+                                after.x, after.y);
+          }
+        }
+        if (k + 1 == TTraits::kWarpsK && t == 0 && dim0 == 0) {
+          for (int half = 0; half < 2; ++half) {
+            store_ml<TTraits>(params, batch, head_kv, row0 + row + 8 * half, maximum[half], total[half]);
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+/// Tiles [first, last) of the block.
+struct TileRange {
+  int first, last;
+};
+
+/// The tiles of split blockIdx.z among those of the whole call, cut down to what the block's rows can see.
+template <class TTraits>
+[[nodiscard]] __device__ __forceinline__ TileRange block_tiles(const FlashParams& params, const KeyExtent& extent,
+                                                               KeyRange call, int first_token, int last_token) {
+  constexpr int kTileKv = TTraits::kTileKv;
+  const int base = call.lo / kTileKv, n_tile = max(0, (extent.kv_end + kTileKv - 1) / kTileKv - base);
+  const auto split = static_cast<std::int64_t>(blockIdx.z);
+  TileRange tiles{base + static_cast<int>(n_tile * split / params.n_split),
+                  base + static_cast<int>(n_tile * (split + 1) / params.n_split)};
+  if (params.causal_skip || params.ring_len > 0) {
+    tiles.first = max(tiles.first, visible_keys(params, extent, first_token).lo / kTileKv);
+    tiles.last = min(tiles.last, (visible_keys(params, extent, last_token).hi + kTileKv - 1) / kTileKv);
+  }
+  return tiles;
+}
+
+/// grid: x = row tile (longest first), y = batch * n_head_kv, z = split.
+template <class TTraits>
+__global__ void __launch_bounds__(TTraits::kThreads) flash_mma_kernel(const __grid_constant__ FlashParams params) {
+  extern __shared__ __align__(128) unsigned char smem_bytes[];
+  const std::uint32_t q_smem = shared_address(smem_bytes), kv_smem = q_smem + TTraits::kQBytes;
+  const int batch = blockIdx.y / params.n_head_kv, head_kv = blockIdx.y % params.n_head_kv;
+  const int row0 = static_cast<int>(gridDim.x - 1 - blockIdx.x) * TTraits::kRows;
+  const int warp = threadIdx.x / 32, warp_m = warp % TTraits::kWarpsM;
+  const int warp_k = warp / TTraits::kWarpsM % TTraits::kWarpsK;
+  const int dim0 = warp / (TTraits::kWarpsM * TTraits::kWarpsK) * TTraits::kWarpDims;
+
+  const KeyExtent extent = key_extent(params);
+  const KeyRange call{visible_keys(params, extent, 0).lo, extent.kv_end};
+  const int last_token = min(params.n_query - 1, (row0 + TTraits::kRows - 1) / params.group);
+  const TileRange tiles = block_tiles<TTraits>(params, extent, call, row0 / params.group, last_token);
+  int token[2];
+  KeyRange keys[2];
+  for (int half = 0; half < 2; ++half) {
+    token[half] = min(params.n_query - 1, (row0 + warp_m * 16 + (threadIdx.x & 31) / 4 + 8 * half) / params.group);
+    keys[half] = visible_keys(params, extent, token[half]);
+  }
+
+  load_queries<TTraits>(params, q_smem, batch, head_kv, row0);
+  const auto fetch = [&](int tile) {
+    if (tile < tiles.last) {
+      load_keys<TTraits>(params, extent, call,
+                         kv_smem + (tile - tiles.first) % TTraits::kStages * 2 * TTraits::kTileBytes, batch, head_kv,
+                         tile * TTraits::kTileKv);
+    }
+    copy_async_commit();
+  };
+  FlashState<TTraits> state;
+  state.init();
+  for (int stage = 0; stage < TTraits::kStages; ++stage) fetch(tiles.first + stage);
+  for (int tile = tiles.first; tile < tiles.last; ++tile) {
+    copy_async_wait<TTraits::kStages - 1>();
+    __syncthreads();
+    const std::uint32_t k_smem = kv_smem + (tile - tiles.first) % TTraits::kStages * 2 * TTraits::kTileBytes;
+    for (int key0 = warp_k * 16; key0 < TTraits::kTileKv; key0 += 16 * TTraits::kWarpsK) {
+      float s[2][4];
+      score_keys<TTraits>(s, q_smem, k_smem, warp_m * 16, key0);
+      hide_keys(s, params, batch, tile * TTraits::kTileKv + key0, token, keys);
+      absorb<TTraits>(state, s, k_smem + TTraits::kTileBytes, key0, dim0);
+    }
+    __syncthreads();
+    fetch(tile + TTraits::kStages);
+  }
+  copy_async_wait<0>();
+  if (params.tile_count != nullptr && threadIdx.x == 0 && tiles.last > tiles.first) {
+    atomicAdd(params.tile_count, static_cast<unsigned long long>(tiles.last - tiles.first));
+  }
+  merge_and_store<TTraits>(state, params, reinterpret_cast<float*>(smem_bytes), batch, head_kv, row0, warp_m, warp_k,
+                           dim0);
+}
+
+/// Merges the splits of one row in split order: out = sum_s 2^(m_s - m) O_s / sum_s 2^(m_s - m) l_s.
+/// grid: x = row, y = batch * n_head_kv; a thread owns four dimensions.
+template <int kHeadDim>
+__global__ void __launch_bounds__(kHeadDim / 4) flash_combine_kernel(const __grid_constant__ FlashParams params) {
+  const int row = blockIdx.x, n_row = flash_rows(params), n_head = params.batch * params.n_head_kv;
+  const int batch = blockIdx.y / params.n_head_kv, head_kv = blockIdx.y % params.n_head_kv;
+  const auto index = [&](int split) { return (static_cast<std::int64_t>(split) * n_head + blockIdx.y) * n_row + row; };
+  float maximum = -INFINITY;
+  for (int split = 0; split < params.n_split; ++split) maximum = fmaxf(maximum, params.partial_ml[2 * index(split)]);
+  const float reference = maximum == -INFINITY ? 0.0f : maximum;
+  float total = 0.0f;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+  for (int split = 0; split < params.n_split; ++split) {
+    const float2 ml = *reinterpret_cast<const float2*>(params.partial_ml + 2 * index(split));
+    const float4 o = *reinterpret_cast<const float4*>(params.partial_o + index(split) * kHeadDim + 4 * threadIdx.x);
+    const float factor = exp2_approx(ml.x - reference);
+    total += ml.y * factor;
+    sum.x += o.x * factor, sum.y += o.y * factor, sum.z += o.z * factor, sum.w += o.w * factor;
+  }
+  const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+  Bf16* target = params.out + batch * params.out_stride[0] + (row / params.group) * params.out_stride[1] +
+                 (head_kv * params.group + row % params.group) * params.out_stride[2] + 4 * threadIdx.x;
+  *reinterpret_cast<uint2*>(target) =
+      make_uint2(pack_bf16(sum.x * inverse, sum.y * inverse), pack_bf16(sum.z * inverse, sum.w * inverse));
+}
+
+}  // namespace detail
+}  // namespace gemma4::cuda

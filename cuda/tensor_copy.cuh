@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/mma.cuh"
+#include "gemma4/error.hpp"
+#include "gemma4/float16.hpp"
+
+/// The tensor copy engine of sm_90: maps of strided tensors, bulk copies between them and shared memory, and the
+/// mbarriers that such copies complete on. Source: the PTX ISA, "cp.async.bulk.tensor" and "mbarrier".
+namespace gemma4::cuda {
+
+/// Extents and strides of a bf16 tensor, innermost first; the innermost axis is contiguous.
+struct TensorMapShape {
+  std::uint64_t extent[5];
+  std::uint64_t stride_bytes[4];  ///< of axes 1 to 4; multiples of 16
+  std::uint32_t box[5];           ///< what one copy moves; the innermost is 64 values, one 128-byte row
+};
+
+/// A map of `data` in the 128-byte swizzle; what lies outside the extents reads as zero and is not written.
+/// @throws std::invalid_argument when the driver has no tensor maps or refuses this one
+[[nodiscard]] inline CUtensorMap make_tensor_map(const char* what, const Bf16* data, const TensorMapShape& shape) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  require(status == cudaSuccess && found == cudaDriverEntryPointSuccess && function != nullptr, what,
+          ": the driver has no cuTensorMapEncodeTiled (", cudaGetErrorString(status), "); it is too old for sm_90");
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  CUtensorMap map{};
+  const cuuint32_t element_stride[5] = {1, 1, 1, 1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<Bf16*>(data), shape.extent, shape.stride_bytes,
+             shape.box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require(result == CUDA_SUCCESS, what, ": the driver refuses the tensor map (CUresult ", static_cast<int>(result),
+          "); data and strides must be multiples of 16 bytes");
+  return map;
+}
+
+__device__ __forceinline__ void mbarrier_init(std::uint32_t barrier, int n_arrival) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n_arrival) : "memory");
+}
+
+/// Makes initialised barriers visible to the copy engine and to the other blocks of the cluster.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+/// Arrives and announces `n_byte` that copies will bring.
+__device__ __forceinline__ void mbarrier_expect(std::uint32_t barrier, std::uint32_t n_byte) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_byte) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Arrives at the barrier of the same offset in block `rank` of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_cluster(std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+/// Waits until the phase of parity `parity` has completed.
+__device__ __forceinline__ void mbarrier_wait(std::uint32_t barrier, std::uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over_%=;\n"
+      "bra again_%=;\n"
+      "over_%=: }" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+/// The same, ordered after arrivals from other blocks of the cluster.
+__device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t barrier, std::uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over_%=;\n"
+      "bra again_%=;\n"
+      "over_%=: }" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+/// Box at coordinate c (innermost first) into shared memory; its bytes complete on `barrier`.
+__device__ __forceinline__ void tensor_load(std::uint32_t target, const CUtensorMap* map, std::uint32_t barrier, int c0,
+                                            int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+/// The same into every block of the cluster whose bit is set in `blocks`, at the same offset and barrier in each.
+__device__ __forceinline__ void tensor_load_multicast(std::uint32_t target, const CUtensorMap* map,
+                                                      std::uint32_t barrier, std::uint16_t blocks, int c0, int c1,
+                                                      int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(target),
+      "l"(map), "r"(barrier), "h"(blocks), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+/// Box from shared memory to the tensor; finished after tensor_store_finish() by the same thread.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, std::uint32_t source, int c0, int c1, int c2,
+                                             int c3, int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+               "r"(source), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+
+__device__ __forceinline__ void tensor_store_finish() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+/// Orders this thread's ordinary writes to shared memory before later reads by wgmma and the copy engine.
+__device__ __forceinline__ void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// Meets the other threads of a named barrier (1 to 15); n_thread counts all that sync or arrive.
+__device__ __forceinline__ void named_barrier_sync(int barrier, int n_thread) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_thread) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int n_thread) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(n_thread) : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+[[nodiscard]] __device__ __forceinline__ std::uint32_t cluster_rank() {
+  std::uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+}  // namespace gemma4::cuda
