@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemma4/model/golden.hpp"
+
+#include <filesystem>
+#include <iostream>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "experiments/driver.hpp"
+#include "experiments/reference_only.hpp"
+#include "reference/backend.hpp"
+#include "reference/golden_check.hpp"
+
+/// Do we compute what other implementations computed?
+namespace {
+
+using namespace gemma4;
+using namespace gemma4::experiment;
+
+struct Options : DriverOptions {
+  std::vector<std::filesystem::path> logits;
+  std::vector<std::filesystem::path> tq4;
+  double bound = 3e-3;
+  std::int64_t chunk = 512;
+};
+
+const std::vector<std::string> kParameters = {"golden_case", "what", "model", "backend", "cache", "chunk"};
+const std::vector<std::string> kMeasures = {"n_compared", "n_same", "max_err", "bound"};
+
+/// Codes may differ at ties only; a norm is within the roundoff of bf16; the peer's codebook leaves a relative RMS
+/// error of sqrt(0.00999), and the mean of a case's 5000 values or more stays within 10 % of that.
+constexpr double kDecompressedBound = 0.11;
+
+class Golden {
+ public:
+  Golden(const Options& options, ResultTable& table) : options_(options), table_(table) {}
+
+  void run_logits(const std::filesystem::path& path) {
+    const GgufFile file = GgufFile::open(options_.model);
+    const ModelWeights weights = weights_from_gguf(file);
+    const GoldenLogits golden = read_golden_logits(path);
+    const auto n_token = static_cast<std::int64_t>(golden.ids.size());
+    reference::Backend<float> backend(
+        weights, {.cache = parse_cache_spec(options_.caches.front()), .context = n_token, .max_chunk = options_.chunk});
+    Progress progress("golden", n_token, progress_options(options_, "tokens"));
+    const GoldenComparison result =
+        compare_with_golden(backend, golden, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+    progress.finish();
+    judge(path, "logits",
+          {.n_compared = result.n_position,
+           .n_same = result.n_same_argmax,
+           .error = result.max_abs,
+           .bound = options_.bound});
+  }
+
+  void run_tq4(const std::filesystem::path& path) {
+    const reference::Tq4GoldenComparison result = reference::compare_with_golden(read_tq4_golden(path));
+    judge(path, "codes",
+          {result.n_value, result.n_value - result.n_tie - result.n_other_code,
+           static_cast<double>(result.n_other_code), 0.0});
+    judge(path, "norms", {.error = result.norm_error, .bound = reference::kNormRoundoff});
+    judge(path, "decompressed", {.error = result.decompressed_rms, .bound = kDecompressedBound});
+    judge(path, "attention", {.error = result.attention_error, .bound = result.attention_bound});
+  }
+
+  [[nodiscard]] bool passed() const { return passed_; }
+
+ private:
+  struct Verdict {
+    std::optional<std::int64_t> n_compared = {}, n_same = {};
+    double error = 0, bound = 0;
+  };
+
+  void judge(const std::filesystem::path& path, const char* what, const Verdict& verdict) {
+    ResultTable::Row row = table_.row();
+    row.set("golden_case", path.filename().string())
+        .set("what", what)
+        .set("backend", options_.backend)
+        .set("n_compared", verdict.n_compared)
+        .set("n_same", verdict.n_same)
+        .set("max_err", verdict.error)
+        .set("bound", verdict.bound);
+    if (!options_.model.empty()) {
+      row.set("model", options_.model.filename().string())
+          .set("cache", options_.caches.front())
+          .set("chunk", options_.chunk);
+    }
+    if (verdict.error <= verdict.bound) {
+      row.commit();
+    } else {
+      row.fail("above the bound");
+      passed_ = false;
+    }
+  }
+
+  const Options& options_;
+  ResultTable& table_;
+  bool passed_ = true;
+};
+
+int run(int argc, char** argv) {
+  CLI::App app(
+      "Holds golden containers against what we compute, a row a case; the exit code is 1 when one is above its bound. "
+      "--model and --logits: a model's logits at given positions. --tq4: packing, decompression and attention of a "
+      "compressed cache.");
+  Options options;
+  options.caches = {"f32"};
+  CLI::Option* model = add_model(app, options)->required(false);
+  app.add_option("--logits", options.logits, "Container with ids, positions and logits; may be given more than once")
+      ->check(CLI::ExistingFile)
+      ->needs(model);
+  app.add_option("--tq4", options.tq4, "Container with a TQ4 case; may be given more than once")
+      ->check(CLI::ExistingFile);
+  add_cache(app, options);
+  add_backend(app, options);
+  app.add_option("--bound", options.bound,
+                 "Largest difference of a logit; the bounds of a TQ4 case follow from its data")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  add_out(app, options);
+  add_quiet(app, options);
+  parse(app, argc, argv);
+  require_reference(options.backend);
+  require(!options.logits.empty() || !options.tq4.empty(), "nothing to compare: give --logits with --model, or --tq4");
+
+  const RunInfo info = run_info("golden", argc, argv, options.seed, build_info());
+  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
+  Golden golden(options, table);
+  for (const std::filesystem::path& path : options.logits) golden.run_logits(path);
+  for (const std::filesystem::path& path : options.tq4) golden.run_tq4(path);
+  table.print(std::cout, {"golden_case", "what", "cache", "n_compared", "n_same", "max_err", "bound", "status"});
+  return golden.passed() ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return gemma4::experiment::run_main(argc, argv, run);
+}
