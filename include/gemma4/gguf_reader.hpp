@@ -70,7 +70,7 @@ class GgufFile {
   template <class T>
   [[nodiscard]] T get(std::string_view key) const {
     const GgufValue& found = value(key);
-    if (found.is_array()) mismatch<T>(key, found, concat("an array of ", found.count));
+    expect<T>(key, found, false);
     std::span<const std::byte> rest = found.bytes;
     return next<T>(key, found, rest);
   }
@@ -86,7 +86,7 @@ class GgufFile {
   template <class T>
   [[nodiscard]] std::vector<T> array(std::string_view key) const {
     const GgufValue& found = value(key);
-    if (!found.is_array()) mismatch<T>(key, found, "a single value, not an array");
+    expect<T>(key, found, true);
     std::vector<T> items;
     items.reserve(found.count);
     std::span<const std::byte> rest = found.bytes;
@@ -295,26 +295,33 @@ class GgufFile {
     return concat("tensor '", detail::printable(tensor.name), "'");
   }
 
+  /// Throws unless the value is single, or an array, of items that can become T.
+  template <class T>
+  void expect(std::string_view key, const GgufValue& value, bool array) const {
+    constexpr bool kIsText = std::is_constructible_v<T, std::string_view>;
+    static_assert(std::is_arithmetic_v<T> || kIsText, "metadata holds bools, numbers and strings");
+    const bool fits = kIsText                       ? value.element == GgufType::kString
+                      : std::is_same_v<T, bool>     ? value.element == GgufType::kBool
+                      : std::is_floating_point_v<T> ? detail::is_float(value.element)
+                                                    : detail::is_integer(value.element);
+    if (fits && value.is_array() == array) return;
+    mismatch<T>(key, value, array,
+                concat(value.is_array() ? concat("an array of ", value.count, " ") : "", type_name(value.element)));
+  }
+
   /// Decodes the item at the front of `rest` and drops it from there. The bytes were checked when the file was read.
   template <class T>
   [[nodiscard]] T next(std::string_view key, const GgufValue& value, std::span<const std::byte>& rest) const {
     if constexpr (std::is_constructible_v<T, std::string_view>) {
-      if (value.element != GgufType::kString) mismatch<T>(key, value, type_name(value.element));
       std::uint64_t length = 0;
       std::memcpy(&length, rest.data(), sizeof(length));
       const T text(std::string_view(reinterpret_cast<const char*>(rest.data() + sizeof(length)), length));
       rest = rest.subspan(sizeof(length) + length);
       return text;
     } else {
-      static_assert(std::is_arithmetic_v<T>, "metadata holds bools, numbers and strings");
-      constexpr bool kIsBool = std::is_same_v<T, bool>;
-      const bool type_fits = kIsBool                       ? value.element == GgufType::kBool
-                             : std::is_floating_point_v<T> ? detail::is_float(value.element)
-                                                           : detail::is_integer(value.element);
-      if (!type_fits) mismatch<T>(key, value, type_name(value.element));
       const std::byte* const at = rest.data();
       rest = rest.subspan(scalar_bytes(value.element));
-      if constexpr (kIsBool) {
+      if constexpr (std::is_same_v<T, bool>) {
         return std::to_integer<int>(*at) != 0;
       } else {
         return detail::visit_number(value.element, at, [&](auto number) { return convert<T>(key, value, number); });
@@ -326,19 +333,24 @@ class GgufFile {
   template <class T, class TNumber>
   [[nodiscard]] T convert(std::string_view key, const GgufValue& value, TNumber number) const {
     if constexpr (std::is_integral_v<T> && std::is_integral_v<TNumber>) {
-      if (!std::in_range<T>(number)) mismatch<T>(key, value, +number);
+      if (!std::in_range<T>(number)) mismatch<T>(key, value, value.is_array(), +number);
     } else if constexpr (std::is_floating_point_v<TNumber> && sizeof(T) < sizeof(TNumber)) {
       if (std::isfinite(number) && std::abs(number) > static_cast<TNumber>(std::numeric_limits<T>::max())) {
-        mismatch<T>(key, value, number);
+        mismatch<T>(key, value, value.is_array(), number);
       }
     }
     return static_cast<T>(number);
   }
 
+  /// `array`: whether an array was asked for.
   template <class T, class TFound>
-  [[noreturn]] void mismatch(std::string_view key, const GgufValue& value, const TFound& found) const {
+  [[noreturn]] void mismatch(std::string_view key, const GgufValue& value, bool array, const TFound& found) const {
+    constexpr bool kIsInteger = std::is_integral_v<T> && !std::is_same_v<T, bool>;
     throw FormatError(concat(name_, ": key '", key, "' at byte ", value.file_offset, ": expected ",
-                             std::is_integral_v<T> && !std::is_same_v<T, bool> ? "an integer that fits " : "",
+                             array ? "an array of " : "",
+                             !kIsInteger ? ""
+                             : array     ? "integers that fit "
+                                         : "an integer that fits ",
                              type_name(gguf_type_of<T>()), ", found ", found));
   }
 
