@@ -13,6 +13,7 @@
 #include "tests/support/attention_case.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/refuses.hpp"
 
 /// What every attention over a flat cache promises, as properties of a random case with their negative controls. They
 /// are written once; a subject says which cache and which room is held to them:
@@ -225,23 +226,6 @@ void masked_garbage_has_no_influence(const AttentionCase& c) {
   rc_require(same_bits(dirty.attend(options, c.kv_len), expected));
   set_column(1);
   RC_ASSERT(!same_bits(dirty.attend(options, c.kv_len), expected));
-}
-
-/// Every message that `call` throws must hold each of `parts`.
-template <class TCall>
-[[nodiscard]] testing::AssertionResult refuses(const TCall& call, const std::vector<std::string>& parts) {
-  try {
-    call();
-  } catch (const std::invalid_argument& error) {
-    const std::string message = error.what();
-    for (const std::string& part : parts) {
-      if (message.find(part) == std::string::npos) {
-        return testing::AssertionFailure() << "the message lacks '" << part << "': " << message;
-      }
-    }
-    return testing::AssertionSuccess();
-  }
-  return testing::AssertionFailure() << "nothing was refused";
 }
 
 }  // namespace gemma4::testkit
