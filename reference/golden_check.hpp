@@ -21,8 +21,8 @@ struct Tq4GoldenComparison {
   std::int64_t n_tie = 0;         ///< codes that differ within `tie` of a boundary
   double norm_error = 0;          ///< largest relative difference of a stored norm
   double decompressed_rms = 0;    ///< of the decompressed rows below kv_len against the originals, relative
-  double attention_error = 0;     ///< largest difference to out_tq4; infinite when not a number
-  double attention_bound = 0;     ///< what rounding the norms to bf16 may move, see norm_rounding_bound
+  double decoded_error = 0;       ///< largest difference to out_tq4 of attention on the decoded rows, float32 norms
+  double attention_miss = 0;      ///< largest ratio of tq4_attention's difference to out_tq4 to the bound of bf16 norms
 };
 
 /// The unit roundoff of a stored norm: the case's norms are float32, ours bf16.
@@ -75,25 +75,52 @@ inline void compare_side(const Tq4Golden& golden, const Tq4Codec<float>& codec, 
   }
 }
 
-/// A K norm off by u moves a score s by u |s| and so the weighted mean of V by at most 2 u S max|v|, with S the largest
-/// |score| of the visible keys; a V norm moves it by u max|v|; twice that covers the second order and float32 sums.
-[[nodiscard]] inline double norm_rounding_bound(const Tq4Golden& golden) {
+/// Rows [0, kv_len) of one KV head as the case stores them, decoded with its float32 norms: [kv_len, head_dim].
+[[nodiscard]] inline Matrix<double> decoded_rows(const Tq4Golden& golden, const Tq4Codec<float>& codec, CacheSide side,
+                                                 std::int64_t head_kv) {
+  const bool is_key = side == CacheSide::kKey;
+  const std::int64_t d = golden.shape.head_dim, first = head_kv * golden.shape.buffer_len;
+  const std::vector<std::uint8_t>& codes = is_key ? golden.k_codes : golden.v_codes;
+  const std::vector<float>& norms = is_key ? golden.k_norm : golden.v_norm;
+  const std::vector<Tq4Norm> ones(static_cast<std::size_t>(golden.kv_len), to_bf16(1.0f));
+  Matrix<float> rows(golden.kv_len, d);
+  codec.decompress(side, make_view(codes.data() + first * d / 2, golden.kv_len, d / 2),
+                   make_view(ones.data(), golden.kv_len), rows);
+  return (Eigen::Map<const Eigen::VectorXf>(norms.data() + first, golden.kv_len).asDiagonal() * rows).cast<double>();
+}
+
+/// Attention on the decoded rows in double, for each output element, and how far norms rounded to bf16 may move it. To
+/// first order, with u the roundoff of a norm: a K norm moves score s_j by u |s_j| and so the mean by
+/// u sum_j p_j |s_j| |v_j - out|; a V norm moves it by u sum_j p_j |v_j|. A tenth more covers the second order (u S is
+/// below 0.03 here) and float32 sums.
+struct GoldenAttention {
+  std::vector<double> value, bound;
+};
+
+[[nodiscard]] inline GoldenAttention attend_decoded(const Tq4Golden& golden, const Tq4Codec<float>& codec) {
   const AttentionShape& shape = golden.shape;
-  double largest_score = 0, largest_value = 0;
+  GoldenAttention result;
+  result.value.resize(golden.out_tq4.size());
+  result.bound.resize(golden.out_tq4.size());
   for (std::int64_t head = 0; head < shape.n_head; ++head) {
-    const auto rows = [&](const std::vector<float>& x) {
-      const std::int64_t begin = head / shape.group() * shape.buffer_len * shape.head_dim;
-      return Eigen::Map<const Matrix<float>>(x.data() + begin, golden.kv_len, shape.head_dim);
-    };
+    const Matrix<double> k = decoded_rows(golden, codec, CacheSide::kKey, head / shape.group());
+    const Matrix<double> v = decoded_rows(golden, codec, CacheSide::kValue, head / shape.group());
     for (std::int64_t t = 0; t < shape.n_query; ++t) {
-      const float* q = golden.q.data() + (t * shape.n_head + head) * shape.head_dim;
-      const Eigen::Map<const Eigen::VectorXf> query(q, shape.head_dim);
-      largest_score = std::max(largest_score, static_cast<double>((rows(golden.k) * query).cwiseAbs().maxCoeff()));
+      const std::int64_t at = (t * shape.n_head + head) * shape.head_dim;
+      const std::int64_t n_visible = golden.kv_len - shape.n_query + t + 1;
+      const Eigen::Map<const Eigen::VectorXf> q(golden.q.data() + at, shape.head_dim);
+      const Eigen::ArrayXd score = (k.topRows(n_visible) * q.cast<double>()).array() * golden.options().scale;
+      const Eigen::ArrayXd weight = (score - score.maxCoeff()).exp();
+      const Eigen::RowVectorXd p = (weight / weight.sum()).matrix().transpose();
+      const Eigen::RowVectorXd out = p * v.topRows(n_visible);
+      const Eigen::RowVectorXd moved =
+          p * v.topRows(n_visible).cwiseAbs() +
+          p.cwiseProduct(score.abs().matrix().transpose()) * (v.topRows(n_visible).rowwise() - out).cwiseAbs();
+      Eigen::Map<Eigen::RowVectorXd>(result.value.data() + at, shape.head_dim) = out;
+      Eigen::Map<Eigen::RowVectorXd>(result.bound.data() + at, shape.head_dim) = 1.1 * kNormRoundoff * moved;
     }
-    largest_value = std::max(largest_value, static_cast<double>(rows(golden.v).cwiseAbs().maxCoeff()));
   }
-  largest_score *= static_cast<double>(golden.options().scale);
-  return 2 * kNormRoundoff * (2 * largest_score + 1) * largest_value;
+  return result;
 }
 
 }  // namespace detail
@@ -107,7 +134,7 @@ inline void compare_side(const Tq4Golden& golden, const Tq4Codec<float>& codec, 
   detail::compare_side(golden, codec, CacheSide::kValue, tie, result, error_square, square);
   result.decompressed_rms = std::sqrt(error_square / square);
 
-  result.attention_bound = detail::norm_rounding_bound(golden);
+  const detail::GoldenAttention decoded = detail::attend_decoded(golden, codec);
   const AttentionShape& shape = golden.shape;
   Tq4CacheBuffer cache(1, shape.n_head_kv, shape.buffer_len, shape.head_dim);
   std::ranges::copy(golden.k_codes, cache.k_codes().begin());
@@ -118,11 +145,13 @@ inline void compare_side(const Tq4Golden& golden, const Tq4Codec<float>& codec, 
   tq4_attention<float>(make_view(golden.q.data(), 1, shape.n_query, shape.n_head, shape.head_dim),
                        std::as_const(cache).view(), codec, golden.options(), golden.kv_len,
                        make_view(out.data(), 1, shape.n_query, shape.n_head, shape.head_dim));
+  const auto grow = [](double& worst, double error) {
+    worst = error <= worst ? worst : error > worst ? error : std::numeric_limits<double>::infinity();
+  };
   for (std::size_t i = 0; i < out.size(); ++i) {
-    const double error = std::abs(static_cast<double>(out[i]) - static_cast<double>(golden.out_tq4[i]));
-    result.attention_error = error <= result.attention_error  ? result.attention_error
-                             : error > result.attention_error ? error
-                                                              : std::numeric_limits<double>::infinity();
+    const auto expected = static_cast<double>(golden.out_tq4[i]);
+    grow(result.decoded_error, std::abs(decoded.value[i] - expected));
+    grow(result.attention_miss, std::abs(static_cast<double>(out[i]) - expected) / decoded.bound[i]);
   }
   return result;
 }
