@@ -7,12 +7,12 @@
 #include <cstdint>
 #include <limits>
 #include <map>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "gemma4/id_list.hpp"
 #include "gemma4/text_escapes.hpp"
 #include "tests/support/json.hpp"
 #include "tests/support/property.hpp"
@@ -42,9 +42,7 @@ const Tokenizer& nano() {
 }
 
 std::string printed(const Ids& ids) {
-  std::ostringstream out;
-  for (std::size_t i = 0; i < ids.size(); ++i) out << (i == 0 ? "[" : ", ") << ids[i];
-  return out.str() + "]\n";
+  return format_ids(ids) + "\n";
 }
 
 std::string replaced(std::string text, std::string_view from, std::string_view to) {
@@ -421,7 +419,7 @@ const BadVocabulary kBad[] = {
      "tokens[8]: expected a byte token <0x00> to <0xFF>, found '<0x0g>'"},
     {"byte_lower_case", [](VocabularyData& d) { d.tokens[8 + 0xAB] = "<0xab>"; }, "found '<0xab>'"},
     {"no_space_mark", [](VocabularyData& d) { d.types[267] = number(TokenType::kControl); },
-     "expected a token for the space mark U+2581, found none"},
+     "expected a normal token for the space mark U+2581, found none"},
     {"merge_without_space", [](VocabularyData& d) { d.merges[1] = "ab"; },
      "merges[1]: expected two tokens with one space between, found 'ab'"},
     {"merge_with_two_spaces", [](VocabularyData& d) { d.merges[1] = "a  b"; },

@@ -75,12 +75,12 @@ class Vocabulary {
   };
 
   /// @throws FormatError naming the entry, what was expected and what was found: no tokens, another number of types, an
-  /// unknown type, an empty or repeated token, a byte without its token or a malformed byte token, no token for the
-  /// space mark, a merge that is not two known tokens joined by one space and giving a known token, a repeated merge,
-  /// an id outside the vocabulary, add_bos without a bos_id
+  /// unknown type, an empty or repeated token, a byte without its token or a malformed byte token, no normal token for
+  /// the space mark, a merge that is not two known tokens joined by one space and giving a known token, a repeated
+  /// merge, an id outside the vocabulary, add_bos without a bos_id
   explicit Vocabulary(VocabularyData data) : data_(std::move(data)) {
     index_tokens();
-    check(mergeable(kSpaceMark) >= 0, "tokenizer.ggml.tokens", "a token for the space mark U+2581", "none");
+    check(mergeable(kSpaceMark) >= 0, "tokenizer.ggml.tokens", "a normal token for the space mark U+2581", "none");
     index_merges();
     check_id("tokenizer.ggml.bos_token_id", data_.bos_id);
     check_id("tokenizer.ggml.eos_token_id", data_.eos_id);
@@ -114,7 +114,7 @@ class Vocabulary {
     return found->second;
   }
 
-  /// The token with exactly this text that plain text may become, or -1: not a control, unknown or byte token.
+  /// The normal (or unused) token with exactly this text, or -1. Plain text becomes no other by merging.
   [[nodiscard]] std::int32_t mergeable(std::string_view text) const {
     const std::optional<std::int32_t> id = find(text);
     return id && is_mergeable(*id) ? *id : -1;
@@ -159,7 +159,9 @@ class Vocabulary {
     return static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32 | static_cast<std::uint32_t>(right);
   }
 
-  [[nodiscard]] bool is_mergeable(std::int32_t id) const { return !is_control(id) && type(id) != TokenType::kByte; }
+  [[nodiscard]] bool is_mergeable(std::int32_t id) const {
+    return type(id) == TokenType::kNormal || type(id) == TokenType::kUnused;
+  }
 
   /// The value of `<0xNN>` with two upper-case hexadecimal digits.
   [[nodiscard]] static std::optional<std::uint8_t> parse_byte(std::string_view text) {
@@ -226,7 +228,8 @@ class Vocabulary {
       check(inserted, entry("merges", rank), "unique merges",
             concat(quoted(line), ", which is also merge ", place->second.rank));
     }
-    // A merge that spells a control or byte token would let plain text make one; only its whole text may.
+    // A merge that spells a control or byte token would let plain text make one. User-defined text never gets here: it
+    // is matched whole before.
     std::erase_if(merges_, [this](const auto& item) { return !is_mergeable(item.second.result); });
     data_.merges = {};
   }
