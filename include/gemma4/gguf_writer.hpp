@@ -79,7 +79,7 @@ class GgufWriter {
     // The reader takes 64 bytes, as the specification says; llama.cpp keeps names in 64 bytes with a final zero.
     require(!name.empty() && name.size() < kGgufMaxTensorNameBytes, "tensor '", name, "': a name of ", name.size(),
             " bytes, expected 1 to ", kGgufMaxTensorNameBytes - 1);
-    require(tensor_names_.emplace(name).second, "tensor '", name, "': declared twice");
+    require(!tensor_names_.contains(name), "tensor '", name, "': declared twice");
     require(!dims.empty() && dims.size() <= kGgufMaxDims, "tensor '", name, "': ", dims.size(),
             " dimensions, expected 1 to ", kGgufMaxDims);
     Tensor tensor{std::string(name), type, std::move(dims), data_bytes_, 0};
@@ -93,8 +93,9 @@ class GgufWriter {
               "': too large, expected at most 2^60 bytes");
     }
     tensor.bytes = static_cast<std::uint64_t>(bytes);
+    require(data_bytes_ + padded(tensor.bytes) <= kMaxBytes, "tensor '", name, "': the file would exceed 2^60 bytes");
     data_bytes_ += padded(tensor.bytes);
-    require(data_bytes_ <= kMaxBytes, "tensor '", name, "': the file would exceed 2^60 bytes");
+    tensor_names_.emplace(name);
     tensors_.push_back(std::move(tensor));
   }
 
