@@ -35,6 +35,7 @@ class SoftmaxState {
   /// @param scores [n_row, n_key], kNoKey where a row does not see a key
   /// @param values [n_key, head_dim]
   void absorb(MatrixRef<Scalar> scores, MatrixRef<Scalar> values) {
+    if (values.rows() == 0) return;
     for (Eigen::Index row = 0; row < scores.rows(); ++row) absorb_scores(row, scores.row(row));
     absorb_non_finite(scores, values);
     weighted_.noalias() += scores * values;
@@ -47,13 +48,15 @@ class SoftmaxState {
             ", ", other.weighted_.cols(), "]");
     for (Eigen::Index row = 0; row < max_.size(); ++row) {
       if (other.max_[row] == kNoKey) continue;
-      // The larger maximum keeps its weights exactly, on either side: hence the commutation bit for bit.
-      const bool mine = max_[row] > other.max_[row];
-      const Scalar weight = mine ? weight_of(other.max_[row] - max_[row]) : weight_of(max_[row] - other.max_[row]);
-      const Scalar own = mine ? Scalar(1) : weight, others = mine ? weight : Scalar(1);
-      sum_[row] = own * sum_[row] + others * other.sum_[row];
-      weighted_.row(row) = (own * weighted_.row(row) + others * other.weighted_.row(row)).eval();
-      if (!mine) max_[row] = other.max_[row];
+      // The larger maximum keeps its weights exactly, whichever side it is on, and both sides share one line of code
+      // (a compiler may contract one of two copies to a fused multiply-add): hence the commutation bit for bit.
+      const bool mine = max_[row] >= other.max_[row];
+      const SoftmaxState& stronger = mine ? *this : other;
+      const SoftmaxState& weaker = mine ? other : *this;
+      const Scalar weight = weight_of(weaker.max_[row] - stronger.max_[row]);
+      sum_[row] = stronger.sum_[row] + weight * weaker.sum_[row];
+      weighted_.row(row) = stronger.weighted_.row(row) + weight * weaker.weighted_.row(row);
+      max_[row] = stronger.max_[row];
     }
   }
 
