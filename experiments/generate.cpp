@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "experiments/driver.hpp"
+#include "experiments/reference_only.hpp"
+#include "gemma4/chat_template.hpp"
+#include "gemma4/model/model.hpp"
+#include "gemma4/sampler.hpp"
+#include "gemma4/tokenizer.hpp"
+#include "reference/backend.hpp"
+#include "reference/sampler.hpp"
+
+/// What does the model say?
+namespace {
+
+using namespace gemma4;
+using namespace gemma4::experiment;
+using Clock = std::chrono::steady_clock;
+
+struct Options : DriverOptions {
+  std::string prompt;
+  std::filesystem::path file;
+  std::string chat;
+  std::int64_t max_tokens = 128;
+  std::int64_t context = 0;
+  std::int64_t chunk = 512;
+  SamplerSettings sampler;
+  bool echo = false;
+};
+
+[[nodiscard]] std::string read_text(const std::filesystem::path& path) {
+  std::ifstream stream(path, std::ios::binary);
+  require(stream.good(), "cannot read ", path.string());
+  return {std::istreambuf_iterator<char>(stream), {}};
+}
+
+[[nodiscard]] std::vector<std::int32_t> prompt_ids(const Options& options, const Tokenizer& tokenizer) {
+  if (options.chat.empty()) {
+    return tokenizer.encode(options.file.empty() ? options.prompt : read_text(options.file));
+  }
+  const std::vector<ChatMessage> messages = {{"user", options.chat}};
+  return encode_chat(tokenizer, messages);
+}
+
+[[nodiscard]] double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+void print_rate(const char* what, std::int64_t count, double seconds) {
+  std::cerr << what << ": " << count << " tokens in " << seconds << " s, " << static_cast<double>(count) / seconds
+            << " tokens/s\n";
+}
+
+/// Tokens until an end token, the limit or a full context, each written to stdout as it comes; returns how many forward
+/// passes there were.
+template <class TBackend>
+[[nodiscard]] std::int64_t decode_loop(Model<TBackend>& model, TBackend& backend, const Tokenizer& tokenizer,
+                                       const Options& options) {
+  std::vector<float> logits(static_cast<std::size_t>(backend.config().vocab));
+  std::int64_t n_forward = 0;
+  for (std::int64_t n = 0; n < options.max_tokens; ++n) {
+    backend.copy_logits(0, logits);
+    const std::int32_t token = reference::sample(logits, options.sampler, model.position() - 1);
+    if (tokenizer.is_end(token)) break;
+    std::cout << tokenizer.decode_piece(token, {.skip_control = true}) << std::flush;
+    if (n + 1 == options.max_tokens || model.position() == backend.context()) break;
+    model.decode(token);
+    ++n_forward;
+  }
+  std::cout << "\n";
+  return n_forward;
+}
+
+int run(int argc, char** argv) {
+  CLI::App app("Continues a prompt, a file or a chat message. The text goes to stdout, progress and rates to stderr.");
+  Options options;
+  options.caches = {"tq4"};
+  add_model(app, options);
+  CLI::Option* prompt = app.add_option("--prompt", options.prompt, "Text to continue");
+  CLI::Option* file =
+      app.add_option("--file", options.file, "File with the text to continue")->check(CLI::ExistingFile);
+  app.add_option("--chat", options.chat, "A user's message, put into the chat template")
+      ->excludes(prompt)
+      ->excludes(file);
+  file->excludes(prompt);
+  app.add_option("--temperature", options.sampler.temperature, "0: always the most likely token")
+      ->capture_default_str();
+  app.add_option("--top-k", options.sampler.top_k, "Only the k most likely tokens; 0: all")->capture_default_str();
+  app.add_option("--top-p", options.sampler.top_p, "Only the most likely tokens that reach p together; 1: all")
+      ->capture_default_str();
+  app.add_option("--max-tokens", options.max_tokens, "Tokens to generate at most")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--context", options.context, "Positions that the caches hold; 0: prompt and generated tokens")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--chunk", options.chunk, "Prompt tokens that go through the model at a time")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_flag("--echo", options.echo, "Write the prompt before its continuation");
+  add_cache(app, options);
+  add_backend(app, options);
+  add_seed(app, options);
+  add_quiet(app, options);
+  parse(app, argc, argv);
+  require_reference(options.backend);
+  options.sampler.seed = options.seed;
+  validate(options.sampler);
+
+  const GgufFile gguf = GgufFile::open(options.model);
+  const ModelWeights weights = weights_from_gguf(gguf);
+  const Tokenizer tokenizer(gguf);
+  const std::vector<std::int32_t> ids = prompt_ids(options, tokenizer);
+  require(!ids.empty(), "the prompt has no tokens: give --prompt, --file or --chat");
+  const auto n_prompt = static_cast<std::int64_t>(ids.size());
+  CacheSpec cache = parse_cache_spec(options.caches.front());
+  cache.tq4.seed = options.seed;
+  const std::int64_t context =
+      options.context > 0 ? options.context : std::min(n_prompt + options.max_tokens, weights.config.context);
+  reference::Backend<float> backend(weights, {.cache = cache, .context = context, .max_chunk = options.chunk});
+  Model<reference::Backend<float>> model(backend);
+
+  const auto prefill_start = Clock::now();
+  {
+    Progress progress("prompt", n_prompt, progress_options(options, "tokens"));
+    model.prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
+  }
+  const double prefill_seconds = seconds_since(prefill_start);
+  if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
+  const auto decode_start = Clock::now();
+  const std::int64_t n_forward = decode_loop(model, backend, tokenizer, options);
+  const double decode_seconds = seconds_since(decode_start);
+  print_rate("prompt", n_prompt, prefill_seconds);
+  if (n_forward > 0) print_rate("decode", n_forward, decode_seconds);
+  return EXIT_SUCCESS;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return gemma4::experiment::run_main(argc, argv, run);
+}
