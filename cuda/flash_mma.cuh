@@ -337,8 +337,8 @@ template <class TTraits>
 
 /// grid: x = row tile (longest first), y = batch * n_head_kv, z = split.
 template <class TTraits>
-__global__ void __launch_bounds__(TTraits::kThreads) flash_mma_kernel(const __grid_constant__ FlashParams params) {
-  extern __shared__ __align__(128) unsigned char smem_bytes[];
+__global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const __grid_constant__ FlashParams params) {
+  extern __shared__ __align__(1024) unsigned char smem_bytes[];
   const std::uint32_t q_smem = shared_address(smem_bytes), kv_smem = q_smem + TTraits::kQBytes;
   const int batch = blockIdx.y / params.n_head_kv, head_kv = blockIdx.y % params.n_head_kv;
   const int row0 = static_cast<int>(gridDim.x - 1 - blockIdx.x) * TTraits::kRows;

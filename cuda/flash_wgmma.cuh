@@ -21,21 +21,22 @@ struct FlashMaps {
   CUtensorMap q, k, v, old_k, old_v, out;
 };
 
-/// Largest group of query heads that a tile of 64 rows holds whole.
+/// Whether a tile of 64 rows holds whole tokens.
 [[nodiscard]] constexpr bool wgmma_group(std::int64_t group) {
   return is_power_of_two(group) && group <= 64;
 }
 
-/// Map of q or out [batch, n_query, n_head, head_dim]: a box is `rows` rows (token, then head of the group).
+/// Map of q or out [batch, n_query, n_head, head_dim]: a box is `rows` rows (token, then head of the group) of `blocks`
+/// blocks of 64 dimensions.
 [[nodiscard]] inline CUtensorMap query_map(const char* what, const Bf16* data, const std::int64_t (&stride)[3],
-                                           const AttentionShape& shape, int rows) {
+                                           const AttentionShape& shape, int rows, int blocks) {
   const auto bytes = [](std::int64_t elements) { return static_cast<std::uint64_t>(elements * 2); };
   const auto group = static_cast<std::uint32_t>(shape.group());
   const TensorMapShape map{
       .extent = {64, static_cast<std::uint64_t>(shape.n_head), static_cast<std::uint64_t>(shape.n_query),
                  static_cast<std::uint64_t>(shape.head_dim / 64), static_cast<std::uint64_t>(shape.batch)},
       .stride_bytes = {bytes(stride[2]), bytes(stride[1]), 128, bytes(stride[0])},
-      .box = {64, group, static_cast<std::uint32_t>(rows) / group, 4, 1}};
+      .box = {64, group, static_cast<std::uint32_t>(rows) / group, static_cast<std::uint32_t>(blocks), 1}};
   return make_tensor_map(what, data, map);
 }
 

@@ -183,6 +183,7 @@ __device__ __forceinline__ void store_half(const Flash512Block& block, const Fla
     tensor_store(&maps.out, place, 0, block.head_kv * group, block.token0, 4 * half, block.batch);
     tensor_store_finish();
   }
+  __syncwarp();
 }
 
 /// First warpgroup: scores, softmax, output dimensions 0 to 255.
@@ -296,10 +297,10 @@ __device__ __forceinline__ void store_nothing(const Flash512Block& block, const 
 }
 
 /// grid: x = row tile, a multiple of the cluster (longest first), y = batch * n_head_kv. Any power-of-two group to 64.
-__global__ void __cluster_dims__(Flash512::kCluster) __launch_bounds__(Flash512::kThreads, 1)
+template <class T>
+__global__ void __cluster_dims__(T::kCluster) __launch_bounds__(T::kThreads, 1)
     flash_wgmma_512_kernel(const __grid_constant__ FlashParams params, const __grid_constant__ FlashMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using T = Flash512;
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   Flash512Block block;
   block.smem = (shared_address(smem_bytes) + 1023) & ~1023u;
@@ -329,6 +330,7 @@ __global__ void __cluster_dims__(Flash512::kCluster) __launch_bounds__(Flash512:
   if (warpgroup == 2) {
     release_registers<40>();
     if (threadIdx.x == 256 && block.n_tile > 0) produce_512(block, maps, params.group);
+    __syncwarp();
   } else {
     take_registers<232>();
     if (block.n_tile == 0) {
@@ -340,6 +342,8 @@ __global__ void __cluster_dims__(Flash512::kCluster) __launch_bounds__(Flash512:
     }
   }
   cluster_sync();  // no block leaves while the other may still signal it
+#else
+  __trap();  // built for another architecture
 #endif
 }
 

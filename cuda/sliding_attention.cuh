@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "cuda/flash_launch.cuh"
+#include "gemma4/attention.hpp"
+
+namespace gemma4::cuda {
+
+/// How a call of sliding_attention will run; shape.buffer_len is the ring's length.
+[[nodiscard]] inline FlashPlan plan_sliding_attention(const AttentionShape& shape, const DeviceInfo& device,
+                                                      const FlashChoice& choice = {}) {
+  require_sliding_attention("sliding_attention", shape, 0, 1);
+  require(shape.batch == 1, "sliding_attention: batch ", shape.batch, ", need 1");
+  return detail::plan_flash("sliding_attention", shape, {}, shape.buffer_len, device, choice);
+}
+
+/// Sliding-window attention of a chunk of tokens at positions position, position + 1, ...: the query at p sees the keys
+/// at (p - window, p]. Keys of the chunk come from k_new and v_new, older ones from the ring as it was before the chunk
+/// (slot ring_slot(p, ring_len)); committing the chunk to the ring is the caller's next step. Any chunk length is
+/// exact.
+/// @param q            [n_query, n_head, head_dim] bf16; may be `out` itself
+/// @param ring_k, ring_v [n_head_kv, ring_len, head_dim] bf16, ring_len >= window - 1; slots outside the window never
+///                     reach the result
+/// @param k_new, v_new [n_query, n_head_kv, head_dim] bf16
+/// @param position     of the first query, read by the kernel from the device or given by the host
+/// @param plan         of plan_sliding_attention() for this shape
+/// @param workspace    at least plan.workspace_bytes, 16-byte aligned
+/// @throws std::invalid_argument naming the argument and both values, before any launch
+/// Mirror: reference/sliding_attention.hpp
+inline void sliding_attention(View<const Bf16, 3> q, View<const Bf16, 3> ring_k, View<const Bf16, 3> ring_v,
+                              View<const Bf16, 3> k_new, View<const Bf16, 3> v_new, DeviceCount position,
+                              std::int64_t window, float scale, View<Bf16, 3> out, const FlashPlan& plan,
+                              std::span<std::byte> workspace, cudaStream_t stream,
+                              unsigned long long* tile_count = nullptr) {
+  constexpr const char* kWho = "sliding_attention";
+  const AttentionShape shape = sliding_attention_shape(kWho, q, ring_k, ring_v, k_new, v_new, out);
+  require(position.device != nullptr || position.known(), kWho, ": position is neither on the device nor on the host");
+  require_sliding_attention(kWho, shape, position.known() ? position.host : 0, window);
+  require(scale > 0, kWho, ": scale ", scale, ", need a positive one");
+  require(window < detail::kNoWindow, kWho, ": window ", window, ", need below ", detail::kNoWindow);
+  require(shape == plan.shape, kWho, ": the plan is of another shape; make it with plan_sliding_attention()");
+  require_contiguous_rows(kWho, "q", q);
+  require_contiguous_rows(kWho, "out", out);
+  detail::require_aligned(kWho, "q", q);
+  detail::require_aligned(kWho, "ring_k", ring_k);
+  detail::require_aligned(kWho, "ring_v", ring_v);
+  detail::require_aligned(kWho, "k_new", k_new);
+  detail::require_aligned(kWho, "v_new", v_new);
+  detail::require_aligned(kWho, "out", out);
+  detail::FlashParams params{.q = q.data,
+                             .out = out.data,
+                             .q_stride = {q.stride[0] * shape.n_query, q.stride[0], q.stride[1]},
+                             .out_stride = {out.stride[0] * shape.n_query, out.stride[0], out.stride[1]}};
+  const std::int64_t chunk = k_new.stride[0] * shape.n_query, chunk_v = v_new.stride[0] * shape.n_query;
+  params.fresh = {.k = k_new.data,
+                  .v = v_new.data,
+                  .k_stride = {chunk, k_new.stride[1], k_new.stride[0]},
+                  .v_stride = {chunk_v, v_new.stride[1], v_new.stride[0]}};
+  const std::int64_t ring = ring_k.stride[0] * shape.n_head_kv, ring_of_v = ring_v.stride[0] * shape.n_head_kv;
+  params.old = {.k = ring_k.data,
+                .v = ring_v.data,
+                .k_stride = {ring, ring_k.stride[0], ring_k.stride[1]},
+                .v_stride = {ring_of_v, ring_v.stride[0], ring_v.stride[1]}};
+  params.ring_len = static_cast<int>(shape.buffer_len);
+  params.count = position.device;
+  params.count_host = static_cast<int>(position.known() ? position.host : 0);
+  params.window = static_cast<int>(window);
+  params.tile_count = tile_count;
+  detail::launch_flash(kWho, plan, params, {.scale = scale}, workspace, stream);
+}
+
+}  // namespace gemma4::cuda
