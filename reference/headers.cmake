@@ -8,6 +8,7 @@ set(GEMMA4_REFERENCE_HEADERS
     "${PROJECT_SOURCE_DIR}/reference/decoder_layer.hpp"
     "${PROJECT_SOURCE_DIR}/reference/embedding.hpp"
     "${PROJECT_SOURCE_DIR}/reference/fused_mlp.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/golden_check.hpp"
     "${PROJECT_SOURCE_DIR}/reference/layer_cache.hpp"
     "${PROJECT_SOURCE_DIR}/reference/lm_head.hpp"
     "${PROJECT_SOURCE_DIR}/reference/matrix.hpp"
