@@ -113,6 +113,16 @@ TEST(Sampler, TheNucleusIsTakenAfterTemperatureAndTopK) {
   EXPECT_EQ(survivors(logits, {.temperature = 1, .top_p = 1e-30f}), (Indices{0}));
 }
 
+TEST(Sampler, AShareThatIsJustReachedIsEnough) {
+  EXPECT_EQ(survivors(Logits{0, 0}, {.temperature = 1, .top_p = 0.5f}), (Indices{0}));
+  EXPECT_EQ(survivors(Logits{0, 0, 0, 0}, {.temperature = 1, .top_p = 0.75f}), (Indices{0, 1, 2}));
+}
+
+TEST(Sampler, LargeLogitsDoNotOverflowTheNucleus) {
+  EXPECT_EQ(survivors(Logits{1000, 1000, -1000}, {.temperature = 0.01f, .top_p = 0.9f}), (Indices{0, 1}));
+  EXPECT_EQ(survivors(Logits{-1000, -1000, -3000}, {.temperature = 0.01f, .top_p = 0.9f}), (Indices{0, 1}));
+}
+
 TEST(Sampler, AForbiddenTokenNeverStays) {
   const Logits logits = {-kInf, 0, -kInf, 1};
   EXPECT_EQ(survivors(logits, {.temperature = 1}), (Indices{1, 3}));
