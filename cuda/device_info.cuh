@@ -13,7 +13,7 @@ namespace gemma4::cuda {
 /// What plans depend on. A test may lower `smem_limit_bytes` or `sm_count` to stand in for a smaller card; plans use
 /// these numbers and ask the device nothing.
 struct DeviceInfo {
-  std::string name;
+  std::string name = {};
   int sm_count = 1;
   int compute_capability = 80;                ///< 10 * major + minor
   std::int64_t smem_limit_bytes = 99 * 1024;  ///< dynamic shared memory that one block may ask for
