@@ -147,7 +147,13 @@ class Vocabulary {
 
   template <class TWhere, class TExpected, class TFound>
   void check(bool holds, const TWhere& where, const TExpected& expected, const TFound& found) const {
-    require_format(holds, data_.source, ": ", where, ": expected ", expected, ", found ", found);
+    if (!holds) refuse(where, expected, found);
+  }
+
+  // For what is checked once a token: a message built for each of half a million merges would take seconds.
+  template <class TWhere, class TExpected, class TFound>
+  [[noreturn]] void refuse(const TWhere& where, const TExpected& expected, const TFound& found) const {
+    throw FormatError(concat(data_.source, ": ", where, ": expected ", expected, ", found ", found));
   }
 
   [[nodiscard]] static std::string entry(std::string_view key, std::size_t index) {
@@ -194,14 +200,15 @@ class Vocabulary {
     const std::string_view text = data_.tokens[index];
     const std::int32_t number = data_.types[index];
     const auto id = static_cast<std::int32_t>(index);
-    check(number >= 1 && number <= 6, entry("token_type", index), "a type from 1 to 6", number);
-    check(!text.empty(), entry("tokens", index), "a text", "an empty one");
+    if (number < 1 || number > 6) refuse(entry("token_type", index), "a type from 1 to 6", number);
+    if (text.empty()) refuse(entry("tokens", index), "a text", "an empty one");
     const auto [place, inserted] = index_.emplace(text, id);
-    check(inserted, entry("tokens", index), "unique tokens",
-          concat(quoted(text), ", which is also id ", place->second));
+    if (!inserted) {
+      refuse(entry("tokens", index), "unique tokens", concat(quoted(text), ", which is also id ", place->second));
+    }
     if (type(id) == TokenType::kByte) {
       const std::optional<std::uint8_t> byte = parse_byte(text);
-      check(byte.has_value(), entry("tokens", index), "a byte token <0x00> to <0xFF>", quoted(text));
+      if (!byte) refuse(entry("tokens", index), "a byte token <0x00> to <0xFF>", quoted(text));
       byte_tokens_[*byte] = id;
     }
     if (type(id) == TokenType::kUserDefined || is_control(id)) {
@@ -219,14 +226,16 @@ class Vocabulary {
       const std::size_t space = line.find(' ');
       const bool one_space = space != std::string_view::npos && space > 0 && space + 1 < line.size() &&
                              line.find(' ', space + 1) == std::string_view::npos;
-      check(one_space, entry("merges", rank), "two tokens with one space between", quoted(line));
+      if (!one_space) refuse(entry("merges", rank), "two tokens with one space between", quoted(line));
       const std::string_view left = line.substr(0, space), right = line.substr(space + 1);
       joined.assign(left).append(right);
       const std::int32_t left_id = known(rank, left), right_id = known(rank, right), result = known(rank, joined);
       const Merge merge{.rank = static_cast<std::int32_t>(rank), .result = result};
       const auto [place, inserted] = merges_.emplace(pair_key(left_id, right_id), merge);
-      check(inserted, entry("merges", rank), "unique merges",
-            concat(quoted(line), ", which is also merge ", place->second.rank));
+      if (!inserted) {
+        refuse(entry("merges", rank), "unique merges",
+               concat(quoted(line), ", which is also merge ", place->second.rank));
+      }
     }
     // A merge that spells a control or byte token would let plain text make one. User-defined text never gets here: it
     // is matched whole before.
@@ -236,7 +245,7 @@ class Vocabulary {
 
   [[nodiscard]] std::int32_t known(std::size_t rank, std::string_view text) const {
     const std::optional<std::int32_t> id = find(text);
-    check(id.has_value(), entry("merges", rank), "tokens of the vocabulary", concat(quoted(text), ", which is none"));
+    if (!id) refuse(entry("merges", rank), "tokens of the vocabulary", concat(quoted(text), ", which is none"));
     return *id;
   }
 
