@@ -228,10 +228,10 @@ TEST(AttentionBound, GrowsWithEveryCauseOfError) {
     return attention_bound(rounding, 64, 3.0, 2.0);
   };
   EXPECT_GT(with([](auto& r) { r.unit = 0x1p-20; }), reference);
-  EXPECT_GT(with([](auto& r) { r.weight_unit = 0x1p-9; }), reference);
+  EXPECT_GT(with([](auto& r) { r.weight_unit = 0x1p-8; }), reference);
   EXPECT_GT(with([](auto& r) { r.longest_sum = 200; }), reference);
   EXPECT_GT(with([](auto& r) { r.n_rescale = 20; }), reference);
-  EXPECT_DOUBLE_EQ(with([](auto& r) { r.output_unit = 0x1p-9; }), reference + 2 * 0x1p-9);
+  EXPECT_DOUBLE_EQ(with([](auto& r) { r.output_unit = 0x1p-8; }), reference + 2 * 0x1p-8);
 }
 
 TEST(AttentionContract, NamesTheCallerArgumentAndBothValues) {
