@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemma4/config.hpp"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "gemma4/config_from_gguf.hpp"
+#include "gemma4/gguf_writer.hpp"
+#include "gemma4/model/weights.hpp"
+#include "tests/support/temp_dir.hpp"
+
+namespace {
+
+using namespace gemma4;
+
+const std::filesystem::path kData = GEMMA4_TEST_DATA;
+
+TEST(Config, Gemma4Of31BHasItsParameters) {
+  const ModelConfig config = gemma4_31b();
+  require_config(config);
+  EXPECT_EQ(config.n_layer(), 60);
+  EXPECT_EQ(config.n_full_layer(), 10);
+  std::int64_t weights = config.vocab * config.hidden;
+  for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
+    const AttentionConfig& attention = config.attention(layer);
+    const std::int64_t q = config.n_head * attention.head_dim, kv = attention.n_head_kv * attention.head_dim;
+    weights += config.hidden * (2 * q + (config.sliding_layer(layer) ? 2 : 1) * kv + 3 * config.ffn_hidden);
+  }
+  EXPECT_EQ(weights, 30'696'013'824) << "29.287 G in the layers and 1.409 G in the embedding";
+  EXPECT_FALSE(config.sliding_layer(5)) << "every sixth layer is full";
+  EXPECT_FALSE(config.sliding_layer(59));
+  EXPECT_TRUE(config.sliding_layer(0));
+}
+
+TEST(Config, GgufMetadataGivesTheSameShapes) {
+  EXPECT_EQ(config_from_gguf(GgufFile::open(kData / "nano/nano-Q4_K_M.gguf")), gemma4_nano());
+  EXPECT_EQ(config_from_gguf(GgufFile::open(kData / "tiny/tiny-a-Q4_K_M.gguf")), gemma4_tiny());
+  EXPECT_EQ(config_from_gguf(GgufFile::open(kData / "tiny/tiny-a-Q6_K.gguf")), gemma4_tiny());
+}
+
+TEST(Config, EveryFieldOutOfRangeIsRefusedByName) {
+  struct Case {
+    const char* field;
+    std::function<void(ModelConfig&)> spoil;
+  };
+  const Case cases[] = {
+      {"vocab", [](ModelConfig& c) { c.vocab = 0; }},
+      {"hidden", [](ModelConfig& c) { c.hidden = -1; }},
+      {"ffn_hidden", [](ModelConfig& c) { c.ffn_hidden = 0; }},
+      {"n_head", [](ModelConfig& c) { c.n_head = 0; }},
+      {"context", [](ModelConfig& c) { c.context = 0; }},
+      {"n_layer", [](ModelConfig& c) { c.is_sliding.clear(); }},
+      {"rms_epsilon", [](ModelConfig& c) { c.rms_epsilon = 0; }},
+      {"softcap", [](ModelConfig& c) { c.softcap = -30; }},
+      {"window", [](ModelConfig& c) { c.window = 0; }},
+      {"sliding head_dim", [](ModelConfig& c) { c.sliding.head_dim = 96; }},
+      {"full head_dim", [](ModelConfig& c) { c.full.head_dim = 1024; }},
+      {"full n_head_kv", [](ModelConfig& c) { c.full.n_head_kv = 5; }},
+      {"sliding rope_theta", [](ModelConfig& c) { c.sliding.rope_theta = 0; }},
+      {"full rope_pairs", [](ModelConfig& c) { c.full.rope_pairs = 300; }},
+  };
+  for (const Case& c : cases) {
+    ModelConfig config = gemma4_31b();
+    c.spoil(config);
+    try {
+      require_config(config);
+      FAIL() << c.field;
+    } catch (const std::invalid_argument& error) {
+      EXPECT_NE(std::string(error.what()).find(c.field), std::string::npos) << error.what();
+    }
+  }
+}
+
+/// The tiny model written anew, with single keys and tensors changed, dropped or added.
+class ConfigFromGguf : public testing::Test {
+ protected:
+  using Keys = std::map<std::string, std::function<void(GgufWriter&, const std::string&)>>;
+
+  template <class T>
+  static auto value(T value) {
+    return [value](GgufWriter& writer, const std::string& key) { writer.set(key, value); };
+  }
+  template <class T>
+  static auto array(std::vector<T> items) {
+    return [items](GgufWriter& writer, const std::string& key) { writer.set_array(key, items); };
+  }
+  static auto u32(std::uint32_t number) { return value(number); }
+
+  static Keys tiny_keys() {
+    return {{"general.architecture", value(std::string("gemma4"))},
+            {"gemma4.block_count", u32(6)},
+            {"gemma4.embedding_length", u32(256)},
+            {"gemma4.feed_forward_length", u32(512)},
+            {"gemma4.attention.head_count", u32(4)},
+            {"gemma4.attention.head_count_kv", array(std::vector<std::uint32_t>{2, 2, 2, 2, 2, 1})},
+            {"gemma4.attention.layer_norm_rms_epsilon", value(1e-6f)},
+            {"gemma4.rope.freq_base", value(1e6f)},
+            {"gemma4.rope.freq_base_swa", value(1e4f)},
+            {"gemma4.attention.sliding_window", u32(32)},
+            {"gemma4.attention.sliding_window_pattern", array(std::vector<bool>{true, true, true, true, true, false})},
+            {"gemma4.attention.key_length", u32(128)},
+            {"gemma4.attention.value_length", u32(128)},
+            {"gemma4.attention.key_length_swa", u32(64)},
+            {"gemma4.attention.value_length_swa", u32(64)},
+            {"gemma4.final_logit_softcapping", value(30.0f)},
+            {"gemma4.context_length", u32(131072)}};
+  }
+
+  struct Tensors {
+    std::string dropped;
+    std::string added;  ///< F32 with 4 zeros
+  };
+
+  /// The message with which the file is refused; empty when it is not.
+  [[nodiscard]] std::string refusal(const Keys& keys, const Tensors& tensors = {}) const {
+    const GgufFile source = GgufFile::open(kData / "tiny/tiny-a-Q4_K_M.gguf");
+    GgufWriter writer(directory_.file("changed.gguf"));
+    for (const auto& [key, set] : keys) set(writer, key);
+    for (const GgufTensor& tensor : source.tensors()) {
+      if (tensor.name != tensors.dropped) writer.add_tensor(tensor.name, tensor.type, tensor.dims);
+    }
+    if (!tensors.added.empty()) writer.add_tensor(tensors.added, TensorType::kF32, {4});
+    for (const GgufTensor& tensor : source.tensors()) {
+      if (tensor.name != tensors.dropped) writer.append(tensor.name, tensor.data);
+    }
+    const std::vector<std::byte> zeros(16);
+    if (!tensors.added.empty()) writer.append(tensors.added, zeros);
+    writer.finish();
+    try {
+      (void)weights_from_gguf(GgufFile::open(directory_.file("changed.gguf")));
+    } catch (const FormatError& error) {
+      return error.what();
+    }
+    return "";
+  }
+
+  [[nodiscard]] std::string refusal_with(const std::string& key,
+                                         std::function<void(GgufWriter&, const std::string&)> set) const {
+    Keys keys = tiny_keys();
+    keys[key] = std::move(set);
+    return refusal(keys);
+  }
+
+  testkit::TempDir directory_;
+};
+
+TEST_F(ConfigFromGguf, TheUnchangedCopyLoads) {
+  EXPECT_EQ(refusal(tiny_keys()), "");
+}
+
+TEST_F(ConfigFromGguf, EveryKeyIsNeededAndItsAbsenceNamed) {
+  for (const auto& [key, set] : tiny_keys()) {
+    if (key == "gemma4.attention.sliding_window") continue;  // a model without sliding layers has none
+    Keys keys = tiny_keys();
+    keys.erase(key);
+    EXPECT_NE(refusal(keys).find(key), std::string::npos) << key;
+  }
+}
+
+TEST_F(ConfigFromGguf, AScalarHeadCountServesAllLayers) {
+  const std::string message = refusal_with("gemma4.attention.head_count_kv", u32(2));
+  EXPECT_NE(message.find("blk.5.attn_k.weight"), std::string::npos) << "the full layer has one head: " << message;
+}
+
+TEST_F(ConfigFromGguf, FeaturesThatAreNotImplementedAreRefusedByName) {
+  EXPECT_NE(refusal_with("gemma4.embedding_length_per_layer_input", u32(256)).find("per-layer embeddings"),
+            std::string::npos);
+  EXPECT_NE(refusal_with("gemma4.attention.shared_kv_layers", u32(2)).find("shared KV layers"), std::string::npos);
+  EXPECT_NE(refusal_with("gemma4.expert_count", u32(8)).find("experts"), std::string::npos);
+  const auto with_tensor = [&](const char* name) { return refusal(tiny_keys(), {.dropped = {}, .added = name}); };
+  EXPECT_NE(with_tensor("v.patch_embd.weight").find("vision"), std::string::npos);
+  EXPECT_NE(with_tensor("blk.0.ffn_gate_exps.weight").find("experts"), std::string::npos);
+  EXPECT_NE(with_tensor("per_layer_token_embd.weight").find("per-layer embeddings"), std::string::npos);
+  EXPECT_NE(with_tensor("output.weight").find("not tied"), std::string::npos);
+  EXPECT_NE(with_tensor("blk.0.mystery.weight").find("blk.0.mystery.weight"), std::string::npos);
+}
+
+TEST_F(ConfigFromGguf, ValuesThatContradictAreRefusedWithBothOfThem) {
+  EXPECT_NE(refusal_with("general.architecture", value(std::string("llama"))).find("'llama', expected 'gemma4'"),
+            std::string::npos);
+  EXPECT_NE(refusal_with("gemma4.attention.value_length", u32(64)).find("value_length is 64"), std::string::npos);
+  EXPECT_NE(refusal_with("gemma4.block_count", u32(7)).find("has 6 entries"), std::string::npos);
+  EXPECT_NE(refusal_with("gemma4.attention.head_count_kv", array(std::vector<std::uint32_t>{2, 2, 1, 2, 2, 1}))
+                .find("of layer 2 is 1, expected 2"),
+            std::string::npos);
+  EXPECT_NE(refusal_with("gemma4.feed_forward_length", u32(768)).find("[256, 768]"), std::string::npos);
+  EXPECT_NE(refusal_with("gemma4.attention.head_count", u32(3)).find("n_head 3"), std::string::npos);
+}
+
+TEST_F(ConfigFromGguf, AMissingTensorIsNamed) {
+  for (const char* name : {"blk.3.ffn_up.weight", "token_embd.weight", "rope_freqs.weight", "output_norm.weight"}) {
+    EXPECT_NE(refusal(tiny_keys(), {.dropped = name, .added = {}}).find(name), std::string::npos) << name;
+  }
+}
+
+}  // namespace
