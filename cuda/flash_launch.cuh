@@ -33,9 +33,9 @@ enum class FlashPath {
 
 /// What a caller may fix instead of leaving it to the plan; tests walk over all of it.
 struct FlashChoice {
-  std::optional<FlashPath> path;
-  std::optional<FlashTile> tile;
-  std::optional<int> n_split;
+  std::optional<FlashPath> path = std::nullopt;
+  std::optional<FlashTile> tile = std::nullopt;
+  std::optional<int> n_split = std::nullopt;
 };
 
 /// How a call will run. Depends on the shape, the options' kind and the device, never on kv_len.

@@ -44,8 +44,8 @@ struct FlashParams {
   Bf16* out = nullptr;
   std::int64_t q_stride[3] = {};  ///< of batch, token, head
   std::int64_t out_stride[3] = {};
-  KeySource fresh;
-  KeySource old;                        ///< sliding only
+  KeySource fresh = {};
+  KeySource old = {};                   ///< sliding only
   int ring_len = 0;                     ///< 0: no old keys
   const std::int32_t* count = nullptr;  ///< kv_len (flat) or the chunk's first position (sliding); null: count_host
   int count_host = 0;
