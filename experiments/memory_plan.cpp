@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemma4/memory_plan.hpp"
+
+#include <charconv>
+#include <cstdio>
+#include <iostream>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "experiments/driver.hpp"
+#include "gemma4/config_from_gguf.hpp"
+#include "gemma4/config_json.hpp"
+#include "gemma4/gguf_reader.hpp"
+#include "gemma4/model_tensors.hpp"
+
+namespace gemma4::experiment {
+namespace {
+
+struct Model {
+  ModelConfig config;
+  std::vector<ModelTensor> tensors;
+};
+
+/// A GGUF file, a shape by name, or a .json file of dimensions.
+Model load_model(const std::string& name) {
+  if (name.ends_with(".gguf")) {
+    const GgufFile file = GgufFile::open(name);
+    return {config_from_gguf(file), model_tensors(file)};
+  }
+  const ModelConfig config = config_from_name(name);
+  return {config, model_tensors(config)};
+}
+
+/// Bytes from a number with an optional unit: 24GB, 23GiB, 512MiB, 1000000.
+std::int64_t parse_bytes(const std::string& text) {
+  constexpr std::pair<const char*, double> kUnits[] = {{"", 1.0},   {"B", 1.0},      {"MB", 1e6},
+                                                       {"GB", 1e9}, {"MiB", 0x1p20}, {"GiB", 0x1p30}};
+  double number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  const std::string unit(end, text.data() + text.size());
+  for (const auto& [name, factor] : kUnits) {
+    if (error == std::errc() && number >= 0 && number <= 1e6 * 0x1p30 && unit == name) {
+      return static_cast<std::int64_t>(number * factor);
+    }
+  }
+  require(false, "--limit '", text, "': expected a number of B, MB, GB, MiB or GiB, as in 23GiB");
+  return 0;
+}
+
+std::string gib(std::int64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.3f GiB", static_cast<double>(bytes) / 0x1p30);
+  return text;
+}
+
+void explain_limit(const Model& model, const MemoryPlanOptions& options, const MemoryPlan& plan, std::int64_t limit) {
+  if (plan.fits(limit)) {
+    std::cout << "fits in " << gib(limit) << ", " << gib(limit - plan.total_bytes()) << " to spare\n";
+    return;
+  }
+  std::cout << "does not fit in " << gib(limit) << ": " << gib(plan.total_bytes() - limit) << " too much\n";
+  const auto context = largest_context(model.config, model.tensors, options, limit);
+  const auto chunk = largest_chunk(model.config, model.tensors, options, limit);
+  if (context) std::cout << "would fit: --context " << *context << " with --chunk " << options.chunk << "\n";
+  if (chunk) std::cout << "would fit: --chunk " << *chunk << " with --context " << options.context << "\n";
+  if (!context && !chunk) std::cout << "no context and no chunk fits; a smaller model or cache format is needed\n";
+}
+
+void write_rows(const DriverOptions& driver, const RunInfo& info, const std::string& model,
+                const MemoryPlanOptions& options, const MemoryPlan& plan, std::optional<std::int64_t> limit) {
+  ResultTable table(result_path(driver, info), info, {"model", "backend", "context", "chunk", "cache", "buffer"},
+                    {"bytes", "formula", "limit_bytes", "is_within_limit"});
+  const auto row = [&](const std::string& buffer, std::int64_t bytes, const std::string& formula) {
+    auto cells = table.row();
+    cells.set("model", model).set("backend", driver.backend).set("context", options.context);
+    cells.set("chunk", options.chunk).set("cache", to_string(options.cache)).set("buffer", buffer);
+    cells.set("bytes", bytes).set("formula", formula).set("limit_bytes", limit);
+    if (limit) cells.set("is_within_limit", bytes <= *limit);
+    cells.commit();
+  };
+  for (const PlannedBuffer& buffer : plan.buffers) row(buffer.name, buffer.bytes, buffer.formula);
+  row("total", plan.total_bytes(), "");
+}
+
+int run(int argc, char** argv) {
+  CLI::App app("The bytes of every buffer of a run, before it runs and without a GPU.");
+  DriverOptions driver;
+  driver.backend = "cuda";
+  driver.caches = {"tq4"};
+  driver.out = "-";
+  std::string model_name, limit_text;
+  MemoryPlanOptions options;
+  app.add_option("--model", model_name, "GGUF file; or 31b, nano, tiny or a .json file of dimensions")->required();
+  add_backend(app, driver);
+  app.add_option("--context", options.context, "Positions that the caches hold")
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
+      ->capture_default_str();
+  app.add_option("--chunk", options.chunk, "Tokens of the longest prefill chunk")
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 20))
+      ->capture_default_str();
+  add_cache(app, driver);
+  app.add_option("--limit", limit_text,
+                 "Memory that there is, as in 23GiB or 24GB; exit code 1 when the plan exceeds it");
+  app.add_option("--out", driver.out, "CSV file to append to; '-' for none")->capture_default_str();
+  parse(app, argc, argv);
+
+  options.target = driver.backend == "cuda" ? PlanTarget::kCuda : PlanTarget::kReference;
+  options.cache = parse_cache_spec(driver.caches.front());
+  const std::optional<std::int64_t> limit = limit_text.empty() ? std::nullopt : std::optional(parse_bytes(limit_text));
+  const Model model = load_model(model_name);
+  const MemoryPlan plan = plan_memory(model.config, model.tensors, options);
+  print_memory_plan(std::cout, plan);
+  if (limit) explain_limit(model, options, plan, *limit);
+  write_rows(driver, run_info("memory_plan", argc, argv, 0, build_info()), model_name, options, plan, limit);
+  return limit && !plan.fits(*limit) ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace gemma4::experiment
+
+int main(int argc, char** argv) {
+  return gemma4::experiment::run_main(argc, argv, gemma4::experiment::run);
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <array>
+#include <filesystem>
+#include <iostream>
+#include <optional>
+#include <string>
+
+#include "experiments/driver.hpp"
+#include "gemma4/config_json.hpp"
+#include "gemma4/progress.hpp"
+#include "gemma4/synthetic_model.hpp"
+
+namespace gemma4::experiment {
+namespace {
+
+constexpr std::array kWeightTypes = {TensorType::kQ4K,  TensorType::kQ6K, TensorType::kQ8_0,
+                                     TensorType::kBf16, TensorType::kF16, TensorType::kF32};
+
+/// nullopt is the Q4_K_M mix.
+std::optional<TensorType> parse_weight_type(const std::string& name) {
+  for (const TensorType type : kWeightTypes) {
+    if (name == type_name(type)) return type;
+  }
+  return std::nullopt;
+}
+
+void run(int argc, char** argv) {
+  CLI::App app("Writes a GGUF model of any shape with random weights, for measuring speed and memory.");
+  DriverOptions driver;
+  SyntheticOptions options;
+  std::string shape, type = "Q4_K_M";
+  std::int64_t n_layer = 0;
+  app.add_option("--shape", shape, "31b, nano, tiny or a .json file of dimensions")->required();
+  app.add_option("--out", driver.out, "GGUF file to write")->required();
+  app.add_option("--type", type, "Types of the matrices")
+      ->check(CLI::IsMember({"Q4_K_M", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
+      ->capture_default_str();
+  app.add_option("--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all")
+      ->check(CLI::Range(std::int64_t{0}, std::int64_t{4096}))
+      ->capture_default_str();
+  add_seed(app, driver);
+  add_quiet(app, driver);
+  parse(app, argc, argv);
+
+  ModelConfig config = config_from_name(shape);
+  require(n_layer <= config.n_layer(), "--layers ", n_layer, ": the shape ", shape, " has ", config.n_layer());
+  if (n_layer > 0) config.is_sliding.resize(static_cast<std::size_t>(n_layer));
+  options.seed = driver.seed;
+  options.only = parse_weight_type(type);
+  const std::int64_t n_byte = total_bytes(model_tensors(config, options.only));
+  Progress progress("synthesize", n_byte, progress_options(driver, "B"));
+  write_synthetic_model(driver.out, config, options, [&](std::int64_t done) { progress.update(done); });
+  progress.finish();
+  std::cout << driver.out.string() << ": " << config.n_layer() << " layers, "
+            << static_cast<double>(std::filesystem::file_size(driver.out)) / 1e9 << " GB, seed " << options.seed
+            << "\n";
+}
+
+}  // namespace
+}  // namespace gemma4::experiment
+
+int main(int argc, char** argv) {
+  return gemma4::experiment::run_main(argc, argv, gemma4::experiment::run);
+}

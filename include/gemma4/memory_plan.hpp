@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <optional>
+#include <ostream>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "gemma4/cache_spec.hpp"
+#include "gemma4/config.hpp"
+#include "gemma4/error.hpp"
+#include "gemma4/model_tensors.hpp"
+
+/// The bytes of every buffer of a run, from the config alone: no device is asked and nothing is allocated.
+/// GB is 1e9 bytes, GiB is 2^30.
+namespace gemma4 {
+
+enum class PlanTarget { kReference, kCuda };
+
+struct MemoryPlanOptions {
+  PlanTarget target = PlanTarget::kCuda;
+  std::int64_t context = 131072;  ///< positions that the caches hold
+  std::int64_t chunk = 2048;      ///< tokens of the longest prefill chunk
+  CacheSpec cache = {CacheKind::kTq4, {}};
+  std::int64_t n_logit_row = 1;  ///< rows whose logits are kept
+  std::int64_t n_thread = 0;     ///< of the reference; 0: the hardware's
+};
+
+struct PlannedBuffer {
+  std::string name;
+  std::int64_t bytes = 0;
+  std::string formula;
+};
+
+struct MemoryPlan {
+  std::vector<PlannedBuffer> buffers;
+
+  [[nodiscard]] std::int64_t total_bytes() const {
+    std::int64_t sum = 0;
+    for (const PlannedBuffer& buffer : buffers) sum += buffer.bytes;
+    return sum;
+  }
+  [[nodiscard]] bool fits(std::int64_t limit_bytes) const { return total_bytes() <= limit_bytes; }
+  /// @throws std::invalid_argument when there is no such buffer
+  [[nodiscard]] std::int64_t bytes(std::string_view name) const {
+    for (const PlannedBuffer& buffer : buffers) {
+      if (buffer.name == name) return buffer.bytes;
+    }
+    require(false, "memory plan: no buffer '", name, "'");
+    return 0;
+  }
+};
+
+/// TQ4 rows of one KV head come in records of this many tokens on the device: one bulk copy brings a record.
+inline constexpr std::int64_t kTq4RecordTokens = 16;
+
+namespace detail {
+
+[[nodiscard]] constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+/// Adds buffers one by one; the shapes that several of them share are computed once.
+class MemoryPlanner {
+ public:
+  MemoryPlanner(const ModelConfig& config, const std::vector<ModelTensor>& tensors, const MemoryPlanOptions& options)
+      : config_(config), tensors_(tensors), options_(options) {
+    require(options.context >= 1, "memory plan: context ", options.context, ", need at least 1");
+    require(options.chunk >= 1, "memory plan: chunk ", options.chunk, ", need at least 1");
+    require(options.n_logit_row >= 1, "memory plan: n_logit_row ", options.n_logit_row, ", need at least 1");
+    n_sliding_ = config.n_layer() - config.n_full_layer();
+    for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
+      const AttentionConfig& attention = config.attention(layer);
+      q_dim_ = std::max(q_dim_, config.n_head * attention.head_dim);
+      kv_dim_ = std::max(kv_dim_, attention.n_head_kv * attention.head_dim);
+      // A full layer has no V projection: its V is its K, once more.
+      const std::int64_t n_kv_matrix = config.sliding_layer(layer) ? 2 : 1;
+      qkv_dim_ = std::max(qkv_dim_, (config.n_head + n_kv_matrix * attention.n_head_kv) * attention.head_dim);
+    }
+  }
+
+  [[nodiscard]] MemoryPlan plan() {
+    options_.target == PlanTarget::kCuda ? add_cuda() : add_reference();
+    return std::move(plan_);
+  }
+
+ private:
+  void add(std::string name, std::int64_t bytes, std::string formula) {
+    if (bytes > 0) plan_.buffers.push_back({std::move(name), bytes, std::move(formula)});
+  }
+
+  template <class TPredicate>
+  [[nodiscard]] std::int64_t sum_tensors(std::int64_t row_alignment, TPredicate&& wanted) const {
+    std::int64_t sum = 0;
+    for (const ModelTensor& tensor : tensors_) {
+      if (wanted(tensor)) sum += tensor.rows() * round_up(row_bytes(tensor.type, tensor.row_len()), row_alignment);
+    }
+    return sum;
+  }
+
+  [[nodiscard]] static bool is_embedding(const ModelTensor& tensor) { return tensor.name == "token_embd.weight"; }
+
+  /// A record of a row is repacked losslessly and padded to the 16 bytes of a vector load: Q4_K rows need no padding,
+  /// Q6_K rows of 5376 values grow from 4410 to 4416 bytes.
+  void add_cuda_weights() {
+    constexpr std::int64_t kAlignment = 16;
+    for (const TensorTypeInfo& info : kTensorTypes) {
+      const std::int64_t bytes = sum_tensors(kAlignment, [&](const ModelTensor& tensor) {
+        return tensor.type == info.type && tensor.dims.size() > 1 && !is_embedding(tensor);
+      });
+      add(concat("weights_", info.name), bytes, concat("matrices of the layers, rows padded to ", kAlignment, " B"));
+    }
+    add("weights_token_embd", sum_tensors(kAlignment, is_embedding), "embedding and output matrix, one copy");
+    add("weights_vectors", sum_tensors(4, [](const ModelTensor& tensor) { return tensor.dims.size() == 1; }),
+        "norms, scales, RoPE frequencies, f32");
+  }
+
+  void add_caches(std::int64_t context, const char* context_text) {
+    const AttentionConfig& full = config_.full;
+    if (config_.n_full_layer() > 0) {
+      const std::int64_t row = cache_row_bytes(options_.cache.kind, full.head_dim);
+      add("cache_full", config_.n_full_layer() * full.n_head_kv * context * 2 * row,
+          concat(config_.n_full_layer(), " layers x ", full.n_head_kv, " heads x ", context, context_text,
+                 " x 2 (K, V) x ", row, " B"));
+    }
+    if (n_sliding_ > 0) {
+      const std::int64_t value_bytes = options_.cache.kind == CacheKind::kF32 ? 4 : 2;
+      const AttentionConfig& sliding = config_.sliding;
+      add("cache_sliding", n_sliding_ * sliding.n_head_kv * config_.window * sliding.head_dim * 2 * value_bytes,
+          concat(n_sliding_, " layers x ", sliding.n_head_kv, " heads x ", config_.window, " slots x ",
+                 sliding.head_dim, " x 2 (K, V) x ", value_bytes, " B"));
+    }
+  }
+
+  void add_cuda() {
+    constexpr std::int64_t kBf16 = 2, kF32 = 4, kMiB = std::int64_t{1} << 20;
+    const std::int64_t t = options_.chunk;
+    add_cuda_weights();
+    const bool is_tq4 = options_.cache.kind == CacheKind::kTq4;
+    add_caches(is_tq4 ? round_up(options_.context, kTq4RecordTokens) : options_.context,
+               is_tq4 ? " tokens (whole records of 16)" : " tokens");
+    add("residual", t * config_.hidden * kBf16, "chunk x hidden x bf16");
+    add("normed", t * config_.hidden * kBf16, "chunk x hidden x bf16");
+    add("linear_out", t * config_.hidden * kBf16, "chunk x hidden x bf16");
+    add("weight_scratch", largest_matrix() * kBf16,
+        "largest layer matrix as bf16 for the GEMM; holds decoded K and V during prefill attention");
+    const std::int64_t group = config_.n_full_layer() > 0 ? config_.n_head / config_.full.n_head_kv : 0;
+    const std::int64_t carry = t * group * (config_.full.head_dim + 2) * kF32;
+    add("mlp_or_attention", std::max(2 * t * config_.ffn_hidden * kBf16, t * qkv_dim_ * kBf16 + carry),
+        concat("max(gate + up: 2 x chunk x ", config_.ffn_hidden, " x bf16, qkv: chunk x ", qkv_dim_,
+               " x bf16 + attention state of one KV head: chunk x ", group, " x (head_dim + 2) x f32)"));
+    add("logits", options_.n_logit_row * config_.vocab * kF32, concat(options_.n_logit_row, " rows x vocab x f32"));
+    add("gemm_workspace", 32 * kMiB, "of the GEMM library");
+    add("decode_buffers", 16 * kMiB, "attention partials and activations of one token");
+    add("cuda_context", 460 * kMiB, "driver, modules and graphs; assumed, measure it");
+  }
+
+  [[nodiscard]] std::int64_t largest_matrix() const {
+    std::int64_t largest = 0;
+    for (const ModelTensor& tensor : tensors_) {
+      if (!is_embedding(tensor)) largest = std::max(largest, tensor.size());
+    }
+    return largest;
+  }
+
+  /// Activations of the reference are float32 and live until the step that made them runs again; a step builds its
+  /// result before the old one goes, hence the factors of two.
+  void add_reference() {
+    constexpr std::int64_t kF32 = 4;
+    constexpr std::int64_t kTileRows = 128, kBlock = 256;  // of a weight tile, and of an attention tile
+    const std::int64_t t = options_.chunk;
+    const std::int64_t n_thread =
+        options_.n_thread > 0 ? options_.n_thread : std::max<std::int64_t>(1, std::thread::hardware_concurrency());
+    add("weights", total_bytes(tensors_), "the file as mapped; read in place, reclaimable");
+    add_caches(options_.context, " tokens");
+    add("residual", 3 * t * config_.hidden * kF32, "3 (stream, normalised, pending) x chunk x hidden x f32");
+    add("qkv", 2 * t * (q_dim_ + 2 * kv_dim_) * kF32, "2 (old, new) x chunk x (q + k + v) x f32");
+    add("attended", 4 * t * q_dim_ * kF32, "4 (rotated q, result, old, new) x chunk x q x f32");
+    add("mlp", 2 * t * config_.ffn_hidden * kF32, "2 (old, new) x chunk x ffn_hidden x f32");
+    add("logits", 2 * options_.n_logit_row * config_.vocab * kF32,
+        concat("2 (raw, capped) x ", options_.n_logit_row, " rows x vocab x f32"));
+    std::int64_t widest = 0;
+    for (const ModelTensor& tensor : tensors_) widest = std::max(widest, tensor.row_len());
+    add("weight_tiles", n_thread * 2 * kTileRows * (widest + t) * kF32,
+        concat(n_thread, " threads x 2 x ", kTileRows, " decoded rows and their products x f32"));
+    const std::int64_t head_dim = std::max(config_.sliding.head_dim, config_.full.head_dim);
+    add("attention_tiles", n_thread * (5 * kBlock * head_dim + kBlock * kBlock) * kF32,
+        concat(n_thread, " threads x (K, V, q, sums, result) of ", kBlock, " rows and their scores x f32"));
+  }
+
+  const ModelConfig& config_;
+  const std::vector<ModelTensor>& tensors_;
+  MemoryPlanOptions options_;
+  std::int64_t n_sliding_ = 0;
+  std::int64_t q_dim_ = 0, kv_dim_ = 0, qkv_dim_ = 0;
+  MemoryPlan plan_;
+};
+
+}  // namespace detail
+
+/// The plan of a run of a model with these tensors: model_tensors(file), or model_tensors(config) for a model that is
+/// not at hand. The sliding rings hold `window` slots: a chunk attends before it is committed, so more are not needed.
+/// @throws std::invalid_argument for a context or chunk below 1
+[[nodiscard]] inline MemoryPlan plan_memory(const ModelConfig& config, const std::vector<ModelTensor>& tensors,
+                                            const MemoryPlanOptions& options) {
+  return detail::MemoryPlanner(config, tensors, options).plan();
+}
+
+namespace detail {
+
+/// The largest value of `field` from 1 to `upper` whose plan fits; nothing when not even 1 does. Plans grow with it.
+[[nodiscard]] inline std::optional<std::int64_t> largest_that_fits(const ModelConfig& config,
+                                                                   const std::vector<ModelTensor>& tensors,
+                                                                   MemoryPlanOptions options, std::int64_t limit_bytes,
+                                                                   std::int64_t MemoryPlanOptions::*field,
+                                                                   std::int64_t upper) {
+  std::int64_t fitting = 0, failing = upper + 1;
+  while (failing - fitting > 1) {
+    options.*field = fitting + (failing - fitting) / 2;
+    (plan_memory(config, tensors, options).fits(limit_bytes) ? fitting : failing) = options.*field;
+  }
+  return fitting > 0 ? std::optional(fitting) : std::nullopt;
+}
+
+}  // namespace detail
+
+/// The longest context, up to the model's, that fits with the other options as they are.
+[[nodiscard]] inline std::optional<std::int64_t> largest_context(const ModelConfig& config,
+                                                                 const std::vector<ModelTensor>& tensors,
+                                                                 const MemoryPlanOptions& options,
+                                                                 std::int64_t limit_bytes) {
+  return detail::largest_that_fits(config, tensors, options, limit_bytes, &MemoryPlanOptions::context, config.context);
+}
+
+/// The longest chunk, up to the one asked for, that fits with the other options as they are.
+[[nodiscard]] inline std::optional<std::int64_t> largest_chunk(const ModelConfig& config,
+                                                               const std::vector<ModelTensor>& tensors,
+                                                               const MemoryPlanOptions& options,
+                                                               std::int64_t limit_bytes) {
+  return detail::largest_that_fits(config, tensors, options, limit_bytes, &MemoryPlanOptions::chunk, options.chunk);
+}
+
+/// A table for the eye: name, bytes, GiB, formula, and the sum.
+inline void print_memory_plan(std::ostream& stream, const MemoryPlan& plan) {
+  const auto line = [&](const std::string& name, std::int64_t bytes, const std::string& formula) {
+    char text[96];
+    std::snprintf(text, sizeof(text), "%-20s %14lld B %8.3f GiB", name.c_str(), static_cast<long long>(bytes),
+                  static_cast<double>(bytes) / static_cast<double>(std::int64_t{1} << 30));
+    stream << text << (formula.empty() ? "" : "  ") << formula << '\n';
+  };
+  for (const PlannedBuffer& buffer : plan.buffers) line(buffer.name, buffer.bytes, buffer.formula);
+  line("total", plan.total_bytes(), "");
+}
+
+}  // namespace gemma4

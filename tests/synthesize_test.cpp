@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemma4/synthetic_model.hpp"
+
+#include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+inline int omp_get_max_threads() {
+  return 1;
+}
+inline void omp_set_num_threads(int) {}
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <set>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "gemma4/block_decode.hpp"
+#include "gemma4/config_from_gguf.hpp"
+#include "gemma4/gguf_reader.hpp"
+#include "gemma4/model/weights.hpp"
+#include "gemma4/tokenizer.hpp"
+#include "reference/backend.hpp"
+
+namespace {
+
+using gemma4::GgufFile;
+using gemma4::ModelConfig;
+using gemma4::SyntheticOptions;
+using gemma4::TensorType;
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string name = (std::filesystem::temp_directory_path() / "synthesize_XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
+    path_ = name;
+  }
+  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
+  [[nodiscard]] std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+  [[nodiscard]] bool empty() const { return std::filesystem::is_empty(path_); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+/// Sets the number of threads for a scope. One is best for small models: they are done before the others wake.
+class Threads {
+ public:
+  explicit Threads(int count) : before_(omp_get_max_threads()) { omp_set_num_threads(count); }
+  ~Threads() { omp_set_num_threads(before_); }
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+
+ private:
+  int before_;
+};
+
+/// 60 layers, as deep as the largest model, but narrow.
+ModelConfig deep_config() {
+  ModelConfig config = gemma4::gemma4_tiny();
+  config.is_sliding = gemma4::five_to_one_pattern(60);
+  return config;
+}
+
+std::string file_bytes(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+std::vector<float> draw(TensorType type, std::uint64_t seed, const std::string& name, std::int64_t row, std::int64_t n,
+                        double deviation) {
+  std::vector<std::byte> bytes(static_cast<std::size_t>(gemma4::row_bytes(type, n)));
+  gemma4::SyntheticRows(seed).fill(name, row, type, n, deviation, bytes);
+  std::vector<float> values(static_cast<std::size_t>(n));
+  gemma4::decode_row(type, bytes, values);
+  return values;
+}
+
+double mean_square(std::span<const float> values) {
+  double sum = 0;
+  for (const float value : values) sum += static_cast<double>(value) * value;
+  return sum / static_cast<double>(values.size());
+}
+
+// Over n weights the mean is within 5 / sqrt(n) deviations of 0, the mean square within 5 sqrt(k / n) of 1, k = 2 for a
+// normal distribution and less for one that is cut off: at n = 2^20 these are 0.5 % and 0.7 %. Steps of tiny weights
+// are subnormal in 16 bits: a step of 1e-6 is rounded by up to 3 %, hence deviations down to 1 / sqrt(21504) only.
+TEST(SyntheticWeights, HaveTheMeanAndDeviationAskedFor) {
+  constexpr std::int64_t kCount = std::int64_t{1} << 20;
+  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ6K, TensorType::kQ8_0, TensorType::kF32}) {
+    for (const double deviation : {1 / std::sqrt(21504.0), 1 / std::sqrt(512.0), 1.0}) {
+      const std::vector<float> values = draw(type, 1, "w", 0, kCount, deviation);
+      double sum = 0;
+      for (const float value : values) sum += value;
+      EXPECT_LE(std::abs(sum / kCount) / deviation, 0.005) << type_name(type) << " " << deviation;
+      EXPECT_LE(std::abs(mean_square(values) / (deviation * deviation) - 1), 0.01)
+          << type_name(type) << " " << deviation;
+    }
+  }
+}
+
+// A standard normal number lies within one deviation with probability 0.683 and within two with 0.954; codes are
+// coarse (Q4_K has 15 steps over 4.2 deviations), which moves these shares by a few percent.
+TEST(SyntheticWeights, AreBellShaped) {
+  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ6K}) {
+    const std::vector<float> values = draw(type, 1, "w", 0, 1 << 18, 1.0);
+    int within_one = 0, within_two = 0;
+    for (const float value : values) within_one += std::abs(value) < 1, within_two += std::abs(value) < 2;
+    EXPECT_NEAR(within_one / static_cast<double>(values.size()), 0.683, 0.04) << type_name(type);
+    EXPECT_NEAR(within_two / static_cast<double>(values.size()), 0.954, 0.03) << type_name(type);
+  }
+}
+
+RC_GTEST_PROP(SyntheticWeights, RowsDependOnSeedNameAndRowAlone, (std::uint64_t seed, std::uint16_t row)) {
+  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ6K, TensorType::kBf16}) {
+    const auto base = draw(type, seed, "a", row, 256, 1.0);
+    RC_ASSERT(draw(type, seed, "a", row, 256, 1.0) == base);
+    RC_ASSERT(draw(type, seed + 1, "a", row, 256, 1.0) != base);
+    RC_ASSERT(draw(type, seed, "b", row, 256, 1.0) != base);
+    RC_ASSERT(draw(type, seed, "a", row + 1, 256, 1.0) != base);
+  }
+}
+
+TEST(SyntheticVocabulary, AnySizeMakesATokenizerThatRoundTrips) {
+  const TemporaryFolder folder;
+  for (const std::int64_t size : {267, 300, 1024, 20000}) {
+    gemma4::GgufWriter writer(folder / "v.gguf");
+    gemma4::detail::set_vocabulary_keys(writer, size);
+    writer.finish();
+    const GgufFile file = GgufFile::open(folder / "v.gguf");
+    const gemma4::Tokenizer tokenizer(file);
+    for (const std::string text : {"hello brave new world", "x = f(1.5);\n\n\n  return é", ""}) {
+      const std::vector<std::int32_t> ids = tokenizer.encode(text, {.add_bos = false});
+      EXPECT_EQ(tokenizer.decode(ids), text) << "vocabulary of " << size;
+      if (size == 20000 && text == "hello brave new world") {
+        EXPECT_LT(ids.size(), text.size()) << "merges are used";
+      }
+    }
+  }
+  EXPECT_THROW((void)gemma4::make_synthetic_vocabulary(266), std::invalid_argument);
+}
+
+TEST(SyntheticVocabulary, Of262144TokensAreUnique) {
+  const auto vocabulary = gemma4::make_synthetic_vocabulary(262144);
+  EXPECT_EQ(vocabulary.tokens.size(), 262144u);
+  EXPECT_EQ(vocabulary.types.size(), 262144u);
+  EXPECT_EQ(std::set<std::string>(vocabulary.tokens.begin(), vocabulary.tokens.end()).size(), 262144u);
+}
+
+TEST(SyntheticModel, FileSaysWhatTheConfigSays) {
+  const TemporaryFolder folder;
+  ModelConfig config = gemma4::gemma4_tiny();
+  config.full.rope_pairs = 11;
+  config.softcap = 25;
+  gemma4::write_synthetic_model(folder / "m.gguf", config);
+  const GgufFile file = GgufFile::open(folder / "m.gguf");
+  EXPECT_EQ(gemma4::config_from_gguf(file), config);
+  EXPECT_EQ(gemma4::model_tensors(file), gemma4::model_tensors(config));
+  EXPECT_EQ(gemma4::weights_from_gguf(file).layers.size(), 6u);
+}
+
+TEST(SyntheticModel, HasTheKeysOfAPeersFile) {
+  const TemporaryFolder folder;
+  gemma4::write_synthetic_model(folder / "m.gguf", gemma4::gemma4_tiny());
+  const GgufFile ours = GgufFile::open(folder / "m.gguf");
+  const GgufFile peer = GgufFile::open(std::filesystem::path(GEMMA4_TEST_DATA) / "tiny/tiny-a-Q4_K_M.gguf");
+  EXPECT_EQ(ours.values().size(), peer.values().size());
+  for (const auto& [key, value] : peer.values()) {
+    ASSERT_TRUE(ours.has(key)) << key;
+    EXPECT_EQ(ours.value(key).type, value.type) << key;
+    EXPECT_EQ(ours.value(key).element, value.element) << key;
+    if (key.starts_with("gemma4.")) {
+      EXPECT_TRUE(std::equal(value.bytes.begin(), value.bytes.end(), ours.value(key).bytes.begin(),
+                             ours.value(key).bytes.end()))
+          << key;
+    }
+  }
+}
+
+TEST(SyntheticModel, BytesDependOnTheSeedAndNotOnTheThreads) {
+  const TemporaryFolder folder;
+  ModelConfig config = gemma4::gemma4_tiny();
+  config.vocab = 8192;  // 1.7 MB of embedding: enough for threads to share
+  const auto write = [&](std::uint64_t seed, int n_thread) {
+    const Threads threads(n_thread);
+    gemma4::write_synthetic_model(folder / "m.gguf", config, {.seed = seed});
+    return file_bytes(folder / "m.gguf");
+  };
+  const std::string one = write(3, 1), five = write(3, 5), other = write(4, 1);
+  EXPECT_TRUE(one == five);
+  EXPECT_FALSE(one == other) << "control";
+}
+
+TEST(SyntheticModel, ProgressEndsAtTheTotal) {
+  const TemporaryFolder folder;
+  std::int64_t last = 0;
+  gemma4::write_synthetic_model(folder / "m.gguf", gemma4::gemma4_tiny(), {}, [&](std::int64_t done) {
+    EXPECT_GT(done, last);
+    last = done;
+  });
+  EXPECT_EQ(last, gemma4::total_bytes(gemma4::model_tensors(gemma4::gemma4_tiny())));
+}
+
+TEST(SyntheticModel, RefusesAndLeavesNothingBehind) {
+  const TemporaryFolder folder;
+  ModelConfig narrow = gemma4::gemma4_tiny();
+  narrow.hidden = 300;
+  EXPECT_THROW(gemma4::write_synthetic_model(folder / "m.gguf", narrow), std::invalid_argument);
+  ModelConfig few = gemma4::gemma4_tiny();
+  few.vocab = 100;
+  EXPECT_THROW(gemma4::write_synthetic_model(folder / "m.gguf", few), std::invalid_argument);
+  EXPECT_THROW(gemma4::write_synthetic_model(folder / "m.gguf", gemma4::gemma4_tiny(), {.only = TensorType::kQ5K}),
+               std::invalid_argument);
+  ModelConfig huge = gemma4::gemma4_31b();
+  huge.is_sliding = gemma4::five_to_one_pattern(4096);
+  huge.ffn_hidden = 256 * 40000;
+  EXPECT_THROW(gemma4::write_synthetic_model(folder / "m.gguf", huge), std::invalid_argument) << "no such disk";
+  EXPECT_THROW(gemma4::write_synthetic_model(folder / "m.gguf", gemma4::gemma4_tiny(), {},
+                                             [](std::int64_t) { throw std::runtime_error("stop"); }),
+               std::runtime_error);
+  EXPECT_TRUE(folder.empty());
+}
+
+TEST(SyntheticModel, AnyTypeOfMatrixLoads) {
+  const TemporaryFolder folder;
+  for (const TensorType type :
+       {TensorType::kQ4K, TensorType::kQ8_0, TensorType::kBf16, TensorType::kF16, TensorType::kF32}) {
+    gemma4::write_synthetic_model(folder / "m.gguf", gemma4::gemma4_tiny(), {.only = type});
+    const GgufFile file = GgufFile::open(folder / "m.gguf");
+    const gemma4::ModelWeights weights = gemma4::weights_from_gguf(file);
+    EXPECT_EQ(weights.token_embd.type, type);
+    EXPECT_EQ(weights.layers[5].ffn_down.type, type);
+  }
+}
+
+/// A chunk through the layers by hand, so that the residual stream and the scores can be looked at.
+class Probe {
+ public:
+  using Matrix = gemma4::reference::Matrix<float>;
+
+  explicit Probe(const gemma4::ModelWeights& weights, std::int64_t n_token)
+      : weights_(weights), caches_(gemma4::reference::make_layer_caches<float>(weights.config, {}, n_token)) {
+    std::vector<std::int32_t> tokens;
+    gemma4::RowRandom random(9, "tokens", 0);
+    for (std::int64_t t = 0; t < n_token; ++t) {
+      tokens.push_back(static_cast<std::int32_t>(random.next() % static_cast<std::uint64_t>(weights.config.vocab)));
+    }
+    x_.resize(n_token, weights.config.hidden);
+    gemma4::reference::embedding<float>(tokens, weights.token_embd, weights.config.embedding_scale(), x_);
+  }
+
+  [[nodiscard]] double stream_rms() const { return std::sqrt(x_.squaredNorm() / static_cast<double>(x_.size())); }
+
+  /// Runs a layer; returns the deviation of the scores of each query with its older keys, over all heads.
+  double run_layer(std::int64_t layer) {
+    const ModelConfig& config = weights_.config;
+    const auto& weights = weights_.layers[static_cast<std::size_t>(layer)];
+    const auto& attention = config.attention(layer);
+    gemma4::reference::Pending<float> pending;
+    const auto qkv = gemma4::reference::project_qkv<float>(config, attention, weights, 0, x_, pending);
+    const Matrix attended =
+        std::visit([&](auto& cache) { return cache.attend(qkv, 0); }, caches_[static_cast<std::size_t>(layer)]);
+    pending = gemma4::reference::project_output<float>(weights, attended);
+    const Matrix activation = gemma4::reference::gate_up<float>(config, weights, x_, pending);
+    pending = gemma4::reference::down<float>(weights, activation);
+    gemma4::reference::finish_residual<float>(x_, pending, config.rms_epsilon);
+    return score_deviation(qkv, attention, config.n_head);
+  }
+
+ private:
+  static double score_deviation(const gemma4::reference::Qkv<float>& qkv, const gemma4::AttentionConfig& attention,
+                                std::int64_t n_head) {
+    double sum = 0, squares = 0, count = 0;
+    for (std::int64_t head = 0; head < n_head; ++head) {
+      const std::int64_t head_kv = head * attention.n_head_kv / n_head, dim = attention.head_dim;
+      const Matrix scores = qkv.q.middleCols(head * dim, dim) * qkv.k.middleCols(head_kv * dim, dim).transpose();
+      for (Eigen::Index t = 1; t < scores.rows(); ++t) {
+        for (Eigen::Index j = 0; j < t; ++j, ++count) sum += scores(t, j), squares += scores(t, j) * scores(t, j);
+      }
+    }
+    return std::sqrt(squares / count - (sum / count) * (sum / count));
+  }
+
+  const gemma4::ModelWeights& weights_;
+  std::vector<gemma4::reference::LayerCache<float>> caches_;
+  Matrix x_;
+};
+
+// What the scaling promises. The stream's RMS would be exactly 1 if the branches were not correlated with it; scores
+// are N(0, s^2) for unrelated q and k, and the norm weights' own spread (10 %) adds a little.
+TEST(SyntheticModel, StreamAndScoresStaySaneThrough60Layers) {
+  const Threads threads(1);
+  const TemporaryFolder folder;
+  const SyntheticOptions options;
+  gemma4::write_synthetic_model(folder / "m.gguf", deep_config(), options);
+  const GgufFile file = GgufFile::open(folder / "m.gguf");
+  const gemma4::ModelWeights weights = gemma4::weights_from_gguf(file);
+  Probe probe(weights, 48);
+  EXPECT_NEAR(probe.stream_rms(), 1.0, 0.1) << "the embedding";
+  for (std::int64_t layer = 0; layer < weights.config.n_layer(); ++layer) {
+    const double scores = probe.run_layer(layer);
+    ASSERT_GE(scores, 0.6 * options.score_deviation) << "layer " << layer;
+    ASSERT_LE(scores, 1.4 * options.score_deviation) << "layer " << layer;
+    ASSERT_GE(probe.stream_rms(), 0.7) << "layer " << layer;
+    ASSERT_LE(probe.stream_rms(), 1.4) << "layer " << layer;
+  }
+}
+
+/// Logits of 48 tokens, each after those before it, and how often the likeliest next token is the token itself.
+struct Logits {
+  gemma4::reference::Matrix<float> values;
+  int n_echo = 0;
+  std::set<Eigen::Index> tops;
+  [[nodiscard]] double spread() const { return std::sqrt(values.squaredNorm() / static_cast<double>(values.size())); }
+};
+
+Logits run_model(const gemma4::ModelWeights& weights) {
+  gemma4::reference::Backend<float> backend(weights, {.cache = {}, .context = 64, .max_chunk = 64});
+  gemma4::Model model(backend);
+  std::vector<std::int32_t> tokens(48);
+  std::vector<std::int64_t> rows(tokens.size());
+  for (std::size_t t = 0; t < tokens.size(); ++t) {
+    tokens[t] = static_cast<std::int32_t>((t * 37 + 11) % 1024);
+    rows[t] = static_cast<std::int64_t>(t);
+  }
+  model.forward(tokens, rows);
+  Logits logits;
+  logits.values = backend.logits();
+  for (Eigen::Index t = 0; t < logits.values.rows(); ++t) {
+    Eigen::Index top = 0;
+    logits.values.row(t).maxCoeff(&top);
+    logits.tops.insert(top);
+    logits.n_echo += top == tokens[static_cast<std::size_t>(t)];
+  }
+  return logits;
+}
+
+TEST(SyntheticModel, LogitsSpreadAsAskedAndDependOnTheTokens) {
+  const Threads threads(1);
+  const TemporaryFolder folder;
+  for (const double deviation : {3.0, 1.0}) {
+    gemma4::write_synthetic_model(folder / "m.gguf", deep_config(), {.logit_deviation = deviation});
+    const GgufFile file = GgufFile::open(folder / "m.gguf");
+    const Logits logits = run_model(gemma4::weights_from_gguf(file));
+    ASSERT_TRUE(logits.values.allFinite());
+    EXPECT_NEAR(logits.spread(), deviation, 0.3 * deviation);
+    EXPECT_GE(logits.tops.size(), 24u) << "different contexts, different predictions";
+    EXPECT_LE(logits.n_echo, 4) << "the tied embedding must not echo the input";
+  }
+}
+
+TEST(SyntheticModel, SignsOfTheOutputNormAreWhatKeepsTheInputFromEchoing) {
+  const Threads threads(1);
+  const TemporaryFolder folder;
+  gemma4::write_synthetic_model(folder / "m.gguf", deep_config());
+  const GgufFile file = GgufFile::open(folder / "m.gguf");
+  gemma4::ModelWeights weights = gemma4::weights_from_gguf(file);
+  std::vector<float> positive(weights.output_norm.begin(), weights.output_norm.end());
+  for (float& value : positive) value = std::abs(value);
+  weights.output_norm = positive;
+  EXPECT_GE(run_model(weights).n_echo, 24) << "control: without signs most predictions repeat the input";
+}
+
+}  // namespace
