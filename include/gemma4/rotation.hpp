@@ -86,11 +86,11 @@ namespace detail {
 inline void remove_component(double* row, const double* other, std::size_t length) {
   constexpr std::size_t kParts = 8;
   double part[kParts] = {};
-  std::size_t i = 0;
-  for (; i + kParts <= length; i += kParts) {
+  const std::size_t whole = length - length % kParts;
+  for (std::size_t i = 0; i < whole; i += kParts) {
     for (std::size_t lane = 0; lane < kParts; ++lane) part[lane] += row[i + lane] * other[i + lane];
   }
-  for (; i < length; ++i) part[0] += row[i] * other[i];
+  for (std::size_t i = whole; i < length; ++i) part[0] += row[i] * other[i];
   double dot = 0.0;
   for (const double value : part) dot += value;
   for (std::size_t j = 0; j < length; ++j) row[j] -= dot * other[j];
