@@ -33,10 +33,12 @@ template <class Scalar>
   }
 }
 
-/// Calls `body(begin, count)` for each tile of rows, in parallel; a tile owns its columns of the output.
+/// Calls `body(begin, count)` for each tile of rows, in parallel where that pays (below it, waking the threads costs
+/// more than the product); a tile owns its columns of the output.
 template <class TBody>
-void for_weight_tiles(std::int64_t rows, TBody&& body) {
-#pragma omp parallel for schedule(dynamic)
+void for_weight_tiles(std::int64_t rows, std::int64_t cols, std::int64_t n_token, TBody&& body) {
+  [[maybe_unused]] constexpr std::int64_t kParallelWork = std::int64_t{1} << 18;  // multiplications: some 20 us
+#pragma omp parallel for schedule(dynamic) if (rows * cols * n_token >= kParallelWork)
   for (std::int64_t begin = 0; begin < rows; begin += kWeightTileRows) {
     body(begin, std::min(kWeightTileRows, rows - begin));
   }
@@ -56,7 +58,7 @@ void quantized_linear(ConstMatrixRef<Scalar> x, const QuantizedMatrix& weight, M
           " columns");
   require(out.rows() == x.rows() && out.cols() == weight.rows, "quantized_linear: out is ", out.rows(), " x ",
           out.cols(), ", need ", x.rows(), " x ", weight.rows);
-  detail::for_weight_tiles(weight.rows, [&](std::int64_t begin, std::int64_t count) {
+  detail::for_weight_tiles(weight.rows, weight.cols, x.rows(), [&](std::int64_t begin, std::int64_t count) {
     const Matrix<Scalar> tile = detail::decode_rows<Scalar>(weight, begin, count);
     out.middleCols(begin, count).noalias() = x * tile.transpose();
   });
