@@ -44,6 +44,7 @@ struct FlashPlan {
   FlashPath path = FlashPath::kPrefill;
   FlashTile tile{};  ///< of the mma.sync kernels
   int n_split = 1;
+  bool overlap = false;  ///< the merge of the splits is launched under the end of the first kernel
   dim3 grid{};
   int n_thread = 0;
   std::int64_t smem_bytes = 0;
@@ -81,6 +82,7 @@ inline constexpr std::int64_t kDecodeRows = 64;  ///< query rows of a KV head up
                                           std::int64_t ring_len, const DeviceInfo& device, const FlashChoice& choice) {
   require(shape.buffer_len < kNoWindow, who, ": buffer_len ", shape.buffer_len, ", need below ", kNoWindow);
   FlashPlan plan{.shape = shape};
+  plan.overlap = device.compute_capability >= 90;
   const std::int64_t rows = shape.n_query * shape.group(), heads = shape.batch * shape.n_head_kv;
   require(heads <= 65535, who, ": batch * n_head_kv is ", heads, ", need at most 65535");
   const bool wgmma = wgmma_fits(shape, options, ring_len, device);
@@ -94,7 +96,7 @@ inline constexpr std::int64_t kDecodeRows = 64;  ///< query rows of a KV head up
             device.compute_capability);
     const bool wide = shape.head_dim == 512;
     const std::int64_t blocks = divide_up(rows, wide ? Flash512::kRows : Flash256::kRows);
-    plan.grid = dim3(static_cast<unsigned>(wide ? divide_up(blocks, 2) * 2 : blocks), static_cast<unsigned>(heads));
+    plan.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads));
     plan.n_thread = wide ? Flash512::kThreads : Flash256::kThreads;
     plan.smem_bytes = wide ? Flash512::kSmemBytes : Flash256::kSmemBytes;
     return plan;
@@ -106,11 +108,11 @@ inline constexpr std::int64_t kDecodeRows = 64;  ///< query rows of a KV head up
   require(plan.tile.smem_bytes() <= device.smem_limit_bytes, who, ": tile needs ", plan.tile.smem_bytes(),
           " B of shared memory, the device gives ", device.smem_limit_bytes);
   const std::int64_t row_tiles = divide_up(rows, plan.tile.rows());
-  // One block a multiprocessor fills the memory pipes: each has two tiles of K and V in flight.
-  plan.n_split =
-      choice.n_split.value_or(plan.path == FlashPath::kDecode
-                                  ? static_cast<int>(std::max<std::int64_t>(1, device.sm_count / (row_tiles * heads)))
-                                  : 1);
+  // Two blocks a multiprocessor: one computes while the other's tile is on its way.
+  plan.n_split = choice.n_split.value_or(
+      plan.path == FlashPath::kDecode
+          ? static_cast<int>(std::max<std::int64_t>(1, 2 * device.sm_count / (row_tiles * heads)))
+          : 1);
   require(plan.n_split >= 1 && plan.n_split <= 65535, who, ": n_split ", plan.n_split, ", need 1 to 65535");
   plan.grid = dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(heads), static_cast<unsigned>(plan.n_split));
   plan.n_thread = plan.tile.n_thread();
@@ -140,9 +142,17 @@ void launch_mma(const FlashPlan& plan, const FlashParams& params, cudaStream_t s
   flash_mma_kernel<Traits><<<plan.grid, plan.n_thread, static_cast<std::size_t>(plan.smem_bytes), stream>>>(params);
   check_launch("flash_mma_kernel");
   if (plan.n_split == 1) return;
-  const dim3 grid(static_cast<unsigned>(params.n_query * params.group), plan.grid.y);
-  flash_combine_kernel<kTile.head_dim><<<grid, kTile.head_dim / 4, 0, stream>>>(params);
-  check_launch("flash_combine_kernel");
+  // Scheduled under the end of the first kernel, where the device can do that.
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(params.n_query * params.group), plan.grid.y);
+  config.blockDim = dim3(kTile.head_dim / 4 * kCombineGroups);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = plan.overlap ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, flash_combine_kernel<kTile.head_dim>, params), "flash_combine_kernel");
 }
 
 inline void launch_wgmma(const FlashPlan& plan, const FlashParams& params, cudaStream_t stream) {
@@ -153,8 +163,8 @@ inline void launch_wgmma(const FlashPlan& plan, const FlashParams& params, cudaS
   maps.out = query_map("out", params.out, params.out_stride, shape, 64, wide ? 4 : 1);
   const auto smem = static_cast<std::size_t>(plan.smem_bytes);
   if (wide) {
-    maps.k = key_map("k", params.fresh.k, params.fresh.k_stride, shape, params.max_kv_end, kWgmmaKeys, 1);
-    maps.v = key_map("v", params.fresh.v, params.fresh.v_stride, shape, params.max_kv_end, 16, 4);
+    maps.k = key_map("k", params.fresh.k, params.fresh.k_stride, shape, params.max_kv_end, kWgmmaKeys, 2);
+    maps.v = key_map("v", params.fresh.v, params.fresh.v_stride, shape, params.max_kv_end, 16, 8);
     allow_smem(reinterpret_cast<const void*>(flash_wgmma_512_kernel<Flash512>), plan.smem_bytes);
     flash_wgmma_512_kernel<Flash512><<<plan.grid, plan.n_thread, smem, stream>>>(params, maps);
   } else {

@@ -42,9 +42,7 @@ inline constexpr std::array kFlashTiles{
     FlashTile{.head_dim = 512, .warps_m = 4, .warps_k = 1, .warps_d = 2, .tile_kv = 16, .n_stage = 1},
     FlashTile{.head_dim = 64, .warps_m = 1, .warps_k = 4, .warps_d = 1, .tile_kv = 64, .n_stage = 3},
     FlashTile{.head_dim = 128, .warps_m = 1, .warps_k = 4, .warps_d = 1, .tile_kv = 64, .n_stage = 2},
-    FlashTile{.head_dim = 256, .warps_m = 1, .warps_k = 4, .warps_d = 1, .tile_kv = 64, .n_stage = 2},
     FlashTile{.head_dim = 256, .warps_m = 1, .warps_k = 4, .warps_d = 1, .tile_kv = 64, .n_stage = 1},
-    FlashTile{.head_dim = 512, .warps_m = 1, .warps_k = 2, .warps_d = 2, .tile_kv = 32, .n_stage = 2},
     FlashTile{.head_dim = 512, .warps_m = 1, .warps_k = 2, .warps_d = 2, .tile_kv = 32, .n_stage = 1},
 };
 
@@ -65,7 +63,7 @@ struct FlashMmaTraits {
   static constexpr int kSmemBytes = kTile.smem_bytes();
   static_assert(kTileKv % (16 * kWarpsK) == 0, "each warp takes whole groups of 16 keys");
   static_assert(kWarpDims <= 256, "more than 128 accumulator registers a thread spill");
-  static_assert(kWarpsK == 1 || kRows * kHeadDim * 4 + kWarpsK * kRows * 8 <= 2 * kStages * kTileBytes + kQBytes,
+  static_assert(kWarpsK == 1 || kRows * (kHeadDim + 8) * 4 + kWarpsK * kRows * 8 <= 2 * kStages * kTileBytes + kQBytes,
                 "the merge of the warps must fit where the tiles were");
 };
 
@@ -80,9 +78,10 @@ template <class TTraits>
 template <class TTraits>
 __device__ __forceinline__ void load_queries(const FlashParams& params, std::uint32_t smem, int batch, int head_kv,
                                              int row0) {
-  const int n_row = flash_rows(params);
-  for (int item = threadIdx.x; item < TTraits::kRows * TTraits::kChunks; item += TTraits::kThreads) {
-    const int row = item / TTraits::kChunks, chunk = item % TTraits::kChunks;
+  constexpr int kRowsAtOnce = TTraits::kThreads / TTraits::kChunks;
+  const int n_row = flash_rows(params), chunk = threadIdx.x % TTraits::kChunks;
+#pragma unroll 1
+  for (int row = threadIdx.x / TTraits::kChunks; row < TTraits::kRows; row += kRowsAtOnce) {
     const bool valid = row0 + row < n_row;
     const int token = valid ? (row0 + row) / params.group : 0;
     const int head = head_kv * params.group + (valid ? (row0 + row) % params.group : 0);
@@ -92,26 +91,42 @@ __device__ __forceinline__ void load_queries(const FlashParams& params, std::uin
   }
 }
 
+/// Slot of position `first + row` given that of `first`; a ring longer than the tile wraps at most once.
+__device__ __forceinline__ int wrapped_slot(int first_slot, int row, int ring_len) {
+  const int slot = first_slot + row;
+  return slot < ring_len ? slot : slot % ring_len;
+}
+
 /// K and V of positions [first, first + kTileKv); rows outside [keys.lo, keys.hi) are zero, so that a masked
-/// probability of 0 never meets a NaN.
+/// probability of 0 never meets a NaN. A warp copies whole rows. (Loops stay rolled: this kernel often runs once
+/// through its code, and instructions that miss the cache cost more than the loop.)
 template <class TTraits>
 __device__ __forceinline__ void load_keys(const FlashParams& params, const KeyExtent& extent, KeyRange keys,
                                           std::uint32_t smem, int batch, int head_kv, int first) {
-  for (int item = threadIdx.x; item < TTraits::kTileKv * TTraits::kChunks; item += TTraits::kThreads) {
-    const int row = item / TTraits::kChunks, chunk = item % TTraits::kChunks;
+  constexpr int kRowsAtOnce = TTraits::kThreads / TTraits::kChunks;  // each thread keeps its column
+  static_assert(TTraits::kThreads % TTraits::kChunks == 0 && TTraits::kTileKv % kRowsAtOnce == 0);
+  const int chunk = threadIdx.x % TTraits::kChunks, row0 = threadIdx.x / TTraits::kChunks;
+  const int first_slot = params.ring_len > 0 ? first % params.ring_len : 0;
+  const auto head_base = [&](const Bf16* data, const std::int64_t(&stride)[3]) {
+    return data + batch * stride[0] + head_kv * stride[1] + chunk * 8;
+  };
+  const Bf16* const fresh_k = head_base(params.fresh.k, params.fresh.k_stride);
+  const Bf16* const fresh_v = head_base(params.fresh.v, params.fresh.v_stride);
+  const Bf16* const old_k = head_base(params.old.k, params.old.k_stride);
+  const Bf16* const old_v = head_base(params.old.v, params.old.v_stride);
+#pragma unroll 2
+  for (int row = row0; row < TTraits::kTileKv; row += kRowsAtOnce) {
     const int position = first + row;
-    const bool valid = position >= keys.lo && position < keys.hi;
-    const bool fresh = position >= extent.fresh_begin;
-    const KeySource& source = fresh ? params.fresh : params.old;
-    std::int64_t source_row = 0;
-    if (valid) source_row = fresh ? position - extent.fresh_begin : position % params.ring_len;
-    const Bf16* k = (valid ? source.k : params.q) + batch * source.k_stride[0] + head_kv * source.k_stride[1] +
-                    source_row * source.k_stride[2] + chunk * 8;
-    const Bf16* v = (valid ? source.v : params.q) + batch * source.v_stride[0] + head_kv * source.v_stride[1] +
-                    source_row * source.v_stride[2] + chunk * 8;
+    const bool valid = position >= keys.lo && position < keys.hi, fresh = position >= extent.fresh_begin;
+    const std::int64_t source_row =
+        !valid ? 0 : (fresh ? position - extent.fresh_begin : wrapped_slot(first_slot, row, params.ring_len));
+    const Bf16* k =
+        fresh ? fresh_k + source_row * params.fresh.k_stride[2] : old_k + source_row * params.old.k_stride[2];
+    const Bf16* v =
+        fresh ? fresh_v + source_row * params.fresh.v_stride[2] : old_v + source_row * params.old.v_stride[2];
     const std::uint32_t target = smem + swizzled<TTraits>(row, chunk);
-    copy_async_16(target, k, valid);
-    copy_async_16(target + TTraits::kTileBytes, v, valid);
+    copy_async_16(target, valid ? k : params.q, valid);  // nothing is read where it is not valid
+    copy_async_16(target + TTraits::kTileBytes, valid ? v : params.q, valid);
   }
 }
 
@@ -213,104 +228,128 @@ __device__ __forceinline__ void absorb(FlashState<TTraits>& state, float (&s)[2]
   }
 }
 
-/// Where the rows of a block go: normalised into out, or as they are into the partials of a split.
+/// Index of a row among the partials of this block's split.
+[[nodiscard]] __device__ __forceinline__ std::int64_t partial_row(const FlashParams& params, int row) {
+  const std::int64_t n_head = params.batch * params.n_head_kv;
+  return (blockIdx.z * n_head + blockIdx.y) * flash_rows(params) + row;
+}
+
+/// Where a row of the call is in `out`.
+[[nodiscard]] __device__ __forceinline__ Bf16* out_row(const FlashParams& params, int batch, int head_kv, int row) {
+  return params.out + batch * params.out_stride[0] + (row / params.group) * params.out_stride[1] +
+         (head_kv * params.group + row % params.group) * params.out_stride[2];
+}
+
+/// Writes the rows of warps that saw all keys of the block: normalised into out, or as they are into the partials.
 template <class TTraits>
-__device__ __forceinline__ void store_pair(const FlashParams& params, int batch, int head_kv, int row, int dim, float l,
-                                           float first, float second) {
-  if (row >= flash_rows(params)) return;
-  if (params.n_split > 1) {
-    const std::int64_t index =
-        (static_cast<std::int64_t>(blockIdx.z) * params.batch * params.n_head_kv + batch * params.n_head_kv + head_kv) *
-            flash_rows(params) +
-        row;
-    *reinterpret_cast<float2*>(params.partial_o + index * TTraits::kHeadDim + dim) = make_float2(first, second);
-    return;
+__device__ __forceinline__ void store_rows(const FlashState<TTraits>& state, const FlashParams& params, int batch,
+                                           int head_kv, int row, int dim0) {
+  const int t = threadIdx.x & 3;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= flash_rows(params)) continue;
+    if (params.n_split > 1) {
+      const std::int64_t index = partial_row(params, row + 8 * half);
+      float* const target = params.partial_o + index * TTraits::kHeadDim + dim0 + 2 * t;
+#pragma unroll
+      for (int tile = 0; tile < TTraits::kWarpDims / 8; ++tile) {
+        *reinterpret_cast<float2*>(target + 8 * tile) =
+            make_float2(state.o[tile][2 * half], state.o[tile][2 * half + 1]);
+      }
+      if (t == 0 && dim0 == 0) {
+        *reinterpret_cast<float2*>(params.partial_ml + 2 * index) = make_float2(state.m[half], state.l[half]);
+      }
+    } else {
+      const float inverse = state.l[half] > 0.0f ? 1.0f / state.l[half] : 0.0f;  // a row that saw no key gives zeros
+      Bf16* const target = out_row(params, batch, head_kv, row + 8 * half) + dim0 + 2 * t;
+#pragma unroll
+      for (int tile = 0; tile < TTraits::kWarpDims / 8; ++tile) {
+        *reinterpret_cast<std::uint32_t*>(target + 8 * tile) =
+            pack_bf16(state.o[tile][2 * half] * inverse, state.o[tile][2 * half + 1] * inverse);
+      }
+    }
   }
-  const float inverse = l > 0.0f ? 1.0f / l : 0.0f;  // a row that saw no key gives zeros
-  Bf16* target = params.out + batch * params.out_stride[0] + (row / params.group) * params.out_stride[1] +
-                 (head_kv * params.group + row % params.group) * params.out_stride[2] + dim;
-  *reinterpret_cast<std::uint32_t*>(target) = pack_bf16(first * inverse, second * inverse);
 }
 
+/// Merges the warps that shared the keys, in warp order, through shared memory; then all threads write the rows.
 template <class TTraits>
-__device__ __forceinline__ void store_ml(const FlashParams& params, int batch, int head_kv, int row, float m, float l) {
-  if (params.n_split == 1 || row >= flash_rows(params)) return;
-  const std::int64_t index =
-      (static_cast<std::int64_t>(blockIdx.z) * params.batch * params.n_head_kv + batch * params.n_head_kv + head_kv) *
-          flash_rows(params) +
-      row;
-  *reinterpret_cast<float2*>(params.partial_ml + index * 2) = make_float2(m, l);
+__device__ __forceinline__ void merge_warps(FlashState<TTraits>& state, const FlashParams& params, float* smem,
+                                            int batch, int head_kv, int row0, int warp_row, int warp_k, int dim0) {
+  constexpr int kRows = TTraits::kRows, kHeadDim = TTraits::kHeadDim, kStride = kHeadDim + 8;  // 8 rows, 8 bank groups
+  const int t = threadIdx.x & 3;
+  float* const sums = smem;                  // [kRows, kStride]
+  float* const ml = smem + kRows * kStride;  // [kWarpsK, kRows, 2]
+  __syncthreads();                           // the tiles are no longer needed
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (t != 0 || dim0 != 0) continue;
+    ml[(warp_k * kRows + warp_row + 8 * half) * 2] = state.m[half];
+    ml[(warp_k * kRows + warp_row + 8 * half) * 2 + 1] = state.l[half];
+  }
+  __syncthreads();
+  const auto row_maximum = [&](int row) {
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < TTraits::kWarpsK; ++k) maximum = fmaxf(maximum, ml[(k * kRows + row) * 2]);
+    return maximum;
+  };
+  const auto finite = [](float maximum) { return maximum == -INFINITY ? 0.0f : maximum; };
+  const float factor[2] = {exp2_approx(state.m[0] - finite(row_maximum(warp_row))),
+                           exp2_approx(state.m[1] - finite(row_maximum(warp_row + 8)))};
+  float* const mine = sums + warp_row * kStride + dim0 + 2 * t;
+#pragma unroll 1
+  for (int k = 0; k < TTraits::kWarpsK; ++k) {
+    if (warp_k == k) {
+#pragma unroll
+      for (int i = 0; i < TTraits::kWarpDims / 4; ++i) {
+        float* const sum = mine + (i & 1) * 8 * kStride + (i >> 1) * 8;
+        const float* const o = &state.o[i >> 1][2 * (i & 1)];
+        float2 value = k == 0 ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(sum);
+        value.x = fmaf(o[0], factor[i & 1], value.x);
+        value.y = fmaf(o[1], factor[i & 1], value.y);
+        *reinterpret_cast<float2*>(sum) = value;
+      }
+    }
+    __syncthreads();
+  }
+  const int n_row = min(kRows, flash_rows(params) - row0);
+#pragma unroll 1
+  for (int item = threadIdx.x; item < n_row * (kHeadDim / 4); item += TTraits::kThreads) {
+    const int row = item / (kHeadDim / 4), dim = item % (kHeadDim / 4) * 4;
+    const float4 sum = *reinterpret_cast<const float4*>(sums + row * kStride + dim);
+    const float maximum = row_maximum(row);
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < TTraits::kWarpsK; ++k) {
+      const float* const part = ml + (k * kRows + row) * 2;
+      total += part[1] * exp2_approx(part[0] - finite(maximum));
+    }
+    if (params.n_split > 1) {
+      const std::int64_t index = partial_row(params, row0 + row);
+      *reinterpret_cast<float4*>(params.partial_o + index * kHeadDim + dim) = sum;
+      if (dim == 0) *reinterpret_cast<float2*>(params.partial_ml + 2 * index) = make_float2(maximum, total);
+    } else {
+      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+      *reinterpret_cast<uint2*>(out_row(params, batch, head_kv, row0 + row) + dim) =
+          make_uint2(pack_bf16(sum.x * inverse, sum.y * inverse), pack_bf16(sum.z * inverse, sum.w * inverse));
+    }
+  }
 }
 
-/// Merges the warps that shared the keys (in warp order, through shared memory) and writes the block's rows.
+/// The result of the block.
 template <class TTraits>
 __device__ __forceinline__ void merge_and_store(FlashState<TTraits>& state, const FlashParams& params, float* smem,
                                                 int batch, int head_kv, int row0, int warp_m, int warp_k, int dim0) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int row = warp_m * 16 + g;
+  const int warp_row = warp_m * 16 + (threadIdx.x & 31) / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     state.l[half] += __shfl_xor_sync(~0u, state.l[half], 1);
     state.l[half] += __shfl_xor_sync(~0u, state.l[half], 2);
   }
   if constexpr (TTraits::kWarpsK == 1) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (t == 0 && dim0 == 0) {
-        store_ml<TTraits>(params, batch, head_kv, row0 + row + 8 * half, state.m[half], state.l[half]);
-      }
-#pragma unroll
-      for (int tile = 0; tile < TTraits::kWarpDims / 8; ++tile) {
-        store_pair<TTraits>(params, batch, head_kv, row0 + row + 8 * half, dim0 + tile * 8 + 2 * t, state.l[half],
-                            state.o[tile][2 * half], state.o[tile][2 * half + 1]);
-      }
-    }
+    store_rows(state, params, batch, head_kv, row0 + warp_row, dim0);
   } else {
-    float* const sums = smem;                                     // [kRows, kHeadDim]
-    float* const ml = smem + TTraits::kRows * TTraits::kHeadDim;  // [kWarpsK, kRows, 2]
-    __syncthreads();                                              // the tiles are no longer needed
-    for (int half = 0; half < 2; ++half) {
-      if (t == 0 && dim0 == 0) {
-        ml[(warp_k * TTraits::kRows + row + 8 * half) * 2] = state.m[half];
-        ml[(warp_k * TTraits::kRows + row + 8 * half) * 2 + 1] = state.l[half];
-      }
-    }
-    __syncthreads();
-    float maximum[2], factor[2], total[2] = {0.0f, 0.0f};
-    for (int half = 0; half < 2; ++half) {
-      const float* row_ml = ml + (row + 8 * half) * 2;
-      maximum[half] = -INFINITY;
-      for (int k = 0; k < TTraits::kWarpsK; ++k) maximum[half] = fmaxf(maximum[half], row_ml[k * TTraits::kRows * 2]);
-      const float reference = maximum[half] == -INFINITY ? 0.0f : maximum[half];
-      for (int k = 0; k < TTraits::kWarpsK; ++k) {
-        total[half] += row_ml[k * TTraits::kRows * 2 + 1] * exp2_approx(row_ml[k * TTraits::kRows * 2] - reference);
-      }
-      factor[half] = exp2_approx(state.m[half] - reference);
-    }
-    for (int k = 0; k < TTraits::kWarpsK; ++k) {
-      if (warp_k == k) {
-#pragma unroll
-        for (int i = 0; i < TTraits::kWarpDims / 4; ++i) {
-          const int half = i & 1, tile = i >> 1;
-          float* sum = sums + (row + 8 * half) * TTraits::kHeadDim + dim0 + tile * 8 + 2 * t;
-          const float2 before = k == 0 ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(sum);
-          const float2 after = make_float2(before.x + state.o[tile][2 * half] * factor[half],
-                                           before.y + state.o[tile][2 * half + 1] * factor[half]);
-          if (k + 1 < TTraits::kWarpsK) {
-            *reinterpret_cast<float2*>(sum) = after;
-          } else {
-            store_pair<TTraits>(params, batch, head_kv, row0 + row + 8 * half, dim0 + tile * 8 + 2 * t, total[half],
-                                after.x, after.y);
-          }
-        }
-        if (k + 1 == TTraits::kWarpsK && t == 0 && dim0 == 0) {
-          for (int half = 0; half < 2; ++half) {
-            store_ml<TTraits>(params, batch, head_kv, row0 + row + 8 * half, maximum[half], total[half]);
-          }
-        }
-      }
-      __syncthreads();
-    }
+    merge_warps(state, params, smem, batch, head_kv, row0, warp_row, warp_k, dim0);
   }
 }
 
@@ -335,6 +374,20 @@ template <class TTraits>
   return tiles;
 }
 
+/// Waits for the kernel before in the stream, where this one was launched to overlap its end.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Lets the next kernel in the stream be scheduled; what this one still writes is visible to it after its wait.
+__device__ __forceinline__ void allow_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /// grid: x = row tile (longest first), y = batch * n_head_kv, z = split.
 template <class TTraits>
 __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const __grid_constant__ FlashParams params) {
@@ -346,6 +399,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const _
   const int warp_k = warp / TTraits::kWarpsM % TTraits::kWarpsK;
   const int dim0 = warp / (TTraits::kWarpsM * TTraits::kWarpsK) * TTraits::kWarpDims;
 
+  allow_next_kernel();
   const KeyExtent extent = key_extent(params);
   const KeyRange call{visible_keys(params, extent, 0).lo, extent.kv_end};
   const int last_token = min(params.n_query - 1, (row0 + TTraits::kRows - 1) / params.group);
@@ -368,11 +422,14 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const _
   };
   FlashState<TTraits> state;
   state.init();
+#pragma unroll 1
   for (int stage = 0; stage < TTraits::kStages; ++stage) fetch(tiles.first + stage);
+#pragma unroll 1
   for (int tile = tiles.first; tile < tiles.last; ++tile) {
     copy_async_wait<TTraits::kStages - 1>();
     __syncthreads();
     const std::uint32_t k_smem = kv_smem + (tile - tiles.first) % TTraits::kStages * 2 * TTraits::kTileBytes;
+#pragma unroll 1
     for (int key0 = warp_k * 16; key0 < TTraits::kTileKv; key0 += 16 * TTraits::kWarpsK) {
       float s[2][4];
       score_keys<TTraits>(s, q_smem, k_smem, warp_m * 16, key0);
@@ -390,30 +447,50 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const _
                            dim0);
 }
 
-/// Merges the splits of one row in split order: out = sum_s 2^(m_s - m) O_s / sum_s 2^(m_s - m) l_s.
-/// grid: x = row, y = batch * n_head_kv; a thread owns four dimensions.
+inline constexpr int kCombineGroups = 8;  ///< threads that share the splits of a value: their loads fly together
+
+/// Merges the splits of one row in a fixed order: out = sum_s 2^(m_s - m) O_s / sum_s 2^(m_s - m) l_s.
+/// grid: x = row, y = batch * n_head_kv; kCombineGroups threads share four dimensions.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kHeadDim / 4) flash_combine_kernel(const __grid_constant__ FlashParams params) {
+__global__ void __launch_bounds__(kHeadDim / 4 * kCombineGroups)
+    flash_combine_kernel(const __grid_constant__ FlashParams params) {
+  constexpr int kColumns = kHeadDim / 4;
+  __shared__ __align__(16) float4 sums[kCombineGroups][kColumns];
+  __shared__ float totals[kCombineGroups];
   const int row = blockIdx.x, n_row = flash_rows(params), n_head = params.batch * params.n_head_kv;
-  const int batch = blockIdx.y / params.n_head_kv, head_kv = blockIdx.y % params.n_head_kv;
+  const int column = threadIdx.x % kColumns, group = threadIdx.x / kColumns, lane = threadIdx.x & 31;
   const auto index = [&](int split) { return (static_cast<std::int64_t>(split) * n_head + blockIdx.y) * n_row + row; };
+  wait_for_previous_kernel();
   float maximum = -INFINITY;
-  for (int split = 0; split < params.n_split; ++split) maximum = fmaxf(maximum, params.partial_ml[2 * index(split)]);
+  for (int split = lane; split < params.n_split; split += 32) {
+    maximum = fmaxf(maximum, params.partial_ml[2 * index(split)]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
   const float reference = maximum == -INFINITY ? 0.0f : maximum;
   float total = 0.0f;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-  for (int split = 0; split < params.n_split; ++split) {
+#pragma unroll 8
+  for (int split = group; split < params.n_split; split += kCombineGroups) {
     const float2 ml = *reinterpret_cast<const float2*>(params.partial_ml + 2 * index(split));
-    const float4 o = *reinterpret_cast<const float4*>(params.partial_o + index(split) * kHeadDim + 4 * threadIdx.x);
+    const float4 o = *reinterpret_cast<const float4*>(params.partial_o + index(split) * kHeadDim + 4 * column);
     const float factor = exp2_approx(ml.x - reference);
-    total += ml.y * factor;
-    sum.x += o.x * factor, sum.y += o.y * factor, sum.z += o.z * factor, sum.w += o.w * factor;
+    total = fmaf(ml.y, factor, total);
+    sum.x = fmaf(o.x, factor, sum.x), sum.y = fmaf(o.y, factor, sum.y);
+    sum.z = fmaf(o.z, factor, sum.z), sum.w = fmaf(o.w, factor, sum.w);
+  }
+  sums[group][column] = sum;
+  if (column == 0) totals[group] = total;
+  __syncthreads();
+  if (group != 0) return;
+  for (int other = 1; other < kCombineGroups; ++other) {
+    const float4 more = sums[other][column];
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    total += totals[other];
   }
   const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-  Bf16* target = params.out + batch * params.out_stride[0] + (row / params.group) * params.out_stride[1] +
-                 (head_kv * params.group + row % params.group) * params.out_stride[2] + 4 * threadIdx.x;
-  *reinterpret_cast<uint2*>(target) =
+  const int batch = blockIdx.y / params.n_head_kv, head_kv = blockIdx.y % params.n_head_kv;
+  *reinterpret_cast<uint2*>(out_row(params, batch, head_kv, row) + 4 * column) =
       make_uint2(pack_bf16(sum.x * inverse, sum.y * inverse), pack_bf16(sum.z * inverse, sum.w * inverse));
 }
 

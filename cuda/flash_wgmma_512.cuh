@@ -10,9 +10,11 @@
 ///
 /// Three warpgroups: the first computes the scores, the softmax and output dimensions 0 to 255, the second dimensions
 /// 256 to 511 from the probabilities that the first leaves in shared memory, the third feeds both through the tensor
-/// copy engine. The scores of tile j + 1 are computed while the softmax of tile j runs. Two blocks of a cluster work
-/// on neighbouring rows of one KV head; each loads half of every slice and multicasts it, which halves the L2 traffic
-/// (a tile is 128 KiB for 8.4 MFLOP: 7 TB/s at 450 TFLOP/s otherwise, more than L2 delivers).
+/// copy engine. The scores of tile j + 1 are issued before the values of tile j, and those run under the softmax of
+/// tile j + 1.
+///
+/// A trial that lost: two blocks of a cluster sharing K and V by multicast. It halves the L2 traffic, but the arrivals
+/// at the other block's barriers cost more than that: 208 TFLOP/s at 32768 keys on an H200, against 565 without.
 ///
 /// Shared memory: Q 64 KiB, K and V 64 KiB each in four slices that are refilled one by one, P twice 8 KiB.
 namespace gemma4::cuda::detail {
@@ -20,7 +22,6 @@ namespace gemma4::cuda::detail {
 struct Flash512 {
   static constexpr int kHeadDim = 512;
   static constexpr int kRows = 64;
-  static constexpr int kCluster = 2;
   static constexpr int kThreads = 384;
   static constexpr int kSlices = 4;  ///< of a K tile (128 dimensions of 64 keys) and of a V tile (16 keys)
   static constexpr int kSliceBytes = 16384;
@@ -54,8 +55,6 @@ struct Flash512Block {
 /// The producer: one thread issues every copy of the block.
 __device__ __forceinline__ void produce_512(const Flash512Block& block, const FlashMaps& maps, int group) {
   using T = Flash512;
-  const std::uint32_t rank = cluster_rank();
-  constexpr std::uint16_t kBoth = 3;
   mbarrier_expect(block.barrier(T::kQFull), T::kRows * T::kHeadDim * 2);
   for (int half = 0; half < 2; ++half) {
     tensor_load(block.smem + T::kQ + half * (T::kRows * T::kHeadDim), &maps.q, block.barrier(T::kQFull), 0,
@@ -63,20 +62,18 @@ __device__ __forceinline__ void produce_512(const Flash512Block& block, const Fl
   }
   const auto load_k = [&](int tile) {
     for (int slice = 0; slice < T::kSlices; ++slice) {
-      mbarrier_wait_cluster(block.barrier(T::kKEmpty + slice), (tile & 1) ^ 1);
+      mbarrier_wait(block.barrier(T::kKEmpty + slice), (tile & 1) ^ 1);
       mbarrier_expect(block.barrier(T::kKFull + slice), T::kSliceBytes);
-      tensor_load_multicast(block.smem + T::kK + slice * T::kSliceBytes + rank * (T::kSliceBytes / 2), &maps.k,
-                            block.barrier(T::kKFull + slice), kBoth, 0, tile * kWgmmaKeys,
-                            2 * slice + static_cast<int>(rank), block.head_kv, block.batch);
+      tensor_load(block.smem + T::kK + slice * T::kSliceBytes, &maps.k, block.barrier(T::kKFull + slice), 0,
+                  tile * kWgmmaKeys, 2 * slice, block.head_kv, block.batch);
     }
   };
   const auto load_v = [&](int tile) {
     for (int slice = 0; slice < T::kSlices; ++slice) {
-      mbarrier_wait_cluster(block.barrier(T::kVEmpty + slice), (tile & 1) ^ 1);
+      mbarrier_wait(block.barrier(T::kVEmpty + slice), (tile & 1) ^ 1);
       mbarrier_expect(block.barrier(T::kVFull + slice), T::kSliceBytes);
-      tensor_load_multicast(block.smem + T::kV + slice * T::kSliceBytes + rank * (T::kSliceBytes / 2), &maps.v,
-                            block.barrier(T::kVFull + slice), kBoth, 0, tile * kWgmmaKeys + slice * 16,
-                            4 * static_cast<int>(rank), block.head_kv, block.batch);
+      tensor_load(block.smem + T::kV + slice * T::kSliceBytes, &maps.v, block.barrier(T::kVFull + slice), 0,
+                  tile * kWgmmaKeys + slice * 16, 0, block.head_kv, block.batch);
     }
   };
   load_k(0);
@@ -86,14 +83,10 @@ __device__ __forceinline__ void produce_512(const Flash512Block& block, const Fl
   }
 }
 
-/// One warp of a consumer warpgroup gives slice barriers [first, last) back to the producers of both blocks.
+/// A consumer warpgroup gives slices [first, last) of a tile back to the producer.
 __device__ __forceinline__ void release_slices(const Flash512Block& block, int empty, int first, int last) {
-  const int thread = threadIdx.x & 127;
-  if (thread < 2) {
-    for (int slice = first; slice < last; ++slice) {
-      mbarrier_arrive_cluster(block.barrier(empty + slice), static_cast<std::uint32_t>(thread));
-    }
-  }
+  if ((threadIdx.x & 127) != 0) return;
+  for (int slice = first; slice < last; ++slice) mbarrier_arrive(block.barrier(empty + slice));
 }
 
 /// Issues the scores of tile `tile`, one committed group a slice.
@@ -183,7 +176,6 @@ __device__ __forceinline__ void store_half(const Flash512Block& block, const Fla
     tensor_store(&maps.out, place, 0, block.head_kv * group, block.token0, 4 * half, block.batch);
     tensor_store_finish();
   }
-  __syncwarp();
 }
 
 /// First warpgroup: scores, softmax, output dimensions 0 to 255.
@@ -296,9 +288,9 @@ __device__ __forceinline__ void store_nothing(const Flash512Block& block, const 
   store_half(block, maps, o, inverse, half, params.group);
 }
 
-/// grid: x = row tile, a multiple of the cluster (longest first), y = batch * n_head_kv. Any power-of-two group to 64.
+/// grid: x = row tile (longest first), y = batch * n_head_kv. Any power-of-two group to 64.
 template <class T>
-__global__ void __cluster_dims__(T::kCluster) __launch_bounds__(T::kThreads, 1)
+__global__ void __launch_bounds__(T::kThreads, 1)
     flash_wgmma_512_kernel(const __grid_constant__ FlashParams params, const __grid_constant__ FlashMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
@@ -306,11 +298,10 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(T::kThreads, 1)
   block.smem = (shared_address(smem_bytes) + 1023) & ~1023u;
   block.batch = blockIdx.y / params.n_head_kv;
   block.head_kv = blockIdx.y % params.n_head_kv;
-  const int tokens = T::kRows / params.group, pair = gridDim.x / 2 - 1 - blockIdx.x / 2;
-  block.token0 = (2 * pair + static_cast<int>(blockIdx.x & 1)) * tokens;
+  const int tokens = T::kRows / params.group;
+  block.token0 = static_cast<int>(gridDim.x - 1 - blockIdx.x) * tokens;
   block.extent = key_extent(params);
-  // Both blocks of a cluster walk over the same tiles: those that the later one's last token sees.
-  const int last_token = min(params.n_query, (2 * pair + 2) * tokens) - 1;
+  const int last_token = min(params.n_query, block.token0 + tokens) - 1;
   const int stop = params.causal_skip ? visible_keys(params, block.extent, last_token).hi : block.extent.kv_end;
   block.n_tile = (stop + kWgmmaKeys - 1) / kWgmmaKeys;
 
@@ -319,18 +310,17 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(T::kThreads, 1)
     for (int slice = 0; slice < T::kSlices; ++slice) {
       mbarrier_init(block.barrier(T::kKFull + slice), 1);
       mbarrier_init(block.barrier(T::kVFull + slice), 1);
-      mbarrier_init(block.barrier(T::kKEmpty + slice), T::kCluster);
-      mbarrier_init(block.barrier(T::kVEmpty + slice), 2 * T::kCluster);
+      mbarrier_init(block.barrier(T::kKEmpty + slice), 1);
+      mbarrier_init(block.barrier(T::kVEmpty + slice), 2);
     }
     mbarrier_init_fence();
     if (params.tile_count != nullptr) atomicAdd(params.tile_count, static_cast<unsigned long long>(block.n_tile));
   }
-  cluster_sync();
+  __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 2) {
     release_registers<40>();
     if (threadIdx.x == 256 && block.n_tile > 0) produce_512(block, maps, params.group);
-    __syncwarp();
   } else {
     take_registers<232>();
     if (block.n_tile == 0) {
@@ -341,7 +331,6 @@ __global__ void __cluster_dims__(T::kCluster) __launch_bounds__(T::kThreads, 1)
       consume_values(block, params, maps);
     }
   }
-  cluster_sync();  // no block leaves while the other may still signal it
 #else
   __trap();  // built for another architecture
 #endif

@@ -46,7 +46,7 @@ __device__ __forceinline__ void mbarrier_init(std::uint32_t barrier, int n_arriv
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n_arrival) : "memory");
 }
 
-/// Makes initialised barriers visible to the copy engine and to the other blocks of the cluster.
+/// Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -58,15 +58,6 @@ __device__ __forceinline__ void mbarrier_expect(std::uint32_t barrier, std::uint
 
 __device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-/// Arrives at the barrier of the same offset in block `rank` of the cluster.
-__device__ __forceinline__ void mbarrier_arrive_cluster(std::uint32_t barrier, std::uint32_t rank) {
-  asm volatile(
-      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
 }
 
 /// Waits until the phase of parity `parity` has completed.
@@ -81,18 +72,6 @@ __device__ __forceinline__ void mbarrier_wait(std::uint32_t barrier, std::uint32
       : "memory");
 }
 
-/// The same, ordered after arrivals from other blocks of the cluster.
-__device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t barrier, std::uint32_t parity) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over_%=;\n"
-      "bra again_%=;\n"
-      "over_%=: }" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
 /// Box at coordinate c (innermost first) into shared memory; its bytes complete on `barrier`.
 __device__ __forceinline__ void tensor_load(std::uint32_t target, const CUtensorMap* map, std::uint32_t barrier, int c0,
                                             int c1, int c2, int c3, int c4) {
@@ -100,17 +79,6 @@ __device__ __forceinline__ void tensor_load(std::uint32_t target, const CUtensor
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
       "[%2];" ::"r"(target),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-      : "memory");
-}
-
-/// The same into every block of the cluster whose bit is set in `blocks`, at the same offset and barrier in each.
-__device__ __forceinline__ void tensor_load_multicast(std::uint32_t target, const CUtensorMap* map,
-                                                      std::uint32_t barrier, std::uint16_t blocks, int c0, int c1,
-                                                      int c2, int c3, int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(target),
-      "l"(map), "r"(barrier), "h"(blocks), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 
@@ -138,16 +106,6 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int n_thread) {
 }
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int n_thread) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(n_thread) : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-[[nodiscard]] __device__ __forceinline__ std::uint32_t cluster_rank() {
-  std::uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
 }
 
 }  // namespace gemma4::cuda
