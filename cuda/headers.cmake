@@ -12,6 +12,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/flash_wgmma_256.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash_wgmma_512.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/mma.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/nvtx.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/rotation.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/stream.cuh"
