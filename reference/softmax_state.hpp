@@ -73,7 +73,7 @@ class SoftmaxState {
   using Vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
   using Row = Eigen::Ref<Eigen::Matrix<Scalar, 1, Eigen::Dynamic>>;
 
-  /// Logarithm of the smallest normal number; Eigen's exp does not reach zero below it, not even for -inf.
+  /// Logarithm of the smallest normal number; below it Eigen's exp need not reach zero, not even for -inf.
   [[nodiscard]] static Scalar lowest_exponent() {
     static const Scalar value = std::log(std::numeric_limits<Scalar>::min());
     return value;

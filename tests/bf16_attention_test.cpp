@@ -156,6 +156,27 @@ TEST(Bf16Attention, SumStaysAccurateOver131072Keys) {
   EXPECT_TRUE(close(out, subject.exact(sees_of(c)).out, 1e-6));
 }
 
+/// The largest promised chunk, held to the oracle at queries at the ends of tiles and key blocks.
+TEST(Bf16Attention, Chunk4096IsExactEverywhereItIsLookedAt) {
+  AttentionCase c = example();
+  c.shape = {.batch = 1, .n_query = 4096, .n_head = 1, .n_head_kv = 1, .head_dim = 64, .buffer_len = 5001};
+  c.kv_len = 5000;
+  const Half subject(c);
+  const std::vector<float> out = subject.attend(c.options(), c.kv_len), q = c.q();
+  const std::vector<std::int64_t> looked_at = {0, 1, 119, 120, 121, 255, 256, 257, 2047, 2048, 4094, 4095};
+  AttentionShape few = c.shape;
+  few.n_query = static_cast<std::int64_t>(looked_at.size());
+  std::vector<float> few_q, few_out;
+  for (const std::int64_t t : looked_at) {
+    few_q.insert(few_q.end(), q.begin() + t * 64, q.begin() + (t + 1) * 64);
+    few_out.insert(few_out.end(), out.begin() + t * 64, out.begin() + (t + 1) * 64);
+  }
+  const auto sees = [&](std::int64_t, std::int64_t t, std::int64_t j) {
+    return j < c.limit(looked_at[static_cast<std::size_t>(t)]);
+  };
+  EXPECT_TRUE(close_to_exact(subject, few_out, naive_attention(few, c.scale, few_q, c.k(), c.v(), sees), 64));
+}
+
 TEST(Bf16Attention, NoKeysGiveZeros) {
   AttentionCase c = example();
   c.causal = false;

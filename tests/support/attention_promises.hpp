@@ -117,6 +117,10 @@ void clamp_equals_slice(const AttentionCase& c) {
 template <class TSubject>
 void causal_skip_changes_nothing(AttentionCase c) {
   c.causal = true;
+  if (*rc::gen::arbitrary<bool>()) {  // a multiple of 256, and so the end of a block of keys, among the limits
+    c.shape.n_query = std::max<std::int64_t>(c.shape.n_query, 2);
+    c.kv_len = (c.kv_len / 256 + 1) * 256 + *rc::gen::inRange<std::int64_t>(1, c.shape.n_query);
+  }
   c.kv_len = std::max(c.kv_len, c.shape.n_query);
   c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len);
   AttentionOptions with = c.options(), without = c.options();
