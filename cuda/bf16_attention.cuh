@@ -17,7 +17,7 @@ namespace gemma4::cuda {
 /// @throws std::invalid_argument on a shape or mask that no kernel takes
 [[nodiscard]] inline FlashPlan plan_bf16_attention(const AttentionShape& shape, const AttentionOptions& options,
                                                    const DeviceInfo& device, const FlashChoice& choice = {}) {
-  require_attention("bf16_attention", shape, options, std::nullopt);
+  detail::require_plannable("bf16_attention", shape, options);
   return detail::plan_flash("bf16_attention", shape, options, 0, device, choice);
 }
 

@@ -55,6 +55,12 @@ namespace detail {
 
 inline constexpr std::int64_t kDecodeRows = 64;  ///< query rows of a KV head up to which keys are split over blocks
 
+/// Refuses what no call of this shape can accept, whatever its kv_len turns out to be.
+inline void require_plannable(const char* who, const AttentionShape& shape, AttentionOptions options) {
+  options.causal = false;
+  require_attention(who, shape, options, 0);
+}
+
 /// Whether the wgmma kernels know the shape. `ring_len` 0: a flat cache.
 [[nodiscard]] inline bool wgmma_fits(const AttentionShape& shape, const AttentionOptions& options,
                                      std::int64_t ring_len, const DeviceInfo& device) {

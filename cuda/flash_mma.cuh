@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/flash_params.cuh"
+#include "cuda/kernel_chain.cuh"
 #include "cuda/mma.cuh"
 
 /// Flash attention with mma.sync: every head_dim, group, mask and source of keys, on every device from sm_80.
@@ -63,7 +64,8 @@ struct FlashMmaTraits {
   static constexpr int kSmemBytes = kTile.smem_bytes();
   static_assert(kTileKv % (16 * kWarpsK) == 0, "each warp takes whole groups of 16 keys");
   static_assert(kWarpDims <= 256, "more than 128 accumulator registers a thread spill");
-  static_assert(kWarpsK == 1 || kRows * (kHeadDim + 8) * 4 + kWarpsK * kRows * 8 <= 2 * kStages * kTileBytes + kQBytes,
+  static constexpr int kMergeStride = kHeadDim + 8;  ///< floats; eight rows begin in eight groups of banks
+  static_assert(kWarpsK == 1 || kWarpsK * kRows * (kMergeStride + 2) * 4 <= kSmemBytes,
                 "the merge of the warps must fit where the tiles were");
 };
 
@@ -91,42 +93,55 @@ __device__ __forceinline__ void load_queries(const FlashParams& params, std::uin
   }
 }
 
-/// Slot of position `first + row` given that of `first`; a ring longer than the tile wraps at most once.
-__device__ __forceinline__ int wrapped_slot(int first_slot, int row, int ring_len) {
-  const int slot = first_slot + row;
-  return slot < ring_len ? slot : slot % ring_len;
+/// K and V of positions [first, first + kTileKv) that all lie in one piece of memory.
+template <class TTraits>
+__device__ __forceinline__ void load_whole_tile(const Bf16* k, const Bf16* v, std::int64_t k_step, std::int64_t v_step,
+                                                std::uint32_t smem, int row0, int chunk) {
+  constexpr int kRowsAtOnce = TTraits::kThreads / TTraits::kChunks;
+#pragma unroll 4
+  for (int row = row0; row < TTraits::kTileKv; row += kRowsAtOnce) {
+    const std::uint32_t target = smem + swizzled<TTraits>(row, chunk);
+    copy_async_16(target, k, true);
+    copy_async_16(target + TTraits::kTileBytes, v, true);
+    k += k_step, v += v_step;
+  }
 }
 
 /// K and V of positions [first, first + kTileKv); rows outside [keys.lo, keys.hi) are zero, so that a masked
-/// probability of 0 never meets a NaN. A warp copies whole rows. (Loops stay rolled: this kernel often runs once
-/// through its code, and instructions that miss the cache cost more than the loop.)
+/// probability of 0 never meets a NaN. Each thread keeps its column. (Loops stay rolled: a decode block runs once
+/// through its code, and instructions that miss the cache cost more than a loop.)
 template <class TTraits>
 __device__ __forceinline__ void load_keys(const FlashParams& params, const KeyExtent& extent, KeyRange keys,
                                           std::uint32_t smem, int batch, int head_kv, int first) {
-  constexpr int kRowsAtOnce = TTraits::kThreads / TTraits::kChunks;  // each thread keeps its column
-  static_assert(TTraits::kThreads % TTraits::kChunks == 0 && TTraits::kTileKv % kRowsAtOnce == 0);
+  constexpr int kTileKv = TTraits::kTileKv, kRowsAtOnce = TTraits::kThreads / TTraits::kChunks;
+  static_assert(TTraits::kThreads % TTraits::kChunks == 0 && kTileKv % kRowsAtOnce == 0);
   const int chunk = threadIdx.x % TTraits::kChunks, row0 = threadIdx.x / TTraits::kChunks;
-  const int first_slot = params.ring_len > 0 ? first % params.ring_len : 0;
-  const auto head_base = [&](const Bf16* data, const std::int64_t(&stride)[3]) {
-    return data + batch * stride[0] + head_kv * stride[1] + chunk * 8;
+  const bool fresh = first >= extent.fresh_begin;  // of the first row
+  const int slot = fresh ? first - extent.fresh_begin : first % params.ring_len;
+  const bool one_source = fresh || (first + kTileKv <= extent.fresh_begin && slot + kTileKv <= params.ring_len);
+  const auto base = [&](const KeySource& source, bool of_k) {
+    const std::int64_t* const stride = of_k ? source.k_stride : source.v_stride;
+    return (of_k ? source.k : source.v) + batch * stride[0] + head_kv * stride[1] + chunk * 8;
   };
-  const Bf16* const fresh_k = head_base(params.fresh.k, params.fresh.k_stride);
-  const Bf16* const fresh_v = head_base(params.fresh.v, params.fresh.v_stride);
-  const Bf16* const old_k = head_base(params.old.k, params.old.k_stride);
-  const Bf16* const old_v = head_base(params.old.v, params.old.v_stride);
-#pragma unroll 2
-  for (int row = row0; row < TTraits::kTileKv; row += kRowsAtOnce) {
+  if (one_source && first >= keys.lo && first + kTileKv <= keys.hi) {
+    const KeySource& source = fresh ? params.fresh : params.old;
+    load_whole_tile<TTraits>(base(source, true) + (slot + row0) * source.k_stride[2],
+                             base(source, false) + (slot + row0) * source.v_stride[2], kRowsAtOnce * source.k_stride[2],
+                             kRowsAtOnce * source.v_stride[2], smem, row0, chunk);
+    return;
+  }
+#pragma unroll 1
+  for (int row = row0; row < kTileKv; row += kRowsAtOnce) {
     const int position = first + row;
-    const bool valid = position >= keys.lo && position < keys.hi, fresh = position >= extent.fresh_begin;
-    const std::int64_t source_row =
-        !valid ? 0 : (fresh ? position - extent.fresh_begin : wrapped_slot(first_slot, row, params.ring_len));
-    const Bf16* k =
-        fresh ? fresh_k + source_row * params.fresh.k_stride[2] : old_k + source_row * params.old.k_stride[2];
-    const Bf16* v =
-        fresh ? fresh_v + source_row * params.fresh.v_stride[2] : old_v + source_row * params.old.v_stride[2];
+    const bool valid = position >= keys.lo && position < keys.hi, is_fresh = position >= extent.fresh_begin;
+    const KeySource& source = is_fresh ? params.fresh : params.old;
+    std::int64_t source_row = 0;
+    if (valid) source_row = is_fresh ? position - extent.fresh_begin : position % params.ring_len;
     const std::uint32_t target = smem + swizzled<TTraits>(row, chunk);
-    copy_async_16(target, valid ? k : params.q, valid);  // nothing is read where it is not valid
-    copy_async_16(target + TTraits::kTileBytes, valid ? v : params.q, valid);
+    // Nothing is read where the row is not valid, but the address must be one.
+    copy_async_16(target, valid ? base(source, true) + source_row * source.k_stride[2] : params.q, valid);
+    copy_async_16(target + TTraits::kTileBytes,
+                  valid ? base(source, false) + source_row * source.v_stride[2] : params.q, valid);
   }
 }
 
@@ -271,15 +286,17 @@ __device__ __forceinline__ void store_rows(const FlashState<TTraits>& state, con
   }
 }
 
-/// Merges the warps that shared the keys, in warp order, through shared memory; then all threads write the rows.
+/// Merges the warps that shared the keys: each leaves its rows, scaled to the common maximum, in shared memory; then
+/// all threads add them in warp order and write. Rows beyond the call's last are skipped: a decode block has few.
 template <class TTraits>
 __device__ __forceinline__ void merge_warps(FlashState<TTraits>& state, const FlashParams& params, float* smem,
                                             int batch, int head_kv, int row0, int warp_row, int warp_k, int dim0) {
-  constexpr int kRows = TTraits::kRows, kHeadDim = TTraits::kHeadDim, kStride = kHeadDim + 8;  // 8 rows, 8 bank groups
-  const int t = threadIdx.x & 3;
-  float* const sums = smem;                  // [kRows, kStride]
-  float* const ml = smem + kRows * kStride;  // [kWarpsK, kRows, 2]
-  __syncthreads();                           // the tiles are no longer needed
+  constexpr int kRows = TTraits::kRows, kHeadDim = TTraits::kHeadDim;
+  constexpr int kStride = TTraits::kMergeStride, kWarpsK = TTraits::kWarpsK;
+  const int t = threadIdx.x & 3, n_row = min(kRows, flash_rows(params) - row0);
+  float* const sums = smem;                            // [kWarpsK, kRows, kStride]
+  float* const ml = smem + kWarpsK * kRows * kStride;  // [kWarpsK, kRows, 2]
+  __syncthreads();                                     // the tiles are no longer needed
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (t != 0 || dim0 != 0) continue;
@@ -290,39 +307,33 @@ __device__ __forceinline__ void merge_warps(FlashState<TTraits>& state, const Fl
   const auto row_maximum = [&](int row) {
     float maximum = -INFINITY;
 #pragma unroll
-    for (int k = 0; k < TTraits::kWarpsK; ++k) maximum = fmaxf(maximum, ml[(k * kRows + row) * 2]);
+    for (int k = 0; k < kWarpsK; ++k) maximum = fmaxf(maximum, ml[(k * kRows + row) * 2]);
     return maximum;
   };
   const auto finite = [](float maximum) { return maximum == -INFINITY ? 0.0f : maximum; };
-  const float factor[2] = {exp2_approx(state.m[0] - finite(row_maximum(warp_row))),
-                           exp2_approx(state.m[1] - finite(row_maximum(warp_row + 8)))};
-  float* const mine = sums + warp_row * kStride + dim0 + 2 * t;
-#pragma unroll 1
-  for (int k = 0; k < TTraits::kWarpsK; ++k) {
-    if (warp_k == k) {
 #pragma unroll
-      for (int i = 0; i < TTraits::kWarpDims / 4; ++i) {
-        float* const sum = mine + (i & 1) * 8 * kStride + (i >> 1) * 8;
-        const float* const o = &state.o[i >> 1][2 * (i & 1)];
-        float2 value = k == 0 ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(sum);
-        value.x = fmaf(o[0], factor[i & 1], value.x);
-        value.y = fmaf(o[1], factor[i & 1], value.y);
-        *reinterpret_cast<float2*>(sum) = value;
-      }
+  for (int half = 0; half < 2; ++half) {
+    if (warp_row + 8 * half >= n_row) continue;
+    const float factor = exp2_approx(state.m[half] - finite(row_maximum(warp_row + 8 * half)));
+    float* const mine = sums + (warp_k * kRows + warp_row + 8 * half) * kStride + dim0 + 2 * t;
+#pragma unroll
+    for (int tile = 0; tile < TTraits::kWarpDims / 8; ++tile) {
+      *reinterpret_cast<float2*>(mine + 8 * tile) =
+          make_float2(state.o[tile][2 * half] * factor, state.o[tile][2 * half + 1] * factor);
     }
-    __syncthreads();
   }
-  const int n_row = min(kRows, flash_rows(params) - row0);
+  __syncthreads();
 #pragma unroll 1
   for (int item = threadIdx.x; item < n_row * (kHeadDim / 4); item += TTraits::kThreads) {
     const int row = item / (kHeadDim / 4), dim = item % (kHeadDim / 4) * 4;
-    const float4 sum = *reinterpret_cast<const float4*>(sums + row * kStride + dim);
     const float maximum = row_maximum(row);
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float total = 0.0f;
 #pragma unroll
-    for (int k = 0; k < TTraits::kWarpsK; ++k) {
-      const float* const part = ml + (k * kRows + row) * 2;
-      total += part[1] * exp2_approx(part[0] - finite(maximum));
+    for (int k = 0; k < kWarpsK; ++k) {
+      const float4 part = *reinterpret_cast<const float4*>(sums + (k * kRows + row) * kStride + dim);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      total = fmaf(ml[(k * kRows + row) * 2 + 1], exp2_approx(ml[(k * kRows + row) * 2] - finite(maximum)), total);
     }
     if (params.n_split > 1) {
       const std::int64_t index = partial_row(params, row0 + row);
@@ -372,20 +383,6 @@ template <class TTraits>
     tiles.last = min(tiles.last, (visible_keys(params, extent, last_token).hi + kTileKv - 1) / kTileKv);
   }
   return tiles;
-}
-
-/// Waits for the kernel before in the stream, where this one was launched to overlap its end.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-/// Lets the next kernel in the stream be scheduled; what this one still writes is visible to it after its wait.
-__device__ __forceinline__ void allow_next_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 /// grid: x = row tile (longest first), y = batch * n_head_kv, z = split.

@@ -44,7 +44,7 @@ inline constexpr std::int64_t kTq4PrefillScratch = std::int64_t{256} << 20;  ///
                                                                std::int64_t scratch_limit = kTq4PrefillScratch,
                                                                const FlashChoice& choice = {}) {
   constexpr const char* kWho = "tq4_attention_prefill";
-  require_attention(kWho, shape, options, std::nullopt);
+  detail::require_plannable(kWho, shape, options);
   require(max_kv_len >= 1 && max_kv_len <= shape.buffer_len, kWho, ": max_kv_len ", max_kv_len,
           " is outside [1, buffer_len = ", shape.buffer_len, "]");
   const std::int64_t rows = tq4_record_count(max_kv_len) * kTq4RecordTokens;

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/check.cuh"
+#include "cuda/flash_params.cuh"
+#include "gemma4/attention.hpp"
+#include "gemma4/config.hpp"
+#include "gemma4/error.hpp"
+#include "gemma4/float16.hpp"
+#include "gemma4/view.hpp"
+
+namespace gemma4::cuda {
+
+inline constexpr int kMaxRopePairs = 256;  ///< head_dim 512
+
+/// The frequencies of one kind of layer, as kernels take them.
+struct RopeParams {
+  int head_dim = 0;
+  int n_pair = 0;
+  double frequency[kMaxRopePairs] = {};  ///< radians a position: rope_theta^(-2 i / head_dim)
+};
+static_assert(std::is_trivially_copyable_v<RopeParams>);
+
+/// @throws std::invalid_argument on a head_dim above 512 or more pairs than head_dim / 2
+[[nodiscard]] inline RopeParams rope_params(const AttentionConfig& attention) {
+  const std::int64_t head_dim = attention.head_dim, n_pair = attention.rope_pairs;
+  require(head_dim > 0 && head_dim <= 2 * kMaxRopePairs && head_dim % 2 == 0, "rope: head_dim ", head_dim,
+          ", need an even one up to ", 2 * kMaxRopePairs);
+  require(n_pair >= 0 && n_pair <= head_dim / 2, "rope: rope_pairs ", n_pair,
+          ", need 0 to head_dim / 2 = ", head_dim / 2);
+  RopeParams params{.head_dim = static_cast<int>(head_dim), .n_pair = static_cast<int>(n_pair)};
+  for (int i = 0; i < params.n_pair; ++i) {
+    params.frequency[i] = std::pow(attention.rope_theta, -2.0 * i / static_cast<double>(head_dim));
+  }
+  return params;
+}
+
+namespace detail {
+
+/// cos and sin of position * frequency. The product and the reduction to (-pi, pi] are in double, three operations:
+/// at position 262143 a float angle would be off by 0.008 rad. The reduced angle is good to 3e-7 in float.
+[[nodiscard]] __device__ __forceinline__ float2 rope_cos_sin(std::int64_t position, double frequency) {
+  constexpr double kTwoPi = 6.283185307179586477, kInverse = 1.0 / kTwoPi;
+  const double angle = static_cast<double>(position) * frequency;
+  const auto reduced = static_cast<float>(fma(-rint(angle * kInverse), kTwoPi, angle));
+  float2 result;
+  sincosf(reduced, &result.y, &result.x);
+  return result;
+}
+
+/// One block a token: the angles once, then all heads.
+template <class T>
+__global__ void __launch_bounds__(256)
+    rope_kernel(const __grid_constant__ RopeParams params, const std::int32_t* position, std::int64_t position_host,
+                const __grid_constant__ View<T, 3> x) {
+  __shared__ float2 cos_sin[kMaxRopePairs];
+  const std::int64_t token = blockIdx.x;
+  const std::int64_t at = (position != nullptr ? *position : position_host) + token;
+  for (int i = threadIdx.x; i < params.n_pair; i += blockDim.x) cos_sin[i] = rope_cos_sin(at, params.frequency[i]);
+  __syncthreads();
+  const int n_item = static_cast<int>(x.extent[1]) * params.n_pair;
+  for (int item = threadIdx.x; item < n_item; item += blockDim.x) {
+    const int head = item / params.n_pair, i = item % params.n_pair;
+    T* const first = x.data + token * x.stride[0] + head * x.stride[1] + i;
+    T* const second = first + params.head_dim / 2;
+    const float a = to_float(*first), b = to_float(*second);
+    const float2 turn = cos_sin[i];
+    *first = from_float<T>(a * turn.x - b * turn.y);
+    *second = from_float<T>(b * turn.x + a * turn.y);
+  }
+}
+
+}  // namespace detail
+
+/// Rotary position embedding in split-half order, in place: pair i of a head is (x[i], x[i + head_dim / 2]) and turns
+/// by position * frequency[i], i < n_pair; the other coordinates keep their bits.
+/// @param x         [n_token, n_head, head_dim] Bf16 or float
+/// @param position  of the first token, read by the kernel from the device or given by the host; token t stands at
+///                  position + t
+/// @throws std::invalid_argument on another head_dim or a missing position
+/// Mirror: reference/rope.hpp
+template <class T>
+void rope(const View<T, 3>& x, DeviceCount position, const RopeParams& params, cudaStream_t stream) {
+  require(x.extent[2] == params.head_dim, "rope: head_dim ", x.extent[2], ", the frequencies are for ",
+          params.head_dim);
+  require_contiguous_rows("rope", "x", x);
+  require(position.device != nullptr || position.known(), "rope: position is neither on the device nor on the host");
+  if (x.extent[0] == 0 || params.n_pair == 0) return;
+  detail::rope_kernel<T>
+      <<<static_cast<unsigned>(x.extent[0]), 256, 0, stream>>>(params, position.device, position.host, x);
+  check_launch("rope_kernel");
+}
+
+}  // namespace gemma4::cuda
