@@ -37,8 +37,8 @@ double cosine(const std::vector<float>& a, const std::vector<double>& b) {
 /// one rounding an operation.
 AttentionRounding device_rounding(std::int64_t kv_len, std::int64_t n_split = 1) {
   return {.unit = 0x1p-22,
-          .weight_unit = 0x1p-9,
-          .output_unit = 0x1p-9,
+          .weight_unit = 0x1p-8,
+          .output_unit = 0x1p-8,
           .longest_sum = kv_len,
           .n_rescale = kv_len / 16 + n_split + 4};
 }

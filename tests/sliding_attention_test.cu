@@ -40,8 +40,8 @@ struct Sequence {
   /// bf16 in and out, probabilities in bf16; two bits for the tensor cores and ex2.approx.
   [[nodiscard]] AttentionRounding rounding() const {
     return {.unit = 0x1p-22,
-            .weight_unit = 0x1p-9,
-            .output_unit = 0x1p-9,
+            .weight_unit = 0x1p-8,
+            .output_unit = 0x1p-8,
             .longest_sum = window + 64,
             .n_rescale = window / 16 + 40};
   }
