@@ -119,29 +119,33 @@ __device__ __forceinline__ void load_keys(const FlashParams& params, const KeyEx
   const bool fresh = first >= extent.fresh_begin;  // of the first row
   const int slot = fresh ? first - extent.fresh_begin : first % params.ring_len;
   const bool one_source = fresh || (first + kTileKv <= extent.fresh_begin && slot + kTileKv <= params.ring_len);
-  const auto base = [&](const KeySource& source, bool of_k) {
-    const std::int64_t* const stride = of_k ? source.k_stride : source.v_stride;
-    return (of_k ? source.k : source.v) + batch * stride[0] + head_kv * stride[1] + chunk * 8;
+  const auto base = [&](const Bf16* data, const std::int64_t(&stride)[3]) {
+    return data + batch * stride[0] + head_kv * stride[1] + chunk * 8;
   };
   if (one_source && first >= keys.lo && first + kTileKv <= keys.hi) {
     const KeySource& source = fresh ? params.fresh : params.old;
-    load_whole_tile<TTraits>(base(source, true) + (slot + row0) * source.k_stride[2],
-                             base(source, false) + (slot + row0) * source.v_stride[2], kRowsAtOnce * source.k_stride[2],
-                             kRowsAtOnce * source.v_stride[2], smem, row0, chunk);
+    load_whole_tile<TTraits>(base(source.k, source.k_stride) + (slot + row0) * source.k_stride[2],
+                             base(source.v, source.v_stride) + (slot + row0) * source.v_stride[2],
+                             kRowsAtOnce * source.k_stride[2], kRowsAtOnce * source.v_stride[2], smem, row0, chunk);
     return;
   }
-#pragma unroll 1
+  const Bf16* const fresh_k = base(params.fresh.k, params.fresh.k_stride);
+  const Bf16* const fresh_v = base(params.fresh.v, params.fresh.v_stride);
+  const Bf16* const old_k = base(params.old.k, params.old.k_stride);
+  const Bf16* const old_v = base(params.old.v, params.old.v_stride);
+#pragma unroll 2
   for (int row = row0; row < kTileKv; row += kRowsAtOnce) {
-    const int position = first + row;
-    const bool valid = position >= keys.lo && position < keys.hi, is_fresh = position >= extent.fresh_begin;
-    const KeySource& source = is_fresh ? params.fresh : params.old;
-    std::int64_t source_row = 0;
-    if (valid) source_row = is_fresh ? position - extent.fresh_begin : position % params.ring_len;
+    const int position = first + row, fresh_row = position - extent.fresh_begin;
+    const bool valid = position >= keys.lo && position < keys.hi;
+    int old_row = slot + row;
+    if (fresh_row < 0 && old_row >= params.ring_len) old_row %= params.ring_len;
+    const Bf16* const k =
+        fresh_row >= 0 ? fresh_k + fresh_row * params.fresh.k_stride[2] : old_k + old_row * params.old.k_stride[2];
+    const Bf16* const v =
+        fresh_row >= 0 ? fresh_v + fresh_row * params.fresh.v_stride[2] : old_v + old_row * params.old.v_stride[2];
     const std::uint32_t target = smem + swizzled<TTraits>(row, chunk);
-    // Nothing is read where the row is not valid, but the address must be one.
-    copy_async_16(target, valid ? base(source, true) + source_row * source.k_stride[2] : params.q, valid);
-    copy_async_16(target + TTraits::kTileBytes,
-                  valid ? base(source, false) + source_row * source.v_stride[2] : params.q, valid);
+    copy_async_16(target, valid ? k : params.q, valid);  // nothing is read where the row is not valid
+    copy_async_16(target + TTraits::kTileBytes, valid ? v : params.q, valid);
   }
 }
 
@@ -364,25 +368,21 @@ __device__ __forceinline__ void merge_and_store(FlashState<TTraits>& state, cons
   }
 }
 
-/// Tiles [first, last) of the block.
-struct TileRange {
-  int first, last;
-};
-
-/// The tiles of split blockIdx.z among those of the whole call, cut down to what the block's rows can see.
+/// The keys of split blockIdx.z among those of the whole call, cut down by whole tiles to what the block's rows can
+/// see. `lo` is where the split's first tile begins.
 template <class TTraits>
-[[nodiscard]] __device__ __forceinline__ TileRange block_tiles(const FlashParams& params, const KeyExtent& extent,
-                                                               KeyRange call, int first_token, int last_token) {
-  constexpr int kTileKv = TTraits::kTileKv;
-  const int base = call.lo / kTileKv, n_tile = max(0, (extent.kv_end + kTileKv - 1) / kTileKv - base);
-  const auto split = static_cast<std::int64_t>(blockIdx.z);
-  TileRange tiles{base + static_cast<int>(n_tile * split / params.n_split),
-                  base + static_cast<int>(n_tile * (split + 1) / params.n_split)};
+[[nodiscard]] __device__ __forceinline__ KeyRange block_keys(const FlashParams& params, const KeyExtent& extent,
+                                                             KeyRange call, int first_token, int last_token) {
+  const int n_key = max(0, call.hi - call.lo), split = static_cast<int>(blockIdx.z);
+  const int each = n_key / params.n_split, rest = n_key % params.n_split;
+  KeyRange keys{call.lo + split * each + min(split, rest), 0};
+  keys.hi = keys.lo + each + (split < rest ? 1 : 0);
   if (params.causal_skip || params.ring_len > 0) {
-    tiles.first = max(tiles.first, visible_keys(params, extent, first_token).lo / kTileKv);
-    tiles.last = min(tiles.last, (visible_keys(params, extent, last_token).hi + kTileKv - 1) / kTileKv);
+    const int unseen = visible_keys(params, extent, first_token).lo - keys.lo;
+    if (unseen > 0) keys.lo += unseen / TTraits::kTileKv * TTraits::kTileKv;
+    keys.hi = min(keys.hi, visible_keys(params, extent, last_token).hi);
   }
-  return tiles;
+  return keys;
 }
 
 /// grid: x = row tile (longest first), y = batch * n_head_kv, z = split.
@@ -400,45 +400,48 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const _
   const KeyExtent extent = key_extent(params);
   const KeyRange call{visible_keys(params, extent, 0).lo, extent.kv_end};
   const int last_token = min(params.n_query - 1, (row0 + TTraits::kRows - 1) / params.group);
-  const TileRange tiles = block_tiles<TTraits>(params, extent, call, row0 / params.group, last_token);
+  const KeyRange block = block_keys<TTraits>(params, extent, call, row0 / params.group, last_token);
+  const int n_tile = max(0, (block.hi - block.lo + TTraits::kTileKv - 1) / TTraits::kTileKv);
   int token[2];
   KeyRange keys[2];
   for (int half = 0; half < 2; ++half) {
     token[half] = min(params.n_query - 1, (row0 + warp_m * 16 + (threadIdx.x & 31) / 4 + 8 * half) / params.group);
     keys[half] = visible_keys(params, extent, token[half]);
+    keys[half] = {max(keys[half].lo, block.lo), min(keys[half].hi, block.hi)};
   }
 
-  load_queries<TTraits>(params, q_smem, batch, head_kv, row0);
   const auto fetch = [&](int tile) {
-    if (tile < tiles.last) {
-      load_keys<TTraits>(params, extent, call,
-                         kv_smem + (tile - tiles.first) % TTraits::kStages * 2 * TTraits::kTileBytes, batch, head_kv,
-                         tile * TTraits::kTileKv);
-    }
-    copy_async_commit();
+    if (tile >= n_tile) return;
+    load_keys<TTraits>(params, extent, block, kv_smem + tile % TTraits::kStages * 2 * TTraits::kTileBytes, batch,
+                       head_kv, block.lo + tile * TTraits::kTileKv);
   };
   FlashState<TTraits> state;
   state.init();
 #pragma unroll 1
-  for (int stage = 0; stage < TTraits::kStages; ++stage) fetch(tiles.first + stage);
+  for (int stage = 0; stage < TTraits::kStages; ++stage) {
+    fetch(stage);
+    if (stage == 0) load_queries<TTraits>(params, q_smem, batch, head_kv, row0);
+    copy_async_commit();
+  }
 #pragma unroll 1
-  for (int tile = tiles.first; tile < tiles.last; ++tile) {
+  for (int tile = 0; tile < n_tile; ++tile) {
     copy_async_wait<TTraits::kStages - 1>();
     __syncthreads();
-    const std::uint32_t k_smem = kv_smem + (tile - tiles.first) % TTraits::kStages * 2 * TTraits::kTileBytes;
+    const std::uint32_t k_smem = kv_smem + tile % TTraits::kStages * 2 * TTraits::kTileBytes;
 #pragma unroll 1
     for (int key0 = warp_k * 16; key0 < TTraits::kTileKv; key0 += 16 * TTraits::kWarpsK) {
       float s[2][4];
       score_keys<TTraits>(s, q_smem, k_smem, warp_m * 16, key0);
-      hide_keys(s, params, batch, tile * TTraits::kTileKv + key0, token, keys);
+      hide_keys(s, params, batch, block.lo + tile * TTraits::kTileKv + key0, token, keys);
       absorb<TTraits>(state, s, k_smem + TTraits::kTileBytes, key0, dim0);
     }
     __syncthreads();
     fetch(tile + TTraits::kStages);
+    copy_async_commit();
   }
   copy_async_wait<0>();
-  if (params.tile_count != nullptr && threadIdx.x == 0 && tiles.last > tiles.first) {
-    atomicAdd(params.tile_count, static_cast<unsigned long long>(tiles.last - tiles.first));
+  if (params.tile_count != nullptr && threadIdx.x == 0) {
+    atomicAdd(params.tile_count, static_cast<unsigned long long>(n_tile));
   }
   merge_and_store<TTraits>(state, params, reinterpret_cast<float*>(smem_bytes), batch, head_kv, row0, warp_m, warp_k,
                            dim0);
