@@ -14,12 +14,13 @@ target_compile_options(gemma4_core INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++
 target_sources(gemma4_core INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include"
                                      FILES ${GEMMA4_CORE_HEADERS})
 
-# reference/: core and Eigen; OpenMP (Eigen's GEMM uses it) where there is any.
+# reference/: core and Eigen; OpenMP where there is any.
 add_library(gemma4_reference INTERFACE)
 add_library(gemma4::reference ALIAS gemma4_reference)
 target_link_libraries(gemma4_reference INTERFACE gemma4_core Eigen3::Eigen)
-# Eigen's own CUDA support is of no use here and costs dozens of nvcc warnings.
-target_compile_definitions(gemma4_reference INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:EIGEN_NO_CUDA>)
+# Eigen's own CUDA support is of no use here and costs dozens of nvcc warnings. The threads are in the loops over tiles
+# around Eigen's products: a product that split itself would sum in an order that depends on the number of threads.
+target_compile_definitions(gemma4_reference INTERFACE EIGEN_DONT_PARALLELIZE $<$<COMPILE_LANGUAGE:CUDA>:EIGEN_NO_CUDA>)
 if(OpenMP_CXX_FOUND)
   target_link_libraries(gemma4_reference INTERFACE OpenMP::OpenMP_CXX)
   target_compile_options(gemma4_reference INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-fopenmp>)
