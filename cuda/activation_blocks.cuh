@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "gemma4/float16.hpp"
+#include "gemma4/platform.hpp"
+
+/// Activations as 8-bit integers in blocks of 32, made by each thread block for itself in shared memory.
+///
+/// Block scale s = max|x| / 127, code q = round(x / s) to nearest even, so that |x - s q| <= s / 2 (and a few ulp). A
+/// block whose largest magnitude is below 2^-110 becomes zero. A block with an infinity or a NaN gets scale NaN, and
+/// with it every output of its row: callers refuse such activations, the kernel does not hide them.
+/// Bytes in shared memory, for G blocks: [0:16G) codes 0-15 of each | [16G:32G) codes 16-31 | [32G:40G) BlockTail.
+namespace gemma4::cuda::detail {
+
+inline constexpr int kActivationBytesPerGroup = 40;
+
+/// Scale of a block and the sums of its codes 0-15 (low half) and 16-31 (high half).
+struct BlockTail {
+  float scale;
+  std::uint32_t sums;
+};
+
+/// Four times a x b of bytes, both signed, plus c.
+[[nodiscard]] __device__ __forceinline__ int dot4(std::uint32_t a, std::uint32_t b, int c) {
+  int d;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+/// The same with the bytes of a unsigned.
+[[nodiscard]] __device__ __forceinline__ int dot4_unsigned(std::uint32_t a, std::uint32_t b, int c) {
+  int d;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+/// Eight consecutive values from global memory, 16-byte aligned; written by an earlier kernel.
+__device__ __forceinline__ void load_eight(const float* from, float (&x)[8]) {
+  const float4 a = __ldcg(reinterpret_cast<const float4*>(from));
+  const float4 b = __ldcg(reinterpret_cast<const float4*>(from) + 1);
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+__device__ __forceinline__ void load_eight(const Bf16* from, float (&x)[8]) {
+  const uint4 words = __ldcg(reinterpret_cast<const uint4*>(from));
+  const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = bit_cast<float>(word[i] << 16);
+    x[2 * i + 1] = bit_cast<float>(word[i] & 0xFFFF0000u);
+  }
+}
+
+/// Four neighbouring lanes hold a block, eight values each; every lane of the warp calls. Stores the block.
+__device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t* activations, int n_group, int group,
+                                               bool valid) {
+  const int part = threadIdx.x & 3;
+  std::uint32_t top = 0;  // as integers, magnitudes order like floats and NaN is the largest
+#pragma unroll
+  for (const float value : x) top = max(top, bit_cast<std::uint32_t>(value) & 0x7FFFFFFFu);
+  top = max(top, __shfl_xor_sync(~0u, top, 1));
+  top = max(top, __shfl_xor_sync(~0u, top, 2));
+  const float largest = bit_cast<float>(top);
+  const bool is_zero = largest < 0x1p-110f, is_bad = top >= 0x7F800000u;
+  const float scale = is_bad ? bit_cast<float>(0x7FC00000u) : is_zero ? 0.0f : __fdiv_rn(largest, 127.0f);
+  const float inverse = is_zero || is_bad ? 0.0f : __fdiv_rn(127.0f, largest);
+  std::uint32_t word[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int code = is_bad ? 0 : __float2int_rn(__fmul_rn(x[i], inverse));
+    word[i / 4] |= (static_cast<std::uint32_t>(code) & 0xFFu) << (8 * (i % 4));
+  }
+  int sum = dot4(word[0], 0x01010101u, dot4(word[1], 0x01010101u, 0));
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  const int other = __shfl_xor_sync(~0u, sum, 2);
+  if (!valid) return;
+  std::uint8_t* const codes = activations + 16 * (part / 2 * n_group + group) + 8 * (part & 1);
+  *reinterpret_cast<uint2*>(codes) = make_uint2(word[0], word[1]);
+  if (part == 0) {
+    reinterpret_cast<BlockTail*>(activations + 32 * n_group)[group] = {
+        scale, (static_cast<std::uint32_t>(sum) & 0xFFFFu) | (static_cast<std::uint32_t>(other) << 16)};
+  }
+}
+
+/// Quantises row `x` of n_group * 32 values with kThreads threads (whole warps, `thread` counts them); all reads are
+/// issued before the first use. Null x: zeros.
+template <int kThreads, class TIn>
+__device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activations, int n_group, int thread) {
+  constexpr int kUnroll = 3;  // 3 * 256 * 8 values: the hidden size of the 31B in one go
+  for (int first = 0; first < 4 * n_group; first += kUnroll * kThreads) {
+    float values[kUnroll][8];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int piece = first + i * kThreads + thread;
+#pragma unroll
+      for (float& value : values[i]) value = 0.0f;
+      if (x != nullptr && piece < 4 * n_group) load_eight(x + 8 * piece, values[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int piece = first + i * kThreads + thread;
+      quantize_eight(values[i], activations, n_group, piece / 4, piece < 4 * n_group);
+    }
+  }
+}
+
+}  // namespace gemma4::cuda::detail

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include "cuda/check.cuh"
+#include "cuda/device_info.cuh"
+#include "cuda/linear_decode.cuh"
+#include "cuda/plain_linear.cuh"
+#include "cuda/weight_layout.cuh"
+#include "gemma4/attention.hpp"
+#include "gemma4/error.hpp"
+#include "gemma4/float16.hpp"
+#include "gemma4/view.hpp"
+
+/// Products with quantised weights for 1 to 8 tokens: out[t, n] = sum_k x[t, k] weight[n, k].
+///
+/// Activations become 8-bit integers in blocks of 32 (activation_blocks.cuh), products of integers are exact, and sums
+/// are float in an order that depends on the number of columns alone. So a token's result has the same bits however
+/// many tokens, matrices or blocks take part. BF16, F16 and F32 weights are multiplied in float.
+/// Error: |out - exact| <= sum over blocks of s_x / 2 * sum_k |w_k|, with s_x = max|x| / 127 of the block, and float
+/// rounding. Bytes: the weights once. Mirror: reference/quantized_linear.hpp
+namespace gemma4::cuda {
+
+inline constexpr std::int64_t kMaxDecodeTokens = 8;
+
+/// How a call for few tokens runs.
+struct LinearPlan {
+  int n_token = 1;  ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8
+  int n_slot = 0;   ///< stages in flight
+  std::int64_t slot_bytes = 0;
+  std::int64_t smem_bytes = 0;
+  int n_block = 1;
+};
+
+namespace detail {
+
+/// Shared memory with which two blocks share a multiprocessor: then the next kernel's copies begin under this one's
+/// end. (1 KB of each block is the system's.)
+[[nodiscard]] constexpr std::int64_t half_of_smem(std::int64_t limit) {
+  return (limit + 1024) / 2 - 1024;
+}
+
+/// Slots of the ring that fit into `smem_limit` bytes.
+[[nodiscard]] constexpr int linear_slots(std::int64_t cols, int n_token, std::int64_t slot_bytes,
+                                         std::int64_t smem_limit) {
+  int n_slot = 0;
+  while (n_slot < kMaxLinearSlots &&
+         linear_smem(cols, n_token, n_slot + 1, static_cast<int>(slot_bytes)).total <= smem_limit) {
+    ++n_slot;
+  }
+  return n_slot;
+}
+
+}  // namespace detail
+
+/// @param types of the matrices that share the input; only packed types count
+/// @throws std::invalid_argument when not even one token fits into the device's shared memory
+[[nodiscard]] inline LinearPlan plan_linear_decode(std::int64_t cols, std::int64_t n_token,
+                                                   std::span<const TensorType> types, const DeviceInfo& device) {
+  LinearPlan plan{.n_block = device.sm_count};
+  for (const TensorType type : types) {
+    const std::int64_t bytes = detail::stage_rows(type) * chunk_bytes(type, chunk_groups(cols));
+    plan.slot_bytes = std::max(plan.slot_bytes, (bytes + 127) / 128 * 128);
+  }
+  plan.n_token = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(n_token, 1, 8))));
+  for (; plan.n_token >= 1; plan.n_token /= 2) {
+    const std::int64_t half = detail::half_of_smem(device.smem_limit_bytes);
+    plan.n_slot = plan.n_token > 2 ? 0 : detail::linear_slots(cols, plan.n_token, plan.slot_bytes, half);
+    if (plan.n_slot < 3) {
+      plan.n_slot = detail::linear_slots(cols, plan.n_token, plan.slot_bytes, device.smem_limit_bytes);
+    }
+    if (plan.n_slot >= 2) break;
+  }
+  require(plan.n_token >= 1, "quantized_linear: rows of ", cols, " columns do not fit into ", device.smem_limit_bytes,
+          " B of shared memory a block");
+  plan.smem_bytes = detail::linear_smem(cols, plan.n_token, plan.n_slot, static_cast<int>(plan.slot_bytes)).total;
+  return plan;
+}
+
+namespace detail {
+
+template <int kTokens>
+void launch_linear_tokens(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
+  check(cudaFuncSetAttribute(linear_decode_kernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.smem_bytes)),
+        "shared memory of linear_decode_kernel");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.n_block));
+  config.blockDim = dim3(kLinearThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(plan.smem_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, linear_decode_kernel<kTokens>, params), "linear_decode_kernel");
+}
+
+inline void launch_linear_decode(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
+  switch (plan.n_token) {
+    case 1:
+      return launch_linear_tokens<1>(params, plan, stream);
+    case 2:
+      return launch_linear_tokens<2>(params, plan, stream);
+    case 4:
+      return launch_linear_tokens<4>(params, plan, stream);
+    default:
+      return launch_linear_tokens<8>(params, plan, stream);
+  }
+}
+
+template <class TIn, class TOut>
+void plain_decode(const View<const TIn, 2>& x, const PackedMatrix& weight, const View<TOut, 2>& out,
+                  cudaStream_t stream) {
+  const auto launch = [&]<class TWeight>(const TWeight* data) {
+    launch_plain_linear<TWeight>({.weight = data,
+                                  .x = x.data,
+                                  .out = out.data,
+                                  .rows = weight.rows,
+                                  .cols = weight.cols,
+                                  .x_stride = x.stride[0],
+                                  .out_stride = out.stride[0],
+                                  .n_token = static_cast<int>(x.extent[0]),
+                                  .x_is_bf16 = std::is_same_v<TIn, Bf16>,
+                                  .out_is_bf16 = std::is_same_v<TOut, Bf16>},
+                                 stream);
+  };
+  switch (weight.type) {
+    case TensorType::kBf16:
+      return launch(reinterpret_cast<const Bf16*>(weight.data));
+    case TensorType::kF16:
+      return launch(reinterpret_cast<const F16*>(weight.data));
+    case TensorType::kF32:
+      return launch(reinterpret_cast<const float*>(weight.data));
+    default:
+      require(false, "quantized_linear: weights of type ", type_name(weight.type),
+              "; known are Q4_K, Q5_K, Q6_K, Q8_0, BF16, F16 and F32");
+  }
+}
+
+/// What ends a launch for few tokens besides storing.
+struct LinearEnd {
+  LinearEpilogue epilogue = LinearEpilogue::kNone;
+  float softcap = 0.0f;
+};
+
+/// Packed matrices that share their input, in one launch for each plan.n_token tokens.
+template <class TIn, class TOut>
+void packed_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> weights,
+                   std::span<const View<TOut, 2>> outs, const LinearEnd& end, const DeviceInfo& device,
+                   cudaStream_t stream) {
+  LinearParams params{};
+  TensorType types[kMaxLinearMatrices] = {};  // no std::array: the code that nvcc writes for the host breaks on it
+  params.n_matrix = static_cast<std::int32_t>(weights.size());
+  params.cols = static_cast<std::int32_t>(x.extent[1]);
+  params.x_stride = x.stride[0];
+  params.x_is_bf16 = std::is_same_v<TIn, Bf16>;
+  params.out_is_bf16 = std::is_same_v<TOut, Bf16>;
+  params.epilogue = end.epilogue;
+  params.softcap = end.softcap;
+  params.row_align = end.epilogue == LinearEpilogue::kGeluUp ? 2 : 1;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const PackedMatrix& weight = weights[i];
+    types[i] = weight.type;
+    params.matrix[i] = {reinterpret_cast<const std::uint8_t*>(weight.data),
+                        nullptr,
+                        outs[i].stride[0],
+                        weight.row_bytes(),
+                        static_cast<std::int32_t>(weight.rows),
+                        weight.type};
+    params.total_bytes += weight.bytes();
+  }
+  const LinearPlan plan =
+      plan_linear_decode(x.extent[1], x.extent[0], std::span<const TensorType>(types, weights.size()), device);
+  params.n_slot = plan.n_slot;
+  params.slot_bytes = static_cast<std::int32_t>(plan.slot_bytes);
+  for (std::int64_t token = 0; token < x.extent[0]; token += plan.n_token) {
+    params.x = x.data + token * x.stride[0];
+    params.n_token = static_cast<std::int32_t>(std::min<std::int64_t>(plan.n_token, x.extent[0] - token));
+    for (std::size_t i = 0; i < weights.size(); ++i) params.matrix[i].out = outs[i].data + token * outs[i].stride[0];
+    launch_linear_decode(params, plan, stream);
+  }
+}
+
+template <class TIn, class TOut>
+void require_linear(const char* who, const View<const TIn, 2>& x, const PackedMatrix& weight, const View<TOut, 2>& out,
+                    std::int64_t out_cols) {
+  require(x.extent[1] == weight.cols, who, ": x has width ", x.extent[1], ", weight has ", weight.cols, " columns");
+  require_extents(who, "out", out, {x.extent[0], out_cols});
+  require_contiguous_rows(who, "x", x);
+  require_contiguous_rows(who, "out", out);
+  constexpr std::int64_t kPiece = 16 / sizeof(TIn);
+  require(!is_packed_type(weight.type) ||
+              (reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && (x.stride[0] % kPiece == 0 || x.extent[0] <= 1)),
+          who, ": rows of x must begin at multiples of 16 bytes; row stride ", x.stride[0], " elements");
+  require(weight.rows >= 1 && weight.rows < (std::int64_t{1} << 30) && weight.cols < (std::int64_t{1} << 30), who,
+          ": weight is ", weight.rows, " x ", weight.cols, ", need 1 to 2^30 each way");
+}
+
+}  // namespace detail
+
+/// Several matrices of one input in one launch (q, k and v; gate and up), their types as they are. Same bits as one
+/// call each.
+/// @param x        [n_token, cols] Bf16 or float, finite, rows at multiples of 16 bytes
+/// @param weights  up to four matrices [rows_i, cols]
+/// @param outs     [n_token, rows_i] Bf16 or float; must not alias x
+/// @throws std::invalid_argument when shapes differ, or for more than 8 tokens
+template <class TIn, class TOut>
+void quantized_linear_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> weights,
+                             std::span<const View<TOut, 2>> outs, const DeviceInfo& device, cudaStream_t stream) {
+  require(weights.size() == outs.size() && weights.size() <= detail::kMaxLinearMatrices,
+          "quantized_linear: ", weights.size(), " matrices and ", outs.size(),
+          " outputs, need as many of both, at most ", detail::kMaxLinearMatrices);
+  require(x.extent[0] <= kMaxDecodeTokens, "quantized_linear_decode: ", x.extent[0], " tokens, at most ",
+          kMaxDecodeTokens, "; more go through quantized_linear_prefill()");
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    detail::require_linear("quantized_linear", x, weights[i], outs[i], weights[i].rows);
+  }
+  if (x.extent[0] == 0) return;
+  std::array<PackedMatrix, detail::kMaxLinearMatrices> packed{};
+  std::array<View<TOut, 2>, detail::kMaxLinearMatrices> packed_outs{};
+  std::size_t n_packed = 0;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    if (is_packed_type(weights[i].type)) {
+      packed[n_packed] = weights[i];
+      packed_outs[n_packed++] = outs[i];
+    } else {
+      detail::plain_decode(x, weights[i], outs[i], stream);
+    }
+  }
+  if (n_packed == 0) return;
+  detail::packed_decode<TIn, TOut>(x, std::span<const PackedMatrix>(packed).first(n_packed),
+                                   std::span<const View<TOut, 2>>(packed_outs).first(n_packed), {}, device, stream);
+}
+
+/// One matrix.
+template <class TIn, class TOut>
+void quantized_linear_decode(const View<const TIn, 2>& x, const PackedMatrix& weight, const View<TOut, 2>& out,
+                             const DeviceInfo& device, cudaStream_t stream) {
+  quantized_linear_decode<TIn, TOut>(x, std::span(&weight, 1), std::span(&out, 1), device, stream);
+}
+
+}  // namespace gemma4::cuda
