@@ -22,7 +22,8 @@
 ///
 /// Q4_K and Q6_K rows are drawn in the block format itself: codes from a bell curve cut off at the edge of their range,
 /// as an encoder leaves them, and scales that vary from block to block. That costs 1 ns a weight (the 31 G weights of
-/// the largest model: half a minute of one core, less than the disk takes). Other types are drawn as floats and encoded.
+/// the largest model: half a minute of one core, less than the disk takes). Other types are drawn as floats and
+/// encoded.
 namespace gemma4 {
 
 /// A stream of 64-bit numbers for each (seed, name, row). Source: the SplitMix64 finaliser, Steele, Lea and Flood,
