@@ -204,6 +204,33 @@ struct VCodes {
   }
 };
 
+/// Compresses the vector x in a warp into its place in a cache; x is used up. `position` lies in the buffer.
+template <int kHeadDim>
+__device__ __forceinline__ void tq4_store_vector(const Tq4CodecParams& codec, bool is_k, float (&x)[kHeadDim / 32],
+                                                 const Tq4Records& cache, std::int64_t b, std::int64_t h,
+                                                 std::int64_t position) {
+  std::byte* const record = cache.record(b, h, position / kTq4RecordTokens);
+  const int token = static_cast<int>(position % kTq4RecordTokens);
+  auto* const words = reinterpret_cast<std::uint32_t*>(record + (is_k ? 0 : tq4_v_codes_offset(kHeadDim)));
+  VCodes<kHeadDim> v_codes;
+  if (!is_k) v_codes.load(words, token);
+
+  const double length = normalize_warp<kHeadDim>(x);
+  rotate_warp<kHeadDim>(codec.rotation, x);
+  int index[kHeadDim / 32];
+  const double levels = quantize_warp<kHeadDim>(is_k ? codec.k : codec.v, x, index);
+  if (is_k) {
+    store_k_codes<kHeadDim>(words, token, index);
+  } else {
+    v_codes.store(words, token, index);
+  }
+  if ((threadIdx.x & 31) == 0) {
+    auto* const norms =
+        reinterpret_cast<Tq4Norm*>(record + (is_k ? tq4_k_norms_offset(kHeadDim) : tq4_v_norms_offset(kHeadDim)));
+    norms[token] = to_bf16(static_cast<float>(codec.corrected ? length / levels : length));
+  }
+}
+
 /// One warp a vector: item = ((b * n_new + t) * n_head_kv + h) * 2 + (0: K, 1: V).
 template <int kHeadDim, class TIn>
 __global__ void __launch_bounds__(128)
@@ -221,26 +248,7 @@ __global__ void __launch_bounds__(128)
   float x[kValues];
   load_values(&(is_k ? k : v)(b, t, h, lane * kValues), x);
   if (position < 0 || position >= cache.buffer_len) return;  // of the whole warp
-  std::byte* const record = cache.record(b, h, position / kTq4RecordTokens);
-  const int token = position % kTq4RecordTokens;
-  auto* const words = reinterpret_cast<std::uint32_t*>(record + (is_k ? 0 : tq4_v_codes_offset(kHeadDim)));
-  VCodes<kHeadDim> v_codes;
-  if (!is_k) v_codes.load(words, token);
-
-  const double length = normalize_warp<kHeadDim>(x);
-  rotate_warp<kHeadDim>(codec.rotation, x);
-  int index[kValues];
-  const double levels = quantize_warp<kHeadDim>(is_k ? codec.k : codec.v, x, index);
-  if (is_k) {
-    store_k_codes<kHeadDim>(words, token, index);
-  } else {
-    v_codes.store(words, token, index);
-  }
-  if (lane == 0) {
-    auto* const norms =
-        reinterpret_cast<Tq4Norm*>(record + (is_k ? tq4_k_norms_offset(kHeadDim) : tq4_v_norms_offset(kHeadDim)));
-    norms[token] = to_bf16(static_cast<float>(codec.corrected ? length / levels : length));
-  }
+  tq4_store_vector<kHeadDim>(codec, is_k, x, cache, b, h, position);
 }
 
 /// One warp a stored vector of [batch, n_head_kv, buffer_len].
