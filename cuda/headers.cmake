@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Written by .ci/list-headers and held against the folder by .ci/check-rooms.
 set(GEMMA4_CUDA_HEADERS
+    "${PROJECT_SOURCE_DIR}/cuda/activation_blocks.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/check.cuh"
@@ -13,8 +14,13 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/flash_wgmma_256.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash_wgmma_512.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/kernel_chain.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/linear_decode.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/linear_dot.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/mma.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/nvtx.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/plain_linear.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/qkv_prologue.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/quantized_linear.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/record_ring.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/ring_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/rms_norm.cuh"
@@ -29,5 +35,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention_prefill.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_layout.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/weight_layout.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/weight_repack.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/wgmma.cuh"
 )

@@ -31,7 +31,9 @@ static __global__ void ring_commit_kernel(const __grid_constant__ View<const Bf1
   if (item >= ring_k.extent[0] * pieces) return;
   const std::int64_t head = item / pieces, dim = item % pieces * 8;
   const std::int64_t token = max(std::int64_t{0}, n_new - ring_len) + blockIdx.y;
-  const std::int64_t slot = ((position != nullptr ? *position : position_host) + token) % ring_len;  // ring_slot()
+  const std::int64_t first = position != nullptr ? *position : position_host;
+  if (first < 0) return;                                 // the host may not know: never out of bounds
+  const std::int64_t slot = (first + token) % ring_len;  // ring_slot()
   *reinterpret_cast<uint4*>(&ring_k(head, slot, dim)) = *reinterpret_cast<const uint4*>(&k_new(token, head, dim));
   *reinterpret_cast<uint4*>(&ring_v(head, slot, dim)) = *reinterpret_cast<const uint4*>(&v_new(token, head, dim));
 }

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/check.cuh"
+#include "cuda/flash_params.cuh"
+#include "cuda/kernel_chain.cuh"
+#include "cuda/rms_norm.cuh"
+#include "cuda/rope.cuh"
+#include "cuda/rotation.cuh"
+#include "cuda/tq4_cache.cuh"
+#include "cuda/tq4_layout.cuh"
+#include "gemma4/attention.hpp"
+#include "gemma4/error.hpp"
+#include "gemma4/float16.hpp"
+#include "gemma4/view.hpp"
+
+/// Everything between the projections of q, k, v and attention, in one launch:
+///   q = rope(rms_norm(q, q_norm)),  k = rope(rms_norm(k, k_norm)),  v = rms_norm(v),  k and v into the layer's cache.
+/// Per head vector, one warp, in float from the projection to the cache; the values are rounded once, where they are
+/// stored. So the result is, bit for bit, that of rms_norm<TIn, float>, rope<float> and the cache's update of floats.
+/// The angles of a token are computed once a block.
+///
+/// Bytes, bf16 in and out (time at 4.3 TB/s; a call of one token is all latency, and saves five launches):
+///   full layer, 32 + 4 heads of 512, v = k:  one token 70 KB + 4 KB of records; 2048 tokens 143 MB + 4 MB, 34 us
+///   sliding layer, 32 + 16 + 16 heads of 256: one token 66 KB + 16 KB of ring;  2048 tokens 134 MB, 31 us
+/// The reference composes the same from its components (reference/decoder_layer.hpp and layer_cache.hpp).
+namespace gemma4::cuda {
+
+/// Learned weights of the norms of q and k, [head_dim] each, on the device.
+struct QkNorms {
+  const float* q = nullptr;
+  const float* k = nullptr;
+  float epsilon = 1e-6f;
+};
+
+/// K and V as bf16 [n_token, n_head_kv, head_dim], for a chunk that attends before its ring is committed.
+struct FreshKv {
+  View<Bf16, 3> k, v;
+};
+
+/// The same, and at once into the slots of a ring [n_head_kv, ring_len, head_dim]. Exact only while the tokens replace
+/// none that a query of theirs still sees: n_token <= ring_len - window + 1.
+struct RingKv {
+  FreshKv fresh;
+  View<Bf16, 3> ring_k, ring_v;
+  std::int64_t window = 1;
+};
+
+/// A flat bf16 cache [1, n_head_kv, buffer_len, head_dim].
+struct FlatKv {
+  View<Bf16, 4> k, v;
+};
+
+/// A TQ4 cache of batch 1.
+struct Tq4Kv {
+  const Tq4Codec& codec;
+  Tq4Records records;
+};
+
+namespace detail {
+
+template <class TIn>
+struct QkvParams {
+  View<const TIn, 3> q, k, v;
+  View<Bf16, 3> q_out;
+  QkNorms norms;
+  RopeParams rope;
+  const std::int32_t* position = nullptr;
+  std::int64_t position_host = 0;
+};
+
+/// Where K and V go. store() is called by a whole warp with the vector in its lanes.
+struct FreshSink {
+  View<Bf16, 3> k, v;
+
+  template <int kHeadDim>
+  __device__ __forceinline__ void store(bool is_k, std::int64_t token, std::int64_t head, std::int64_t /*position*/,
+                                        const float (&x)[kHeadDim / 32]) const {
+    store_values(&(is_k ? k : v)(token, head, (threadIdx.x & 31) * (kHeadDim / 32)), x);
+  }
+};
+
+struct RingSink {
+  FreshSink fresh;
+  View<Bf16, 3> k, v;
+
+  template <int kHeadDim>
+  __device__ __forceinline__ void store(bool is_k, std::int64_t token, std::int64_t head, std::int64_t position,
+                                        const float (&x)[kHeadDim / 32]) const {
+    fresh.store<kHeadDim>(is_k, token, head, position, x);
+    if (position < 0) return;  // the host may not know: never out of bounds
+    const auto slot = static_cast<std::uint32_t>(position) % static_cast<std::uint32_t>(k.extent[1]);  // ring_slot()
+    store_values(&(is_k ? k : v)(head, slot, (threadIdx.x & 31) * (kHeadDim / 32)), x);
+  }
+};
+
+struct FlatSink {
+  View<Bf16, 4> k, v;
+
+  template <int kHeadDim>
+  __device__ __forceinline__ void store(bool is_k, std::int64_t /*token*/, std::int64_t head, std::int64_t position,
+                                        const float (&x)[kHeadDim / 32]) const {
+    if (position < 0 || position >= k.extent[2]) return;
+    store_values(&(is_k ? k : v)(0, head, position, (threadIdx.x & 31) * (kHeadDim / 32)), x);
+  }
+};
+
+struct Tq4Sink {
+  Tq4CodecParams codec;
+  Tq4Records records;
+
+  template <int kHeadDim>
+  __device__ __forceinline__ void store(bool is_k, std::int64_t /*token*/, std::int64_t head, std::int64_t position,
+                                        float (&x)[kHeadDim / 32]) const {
+    if (position < 0 || position >= records.buffer_len) return;
+    tq4_store_vector<kHeadDim>(codec, is_k, x, records, 0, head, position);
+  }
+};
+
+/// Turns the pairs of a vector in a warp: the partner of value i of lane l is value i of lane l ^ 16. `cos_sin` holds
+/// pair l * kValues + i at i * 16 + l, so that the lanes of a warp read neighbours.
+template <int kHeadDim>
+__device__ __forceinline__ void rope_warp(const float2* cos_sin, int n_pair, float (&x)[kHeadDim / 32]) {
+  constexpr int kValues = kHeadDim / 32;
+  const int lane = threadIdx.x & 31, column = lane & 15;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    const float other = __shfl_xor_sync(~0u, x[i], 16);
+    if (column * kValues + i < n_pair) x[i] = rope_turn(x[i], other, cos_sin[i * 16 + column], lane >= 16);
+  }
+}
+
+inline constexpr int kQkvWarps = 4;
+
+/// grid: x = token, y = share of its vectors, of which K and V come first because they take longest.
+template <int kHeadDim, class TIn, class TSink>
+__global__ void __launch_bounds__(32 * kQkvWarps)
+    qkv_prologue_kernel(const __grid_constant__ QkvParams<TIn> params, const __grid_constant__ TSink sink) {
+  constexpr int kValues = kHeadDim / 32;
+  __shared__ float2 cos_sin[kHeadDim / 2];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const std::int64_t token = blockIdx.x;
+  const std::int64_t position = (params.position != nullptr ? *params.position : params.position_host) + token;
+  for (int pair = threadIdx.x; pair < params.rope.n_pair; pair += 32 * kQkvWarps) {
+    cos_sin[pair % kValues * 16 + pair / kValues] = rope_cos_sin(position, params.rope.frequency[pair]);
+  }
+  __syncthreads();
+  const int n_head_kv = static_cast<int>(params.k.extent[1]), n_vector = 2 * n_head_kv + params.q.extent[1];
+  const int first = static_cast<int>(threadIdx.x & 31) * kValues;
+  for (int vector = blockIdx.y * kQkvWarps + threadIdx.x / 32; vector < n_vector; vector += gridDim.y * kQkvWarps) {
+    const bool is_k = vector < n_head_kv, is_q = vector >= 2 * n_head_kv;
+    const int head = is_k ? vector : vector - (is_q ? 2 : 1) * n_head_kv;
+    float x[kValues];
+    load_values(&(is_q ? params.q : is_k ? params.k : params.v)(token, head, first), x);
+    rms_norm_warp<kHeadDim>(x, is_q ? params.norms.q : is_k ? params.norms.k : nullptr, params.norms.epsilon);
+    if (is_q || is_k) rope_warp<kHeadDim>(cos_sin, params.rope.n_pair, x);
+    if (is_q) {
+      store_values(&params.q_out(token, head, first), x);
+    } else {
+      sink.template store<kHeadDim>(is_k, token, head, position, x);
+    }
+  }
+}
+
+template <class T, int kRank>
+void require_vectors(const char* who, const char* name, const View<T, kRank>& view) {
+  require_contiguous_rows(who, name, view);
+  require_aligned_rows(who, name, view);
+}
+
+/// What the targets refuse, and what the kernel takes of them.
+template <class TIn>
+[[nodiscard]] FreshSink qkv_sink(const char* who, const QkvParams<TIn>& params, const FreshKv& to) {
+  const std::int64_t extents[3] = {params.k.extent[0], params.k.extent[1], params.k.extent[2]};
+  require_extents(who, "k_new", to.k, extents);
+  require_extents(who, "v_new", to.v, extents);
+  require_vectors(who, "k_new", to.k);
+  require_vectors(who, "v_new", to.v);
+  const void *const k_in = params.k.data, *const v_in = params.v.data;
+  require(k_in != v_in || (to.k.data != k_in && to.v.data != k_in), who,
+          ": v is the projection of k, so neither k_new nor v_new can take its place");
+  return {to.k, to.v};
+}
+
+template <class TIn>
+[[nodiscard]] RingSink qkv_sink(const char* who, const QkvParams<TIn>& params, const RingKv& to) {
+  const std::int64_t n_token = params.k.extent[0], ring_len = to.ring_k.extent[1];
+  const std::int64_t extents[3] = {params.k.extent[1], ring_len, params.k.extent[2]};
+  require_extents(who, "ring_k", to.ring_k, extents);
+  require_extents(who, "ring_v", to.ring_v, extents);
+  require_vectors(who, "ring_k", to.ring_k);
+  require_vectors(who, "ring_v", to.ring_v);
+  require(ring_len >= 1 && ring_len < (std::int64_t{1} << 31), who, ": ring_len ", ring_len, ", need 1 to 2^31 - 1");
+  require(to.window >= 1, who, ": window ", to.window, ", need at least 1");
+  require(n_token <= ring_len - to.window + 1, who, ": ", n_token, " tokens into a ring of ", ring_len,
+          " would replace keys that a window of ", to.window,
+          " still sees; use FreshKv, attend, then ring_cache_commit()");
+  return {qkv_sink(who, params, to.fresh), to.ring_k, to.ring_v};
+}
+
+/// Refuses positions that the host knows to lie outside the buffer.
+template <class TIn>
+void require_qkv_position(const char* who, const QkvParams<TIn>& params, std::int64_t buffer_len) {
+  if (params.position != nullptr) return;
+  require(params.position_host + params.k.extent[0] <= buffer_len, who, ": tokens at positions ", params.position_host,
+          " to ", params.position_host + params.k.extent[0] - 1, ", the buffer has ", buffer_len);
+}
+
+template <class TIn>
+[[nodiscard]] FlatSink qkv_sink(const char* who, const QkvParams<TIn>& params, const FlatKv& to) {
+  const std::int64_t extents[4] = {1, params.k.extent[1], to.k.extent[2], params.k.extent[2]};
+  require_extents(who, "k_cache", to.k, extents);
+  require_extents(who, "v_cache", to.v, extents);
+  require_vectors(who, "k_cache", to.k);
+  require_vectors(who, "v_cache", to.v);
+  require_qkv_position(who, params, to.k.extent[2]);
+  return {to.k, to.v};
+}
+
+template <class TIn>
+[[nodiscard]] Tq4Sink qkv_sink(const char* who, const QkvParams<TIn>& params, const Tq4Kv& to) {
+  require_tq4_records(who, to.records);
+  const std::int64_t head_dim = params.k.extent[2];
+  require(to.records.batch == 1 && to.records.n_head_kv == params.k.extent[1] && to.records.head_dim == head_dim, who,
+          ": the cache is of batch ", to.records.batch, ", n_head_kv ", to.records.n_head_kv, ", head_dim ",
+          to.records.head_dim, ", need 1, ", params.k.extent[1], ", ", head_dim);
+  require(to.codec.head_dim() == head_dim, who, ": codec of head_dim ", to.codec.head_dim(), ", the heads have ",
+          head_dim);
+  require_qkv_position(who, params, to.records.buffer_len);
+  return {to.codec.params(), to.records};
+}
+
+template <class TIn>
+void require_qkv(const char* who, const QkvParams<TIn>& params) {
+  const std::int64_t n_token = params.q.extent[0], n_head_kv = params.k.extent[1], head_dim = params.q.extent[2];
+  require_extents(who, "k", params.k, {n_token, n_head_kv, head_dim});
+  require_extents(who, "v", params.v, {n_token, n_head_kv, head_dim});
+  require_extents(who, "q_out", params.q_out, {n_token, params.q.extent[1], head_dim});
+  require_vectors(who, "q", params.q);
+  require_vectors(who, "k", params.k);
+  require_vectors(who, "v", params.v);
+  require_vectors(who, "q_out", params.q_out);
+  require(params.rope.head_dim == head_dim, who, ": head_dim ", head_dim, ", the frequencies are for ",
+          params.rope.head_dim);
+  require(params.norms.q != nullptr && params.norms.k != nullptr, who, ": the norms of q and k have no weights");
+  require_aligned_rows(who, "the weights of q's norm", make_view(params.norms.q, head_dim));
+  require_aligned_rows(who, "the weights of k's norm", make_view(params.norms.k, head_dim));
+  require(n_token < (std::int64_t{1} << 31) && params.q.extent[1] + 2 * n_head_kv <= 65535, who, ": ", n_token,
+          " tokens of ", params.q.extent[1], " + 2 * ", n_head_kv, " heads, need fewer than 2^31 and at most 65535");
+}
+
+}  // namespace detail
+
+/// Normalises and turns q, k and v of n_token tokens and stores K and V in the layer's cache, in one launch that can be
+/// captured: a replay reads the position and the vectors of that moment. Rows of the cache of other positions keep
+/// their bits. A position that only the device knows and that lies outside the cache is not written there; q_out and
+/// k_new, v_new are written all the same.
+/// @param q, k, v    [n_token, n_head or n_head_kv, head_dim] Bf16 or float, as projected; v may be k (full layers have
+///                   one projection for both)
+/// @param position   of the first token, on the device or known to the host; token t stands at position + t
+/// @param q_out      [n_token, n_head, head_dim]; may be q
+/// @param target     FreshKv (k_new, v_new may be k, v unless those are one), RingKv, FlatKv or Tq4Kv
+/// @param overlap    on sm_90, lets the kernel be set up while the one before it in the stream still runs
+/// @throws std::invalid_argument on extents that do not fit, rows that do not begin at multiples of 16 bytes, a
+/// head_dim
+///         other than 64, 128, 256 or 512, a missing position or, where the host knows it, one outside the buffer
+/// Error before the rounding to bf16, for a normalised pair (a, b): (|a| + |b|) * ((head_dim / 32 + 20) * 2^-24 +
+/// 2^-21)
+template <class TIn, class TTarget>
+void qkv_prologue(const View<const TIn, 3>& q, const View<const TIn, 3>& k, const View<const TIn, 3>& v,
+                  const QkNorms& norms, DeviceCount position, const RopeParams& rope, const View<Bf16, 3>& q_out,
+                  const TTarget& target, cudaStream_t stream, bool overlap = false) {
+  constexpr const char* kWho = "qkv_prologue";
+  require(position.device != nullptr || position.known(), kWho, ": position is neither on the device nor on the host");
+  const detail::QkvParams<TIn> params{.q = q,
+                                      .k = k,
+                                      .v = v,
+                                      .q_out = q_out,
+                                      .norms = norms,
+                                      .rope = rope,
+                                      .position = position.device,
+                                      .position_host = position.host};
+  detail::require_qkv(kWho, params);
+  const auto sink = detail::qkv_sink(kWho, params, target);
+  const std::int64_t n_token = q.extent[0], n_vector = q.extent[1] + 2 * k.extent[1];
+  if (n_token == 0 || n_vector == 0) return;
+  // About 2048 blocks: one token is spread over as many as it has fours of vectors, and a long chunk shares its angles.
+  const std::int64_t n_share =
+      std::clamp<std::int64_t>(2048 / n_token, 1, (n_vector + detail::kQkvWarps - 1) / detail::kQkvWarps);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(n_token), static_cast<unsigned>(n_share));
+  config.blockDim = dim3(32 * detail::kQkvWarps);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  for_head_dim(kWho, q.extent[2], [&](auto head_dim) {
+    using Sink = std::remove_const_t<decltype(sink)>;
+    check(cudaLaunchKernelEx(&config, detail::qkv_prologue_kernel<decltype(head_dim)::value, TIn, Sink>, params, sink),
+          "qkv_prologue_kernel");
+  });
+}
+
+}  // namespace gemma4::cuda
