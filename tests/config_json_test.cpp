@@ -82,10 +82,38 @@ TEST(Json, ReadsEveryKindOfValue) {
   EXPECT_EQ(a[3].string(), nullptr);
 }
 
+TEST(Json, EscapesBecomeUtf8) {
+  EXPECT_EQ(*parse_json(R"("\"\\\/\b\f\n\r\t")", "t").string(), "\"\\/\b\f\n\r\t");
+  EXPECT_EQ(*parse_json(R"("\u0000")", "t").string(), std::string(1, '\0'));
+  EXPECT_EQ(*parse_json(R"("\u00e9\u4f60\ud83d\ude00")", "t").string(), "é你\U0001F600");
+}
+
 TEST(Json, RefusesWhatIsMalformed) {
-  for (const char* text : {"",     " ",   "{",       "[1,",         "[1 2]",     "{\"a\" 1}", "{a: 1}",  "{\"a\": 1,}",
-                           "[1,]", "\"x", "\"\\q\"", "\"\\u00e9\"", "\"\\u41\"", "tru",       "01",      "-01",
-                           "+1",   ".5",  "-",       "1 1",         "nan",       "1e999",     "\"\x01\""}) {
+  for (const char* text : {"",
+                           " ",
+                           "{",
+                           "[1,",
+                           "[1 2]",
+                           "{\"a\" 1}",
+                           "{a: 1}",
+                           "{\"a\": 1,}",
+                           "[1,]",
+                           "\"x",
+                           "\"\\q\"",
+                           "\"\\ud83d\"",
+                           "\"\\ud83d\\u0041\"",
+                           "\"\\ude00\"",
+                           "\"\\u41\"",
+                           "tru",
+                           "01",
+                           "-01",
+                           "+1",
+                           ".5",
+                           "-",
+                           "1 1",
+                           "nan",
+                           "1e999",
+                           "\"\x01\""}) {
     EXPECT_THROW((void)parse_json(text, "t"), FormatError) << text;
   }
   EXPECT_THROW((void)parse_json(std::string(100000, '['), "t"), FormatError) << "deep nesting is no stack overflow";

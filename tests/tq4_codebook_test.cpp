@@ -5,16 +5,16 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <fstream>
 #include <limits>
 #include <numbers>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "gemma4/json.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/text_file.hpp"
 
 namespace {
 
@@ -46,31 +46,18 @@ double density(double x) {
   return std::exp(-0.5 * x * x) / std::sqrt(2.0 * std::numbers::pi);
 }
 
-/// The array of arrays of numbers that follows "name" in a JSON text.
-std::vector<std::vector<float>> json_tables(const std::string& text, const std::string& name) {
-  std::size_t at = text.find('"' + name + '"');
-  if (at == std::string::npos) throw std::runtime_error("codebooks.json has no " + name);
-  at = text.find('[', at) + 1;
-  std::vector<std::vector<float>> tables;
-  while (tables.size() < 2) {
-    at = text.find('[', at) + 1;
-    const std::size_t end = text.find(']', at);
-    std::string numbers = text.substr(at, end - at);
-    for (char& c : numbers) c = c == ',' ? ' ' : c;
-    std::istringstream stream(numbers);
-    std::vector<float> table;
-    for (double value; stream >> value;) table.push_back(static_cast<float>(value));
-    tables.push_back(std::move(table));
-    at = end;
-  }
-  return tables;
+/// The peer's tables: name -> centroids, boundaries.
+JsonValue peer_codebooks() {
+  return parse_json(testkit::read_text(std::string(GEMMA4_TEST_DATA) + "/tq4/codebooks.json"), "codebooks.json");
 }
 
-std::string peer_codebooks() {
-  std::ifstream file(std::string(GEMMA4_TEST_DATA) + "/tq4/codebooks.json");
-  std::stringstream text;
-  text << file.rdbuf();
-  return text.str();
+std::vector<std::vector<float>> json_tables(const JsonValue& codebooks, const std::string& name) {
+  std::vector<std::vector<float>> tables;
+  for (const JsonValue& table : *codebooks.object()->at(name).array()) {
+    auto& values = tables.emplace_back();
+    for (const JsonValue& value : *table.array()) values.push_back(static_cast<float>(*value.number()));
+  }
+  return tables;
 }
 
 TEST(Tq4Codebook, FullTableObeysBothOfLloydsRules) {
@@ -134,7 +121,7 @@ TEST(Tq4Codebook, CuttingTheDensityCostsFivePercentAtFourBits) {
 }
 
 TEST(Tq4Codebook, CutTableIsThePeersWithinOneMillionth) {
-  const std::string text = peer_codebooks();
+  const JsonValue text = peer_codebooks();
   for (const std::int64_t head_dim : kHeadDims) {
     for (const int bits : kBits) {
       const std::string name = concat("d", head_dim, "_b", bits);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +17,7 @@
 #include "gemma4/error.hpp"
 
 /// A small JSON reader (RFC 8259) for files that people write by hand: numbers are doubles, a repeated key is refused,
-/// \u escapes outside ASCII are refused (write the character itself).
+/// \u escapes become UTF-8, surrogate pairs joined.
 namespace gemma4 {
 
 class JsonValue {
@@ -131,21 +132,58 @@ class JsonParser {
       check(at_ < text_.size() && static_cast<unsigned char>(text_[at_]) >= 0x20, "the rest of a string");
       const char c = text_[at_++];
       if (c == '"') return string;
-      string += c == '\\' ? parse_escape() : c;
+      if (c == '\\') {
+        append_escape(string);
+      } else {
+        string += c;
+      }
     }
   }
 
-  [[nodiscard]] char parse_escape() {
+  void append_escape(std::string& string) {
     constexpr std::string_view kNames = "\"\\/bfnrt", kValues = "\"\\/\b\f\n\r\t";
     check(at_ < text_.size(), "an escape");
     const char name = text_[at_];
-    if (const std::size_t index = kNames.find(name); index != kNames.npos) return ++at_, kValues[index];
-    unsigned code = 0;
-    const std::string_view digits = text_.substr(at_ + 1, 4);
-    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), code, 16);
-    check(name == 'u' && error == std::errc() && end == digits.data() + 4 && code < 0x80, "an ASCII escape");
+    if (const std::size_t index = kNames.find(name); index != kNames.npos) {
+      string += kValues[index];
+      ++at_;
+      return;
+    }
+    std::uint32_t code = parse_utf16_unit();
+    if (code >= 0xD800 && code < 0xDC00) {
+      const std::uint32_t low = at_ < text_.size() && text_[at_] == '\\' ? (++at_, parse_utf16_unit()) : 0;
+      check(low >= 0xDC00 && low < 0xE000, "the second half of a surrogate pair before this");
+      code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    } else {
+      check(code < 0xDC00 || code >= 0xE000, "the first half of a surrogate pair before this");
+    }
+    append_utf8(string, code);
+  }
+
+  /// At the u of an escape.
+  [[nodiscard]] std::uint32_t parse_utf16_unit() {
+    std::uint32_t unit = 0;
+    const std::string_view digits = text_.substr(std::min(at_ + 1, text_.size()), 4);
+    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), unit, 16);
+    check(text_[at_] == 'u' && error == std::errc() && end == digits.data() + 4, "an escape");
     at_ += 5;
-    return static_cast<char>(code);
+    return unit;
+  }
+
+  static void append_utf8(std::string& string, std::uint32_t code) {
+    const auto tail = [&](int shift) { string += static_cast<char>(0x80 | (code >> shift & 0x3F)); };
+    if (code < 0x80) {
+      string += static_cast<char>(code);
+    } else if (code < 0x800) {
+      string += static_cast<char>(0xC0 | code >> 6);
+      tail(0);
+    } else if (code < 0x10000) {
+      string += static_cast<char>(0xE0 | code >> 12);
+      tail(6), tail(0);
+    } else {
+      string += static_cast<char>(0xF0 | code >> 18);
+      tail(12), tail(6), tail(0);
+    }
   }
 
   [[nodiscard]] JsonValue parse_number() {

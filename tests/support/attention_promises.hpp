@@ -35,11 +35,16 @@ inline std::ostream& operator<<(std::ostream& out, Spoil kind) {
   return [c](std::int64_t, std::int64_t t, std::int64_t j) { return j < c.limit(t); };
 }
 
-/// close() of a result with the oracle's, element by element within the derived bound.
+/// close() of a result with the oracle's, element by element within the derived bound, or as the subject compares:
+/// testing::AssertionResult compare(actual, exact) const.
 template <class TSubject>
 [[nodiscard]] testing::AssertionResult close_to_exact(const TSubject& subject, const std::vector<float>& actual,
                                                       const NaiveAttention& exact, std::int64_t head_dim) {
-  return close(actual, exact.out, exact.bounds(subject.rounding(), head_dim));
+  if constexpr (requires { subject.compare(actual, exact); }) {
+    return subject.compare(actual, exact);
+  } else {
+    return close(actual, exact.out, exact.bounds(subject.rounding(), head_dim));
+  }
 }
 
 /// A mask [batch, 1, n_query, extent] of random bytes 0, 1 or 255, about a quarter of them 0.
