@@ -21,6 +21,37 @@ namespace gemma4::cuda {
   return detail::plan_flash("bf16_attention", shape, options, 0, device, choice);
 }
 
+namespace detail {
+
+/// bf16_attention on behalf of `who`; with `rotation` (where rotates_inside(plan, *rotation)) in the rotated space.
+inline void attend_flat(const char* who, View<const Bf16, 4> q, View<const Bf16, 4> k, View<const Bf16, 4> v,
+                        const AttentionOptions& options, DeviceCount kv_len, View<Bf16, 4> out, const FlashPlan& plan,
+                        std::span<std::byte> workspace, cudaStream_t stream, unsigned long long* tile_count,
+                        const RotationParams* rotation) {
+  const AttentionShape shape = flat_attention_shape(who, q, k, v, out);
+  require_attention(who, shape, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
+  require(shape == plan.shape, who, ": the plan is of another shape; make it with plan_bf16_attention()");
+  require_contiguous_rows(who, "q", q);
+  require_contiguous_rows(who, "out", out);
+  require_aligned(who, "q", q);
+  require_aligned(who, "k", k);
+  require_aligned(who, "v", v);
+  require_aligned(who, "out", out);
+  FlashParams params{.q = q.data, .out = out.data};
+  copy_strides(q, params.q_stride);
+  copy_strides(out, params.out_stride);
+  params.fresh = {.k = k.data, .v = v.data};
+  copy_strides(k, params.fresh.k_stride);
+  copy_strides(v, params.fresh.v_stride);
+  params.count = kv_len.device;
+  params.count_host = static_cast<int>(kv_len.known() ? kv_len.host : shape.buffer_len);
+  params.max_kv_end = static_cast<int>(shape.buffer_len);
+  params.tile_count = tile_count;
+  launch_flash(who, plan, params, options, workspace, stream, rotation);
+}
+
+}  // namespace detail
+
 /// Attention of the last n_query tokens over an uncompressed flat cache: the contract of gemma4/attention.hpp.
 ///   out[b,t,h] = sum_j softmax_j(scale * <q[b,t,h], K[b,g(h),j]>) V[b,g(h),j]
 /// @param q         [batch, n_query, n_head, head_dim] bf16; may be `out` itself
@@ -36,27 +67,7 @@ inline void bf16_attention(View<const Bf16, 4> q, View<const Bf16, 4> k, View<co
                            const AttentionOptions& options, DeviceCount kv_len, View<Bf16, 4> out,
                            const FlashPlan& plan, std::span<std::byte> workspace, cudaStream_t stream,
                            unsigned long long* tile_count = nullptr) {
-  constexpr const char* kWho = "bf16_attention";
-  const AttentionShape shape = flat_attention_shape(kWho, q, k, v, out);
-  require_attention(kWho, shape, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
-  require(shape == plan.shape, kWho, ": the plan is of another shape; make it with plan_bf16_attention()");
-  require_contiguous_rows(kWho, "q", q);
-  require_contiguous_rows(kWho, "out", out);
-  detail::require_aligned(kWho, "q", q);
-  detail::require_aligned(kWho, "k", k);
-  detail::require_aligned(kWho, "v", v);
-  detail::require_aligned(kWho, "out", out);
-  detail::FlashParams params{.q = q.data, .out = out.data};
-  detail::copy_strides(q, params.q_stride);
-  detail::copy_strides(out, params.out_stride);
-  params.fresh = {.k = k.data, .v = v.data};
-  detail::copy_strides(k, params.fresh.k_stride);
-  detail::copy_strides(v, params.fresh.v_stride);
-  params.count = kv_len.device;
-  params.count_host = static_cast<int>(kv_len.known() ? kv_len.host : shape.buffer_len);
-  params.max_kv_end = static_cast<int>(shape.buffer_len);
-  params.tile_count = tile_count;
-  detail::launch_flash(kWho, plan, params, options, workspace, stream);
+  detail::attend_flat("bf16_attention", q, k, v, options, kv_len, out, plan, workspace, stream, tile_count, nullptr);
 }
 
 }  // namespace gemma4::cuda

@@ -44,7 +44,7 @@ struct FlashPlan {
   FlashPath path = FlashPath::kPrefill;
   FlashTile tile{};  ///< of the mma.sync kernels
   int n_split = 1;
-  bool overlap = false;  ///< the merge of the splits is launched under the end of the first kernel
+  bool overlap = false;  ///< the mma.sync kernels are launched under the end of the kernel before
   dim3 grid{};
   int n_thread = 0;
   std::int64_t smem_bytes = 0;
@@ -145,23 +145,27 @@ template <FlashTile kTile>
 void launch_mma(const FlashPlan& plan, const FlashParams& params, cudaStream_t stream) {
   using Traits = FlashMmaTraits<kTile>;
   allow_smem(reinterpret_cast<const void*>(flash_mma_kernel<Traits>), plan.smem_bytes);
-  flash_mma_kernel<Traits><<<plan.grid, plan.n_thread, static_cast<std::size_t>(plan.smem_bytes), stream>>>(params);
-  check_launch("flash_mma_kernel");
-  if (plan.n_split == 1) return;
-  // Scheduled under the end of the first kernel, where the device can do that.
+  // Each kernel is set up under the end of the one before it in the stream, where the device can do that.
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(params.n_query * params.group), plan.grid.y);
-  config.blockDim = dim3(kTile.head_dim / 4 * kCombineGroups);
+  config.gridDim = plan.grid;
+  config.blockDim = dim3(static_cast<unsigned>(plan.n_thread));
+  config.dynamicSmemBytes = static_cast<std::size_t>(plan.smem_bytes);
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = plan.overlap ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, flash_mma_kernel<Traits>, params), "flash_mma_kernel");
+  if (plan.n_split == 1) return;
+  config.gridDim = dim3(static_cast<unsigned>(params.n_query * params.group), plan.grid.y);
+  config.blockDim = dim3(kTile.head_dim / 4 * kCombineGroups);
+  config.dynamicSmemBytes = 0;
   check(cudaLaunchKernelEx(&config, flash_combine_kernel<kTile.head_dim>, params), "flash_combine_kernel");
 }
 
-inline void launch_wgmma(const FlashPlan& plan, const FlashParams& params, cudaStream_t stream) {
+inline void launch_wgmma(const FlashPlan& plan, const FlashParams& params, const RotationParams* rotation,
+                         cudaStream_t stream) {
   const AttentionShape& shape = plan.shape;
   FlashMaps maps{};
   const bool wide = shape.head_dim == 512;
@@ -171,8 +175,11 @@ inline void launch_wgmma(const FlashPlan& plan, const FlashParams& params, cudaS
   if (wide) {
     maps.k = key_map("k", params.fresh.k, params.fresh.k_stride, shape, params.max_kv_end, kWgmmaKeys, 2);
     maps.v = key_map("v", params.fresh.v, params.fresh.v_stride, shape, params.max_kv_end, 16, 8);
-    allow_smem(reinterpret_cast<const void*>(flash_wgmma_512_kernel<Flash512>), plan.smem_bytes);
-    flash_wgmma_512_kernel<Flash512><<<plan.grid, plan.n_thread, smem, stream>>>(params, maps);
+    if (rotation != nullptr) maps.rotation = *rotation;
+    const auto kernel =
+        rotation != nullptr ? flash_wgmma_512_kernel<Flash512, true> : flash_wgmma_512_kernel<Flash512, false>;
+    allow_smem(reinterpret_cast<const void*>(kernel), plan.smem_bytes);
+    kernel<<<plan.grid, plan.n_thread, smem, stream>>>(params, maps);
   } else {
     const std::int64_t n_fresh = params.ring_len > 0 ? params.n_query : params.max_kv_end;
     maps.k = key_map("k", params.fresh.k, params.fresh.k_stride, shape, n_fresh, kWgmmaKeys, 4);
@@ -188,9 +195,17 @@ inline void launch_wgmma(const FlashPlan& plan, const FlashParams& params, cudaS
   check_launch("flash_wgmma_kernel");
 }
 
-/// Fills what every call sets alike, carves the workspace and launches.
+/// Whether the kernel of this plan can rotate queries and results itself.
+[[nodiscard]] inline bool rotates_inside(const FlashPlan& plan, const RotationParams& rotation) {
+  return plan.path == FlashPath::kWgmma && plan.shape.head_dim == Flash512::kHeadDim &&
+         rotation.kind == RotationKind::kSignedHadamard;
+}
+
+/// Fills what every call sets alike, carves the workspace and launches. `rotation`, where rotates_inside(): the queries
+/// are rotated and the results rotated back.
 inline void launch_flash(const char* who, const FlashPlan& plan, FlashParams params, const AttentionOptions& options,
-                         std::span<std::byte> workspace, cudaStream_t stream) {
+                         std::span<std::byte> workspace, cudaStream_t stream,
+                         const RotationParams* rotation = nullptr) {
   const AttentionShape& shape = plan.shape;
   require(static_cast<std::int64_t>(workspace.size()) >= plan.workspace_bytes, who, ": workspace ", workspace.size(),
           " B, need ", plan.workspace_bytes, " B for n_split = ", plan.n_split, "; size it with the plan");
@@ -209,7 +224,7 @@ inline void launch_flash(const char* who, const FlashPlan& plan, FlashParams par
   params.partial_o = reinterpret_cast<float*>(workspace.data());
   params.partial_ml =
       params.partial_o + std::int64_t{plan.n_split} * shape.batch * shape.n_query * shape.n_head * shape.head_dim;
-  if (plan.path == FlashPath::kWgmma) return launch_wgmma(plan, params, stream);
+  if (plan.path == FlashPath::kWgmma) return launch_wgmma(plan, params, rotation, stream);
   for_flash_tile(plan.tile, [&]<FlashTile kTile>() { launch_mma<kTile>(plan, params, stream); });
 }
 

@@ -396,6 +396,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const _
   const int warp_k = warp / TTraits::kWarpsM % TTraits::kWarpsK;
   const int dim0 = warp / (TTraits::kWarpsM * TTraits::kWarpsK) * TTraits::kWarpDims;
 
+  wait_for_previous_kernel();
   allow_next_kernel();
   const KeyExtent extent = key_extent(params);
   const KeyRange call{visible_keys(params, extent, 0).lo, extent.kv_end};
@@ -461,6 +462,7 @@ __global__ void __launch_bounds__(kHeadDim / 4 * kCombineGroups)
   const int column = threadIdx.x % kColumns, group = threadIdx.x / kColumns, lane = threadIdx.x & 31;
   const auto index = [&](int split) { return (static_cast<std::int64_t>(split) * n_head + blockIdx.y) * n_row + row; };
   wait_for_previous_kernel();
+  allow_next_kernel();
   float maximum = -INFINITY;
   for (int split = lane; split < params.n_split; split += 32) {
     maximum = fmaxf(maximum, params.partial_ml[2 * index(split)]);

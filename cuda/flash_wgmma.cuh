@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/flash_params.cuh"
+#include "cuda/rotation.cuh"
 #include "cuda/tensor_copy.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -16,9 +17,11 @@ namespace gemma4::cuda::detail {
 
 inline constexpr int kWgmmaKeys = 64;  ///< keys in a tile
 
-/// Copied by value into the kernel. `old_k`, `old_v` are used by sliding layers alone.
+/// Copied by value into the kernel. `old_k`, `old_v` are used by sliding layers alone, `rotation` by kernels that
+/// rotate.
 struct FlashMaps {
   CUtensorMap q, k, v, old_k, old_v, out;
+  RotationParams rotation;
 };
 
 /// Whether a tile of 64 rows holds whole tokens.

@@ -164,14 +164,64 @@ __device__ __forceinline__ void read_row_pair(float (&value)[2], std::uint32_t a
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value[1]) : "r"(source + 32) : "memory");
 }
 
+/// Rotates the 64 bf16 rows in the queries' place (the signed Hadamard transform or its inverse), each of the eight
+/// consumer warps eight of them, with the arithmetic of rotate_forward and rotate_inverse, bit for bit.
+template <bool kForward>
+__device__ __forceinline__ void rotate_rows(const Flash512Block& block, const RotationParams& rotation) {
+  using T = Flash512;
+  constexpr int kValues = T::kHeadDim / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int row = 8 * warp; row < 8 * warp + 8; ++row) {
+    const std::uint32_t line = block.smem + T::kQ + lane / 4 * (T::kRows * 128) + row * 128;
+    const std::uint32_t place[2] = {line + (((lane % 4 * 2) ^ (row & 7)) << 4),
+                                    line + (((lane % 4 * 2 + 1) ^ (row & 7)) << 4)};
+    float x[kValues];
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+      std::uint32_t pair[4];
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(pair[0]), "=r"(pair[1]), "=r"(pair[2]), "=r"(pair[3])
+                   : "r"(place[piece])
+                   : "memory");
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[8 * piece + 2 * i] = __uint_as_float(pair[i] << 16);
+        x[8 * piece + 2 * i + 1] = __uint_as_float(pair[i] & 0xFFFF0000u);
+      }
+    }
+    if constexpr (kForward) flip_signs<T::kHeadDim>(rotation, x);
+    hadamard_warp<T::kHeadDim>(x);
+#pragma unroll
+    for (float& value : x) value *= rotation.scale;
+    if constexpr (!kForward) flip_signs<T::kHeadDim>(rotation, x);
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place[piece]),
+                   "r"(pack_bf16(x[8 * piece], x[8 * piece + 1])), "r"(pack_bf16(x[8 * piece + 2], x[8 * piece + 3])),
+                   "r"(pack_bf16(x[8 * piece + 4], x[8 * piece + 5])),
+                   "r"(pack_bf16(x[8 * piece + 6], x[8 * piece + 7]))
+                   : "memory");
+    }
+  }
+  fence_async_shared();
+  named_barrier_sync(T::kSums, 256);
+}
+
 /// Writes this warpgroup's half of the output through the (no longer needed) queries' place.
+template <bool kRotate>
 __device__ __forceinline__ void store_half(const Flash512Block& block, const FlashMaps& maps, const float (&o)[128],
                                            const float (&inverse)[2], int half, int group) {
   using T = Flash512;
   const std::uint32_t place = block.smem + T::kQ + half * (T::kRows * T::kHeadDim);
   store_rows(o, inverse, place, T::kRows, 0);
-  fence_async_shared();
-  named_barrier_sync(T::kGroup + half, 128);
+  if constexpr (kRotate) {
+    named_barrier_sync(T::kSums, 256);
+    rotate_rows<false>(block, maps.rotation);
+  } else {
+    fence_async_shared();
+    named_barrier_sync(T::kGroup + half, 128);
+  }
   if ((threadIdx.x & 127) == 0) {
     tensor_store(&maps.out, place, 0, block.head_kv * group, block.token0, 4 * half, block.batch);
     tensor_store_finish();
@@ -179,6 +229,7 @@ __device__ __forceinline__ void store_half(const Flash512Block& block, const Fla
 }
 
 /// First warpgroup: scores, softmax, output dimensions 0 to 255.
+template <bool kRotate>
 __device__ __forceinline__ void consume_scores(const Flash512Block& block, const FlashParams& params,
                                                const FlashMaps& maps) {
   using T = Flash512;
@@ -194,7 +245,7 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
   for (int i = 0; i < 128; ++i) o[i] = 0.0f;
   WgmmaSoftmax state;
 
-  mbarrier_wait(block.barrier(T::kQFull), 0);
+  if constexpr (!kRotate) mbarrier_wait(block.barrier(T::kQFull), 0);
   issue_scores(block, s, 0);
   wgmma_wait<0>();
   wgmma_pin(s);
@@ -243,10 +294,11 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
   named_barrier_sync(T::kSums, 256);
   wgmma_wait<0>();
   wgmma_pin(o);
-  store_half(block, maps, o, inverse, 0, params.group);
+  store_half<kRotate>(block, maps, o, inverse, 0, params.group);
 }
 
 /// Second warpgroup: output dimensions 256 to 511 from the first one's probabilities.
+template <bool kRotate>
 __device__ __forceinline__ void consume_values(const Flash512Block& block, const FlashParams& params,
                                                const FlashMaps& maps) {
   using T = Flash512;
@@ -278,18 +330,20 @@ __device__ __forceinline__ void consume_values(const Flash512Block& block, const
   named_barrier_sync(T::kSums, 256);
   float inverse[2];
   read_row_pair(inverse, block.smem + T::kInverse);
-  store_half(block, maps, o, inverse, 1, params.group);
+  store_half<kRotate>(block, maps, o, inverse, 1, params.group);
 }
 
 /// A block whose rows see no key writes zeros.
 __device__ __forceinline__ void store_nothing(const Flash512Block& block, const FlashParams& params,
                                               const FlashMaps& maps, int half) {
   const float o[128] = {}, inverse[2] = {};
-  store_half(block, maps, o, inverse, half, params.group);
+  store_half<false>(block, maps, o, inverse, half, params.group);
 }
 
-/// grid: x = row tile (longest first), y = batch * n_head_kv. Any power-of-two group to 64.
-template <class T>
+/// With kRotate the queries are rotated as they arrive and the results rotated back before they leave: 40 us less than
+/// two passes over 2048 tokens of 32 heads. grid: x = row tile (longest first), y = batch * n_head_kv. Any power-of-two
+/// group to 64.
+template <class T, bool kRotate>
 __global__ void __launch_bounds__(T::kThreads, 1)
     flash_wgmma_512_kernel(const __grid_constant__ FlashParams params, const __grid_constant__ FlashMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -325,10 +379,16 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     take_registers<232>();
     if (block.n_tile == 0) {
       store_nothing(block, params, maps, warpgroup);
-    } else if (warpgroup == 0) {
-      consume_scores(block, params, maps);
     } else {
-      consume_values(block, params, maps);
+      if constexpr (kRotate) {
+        mbarrier_wait(block.barrier(T::kQFull), 0);
+        rotate_rows<true>(block, maps.rotation);
+      }
+      if (warpgroup == 0) {
+        consume_scores<kRotate>(block, params, maps);
+      } else {
+        consume_values<kRotate>(block, params, maps);
+      }
     }
   }
 #else

@@ -19,7 +19,8 @@
 ///
 ///   q' = R q;  K[j] = bf16(k_norm[j] * centroid[k_code[j]]), V alike;  out = R^T attention(q', K, V)
 ///
-/// Heads go through the scratch in groups that fit it; the rotated queries and results live in `out`.
+/// Heads go through the scratch in groups that fit it. The wgmma kernel of head_dim 512 rotates queries and results
+/// itself; otherwise that is a pass before and one after, and the rotated ones live in `out`.
 /// Roundings to bf16: q', K, V, the probabilities, the rotated result and the result.
 namespace gemma4::cuda {
 
@@ -35,6 +36,19 @@ struct Tq4PrefillPlan {
 };
 
 inline constexpr std::int64_t kTq4PrefillScratch = std::int64_t{256} << 20;  ///< one head of 131072 tokens at 512 dims
+
+namespace detail {
+
+/// The options of one sequence of a batch: its part of the mask.
+[[nodiscard]] inline AttentionOptions options_of_sequence(AttentionOptions options, std::int64_t batch) {
+  if (!options.mask) return options;
+  MaskView& mask = *options.mask;
+  mask.data = static_cast<const std::uint8_t*>(mask.data) + batch * mask.shape[2] * mask.shape[3];
+  mask.shape[0] = 1;
+  return options;
+}
+
+}  // namespace detail
 
 /// @param max_kv_len    no call with this plan will have more valid rows; the shorter, the more heads run together
 /// @param scratch_limit bytes of scratch to stay within, as long as one head fits
@@ -56,7 +70,9 @@ inline constexpr std::int64_t kTq4PrefillScratch = std::int64_t{256} << 20;  ///
   pass.batch = 1;
   pass.n_head = plan.heads_per_pass * shape.group();
   pass.n_head_kv = plan.heads_per_pass;
-  plan.workspace_bytes = plan.scratch_bytes + plan_bf16_attention(pass, options, device, choice).workspace_bytes;
+  plan.workspace_bytes =
+      plan.scratch_bytes +
+      plan_bf16_attention(pass, detail::options_of_sequence(options, 0), device, choice).workspace_bytes;
   return plan;
 }
 
@@ -165,7 +181,17 @@ inline void tq4_attention_prefill(const Tq4Codec& codec, View<const Bf16, 4> q, 
           ": without kv_len all ", shape.buffer_len, " rows count, the plan holds ", plan.max_kv_len);
   require(static_cast<std::int64_t>(workspace.size()) >= plan.workspace_bytes, kWho, ": workspace ", workspace.size(),
           " B, need ", plan.workspace_bytes, " B; size it with plan_tq4_attention_prefill()");
-  rotate_forward(codec.rotation(), q, out, stream);
+  const auto pass_plan = [&](std::int64_t n_head_kv) {
+    AttentionShape pass = shape;
+    pass.batch = 1;
+    pass.n_head = n_head_kv * shape.group();
+    pass.n_head_kv = n_head_kv;
+    pass.buffer_len = plan.max_kv_len;
+    return plan_bf16_attention(pass, detail::options_of_sequence(options, 0), plan.device, plan.choice);
+  };
+  const RotationParams& rotation = codec.rotation().params();
+  const bool inside = detail::rotates_inside(pass_plan(1), rotation);
+  if (!inside) rotate_forward(codec.rotation(), q, out, stream);
   const std::int64_t rows = tq4_record_count(plan.max_kv_len) * kTq4RecordTokens;
   detail::Tq4UnpackParams unpack{.cache = cache, .k_side = codec.params().k, .v_side = codec.params().v};
   unpack.rows = rows;
@@ -187,30 +213,24 @@ inline void tq4_attention_prefill(const Tq4Codec& codec, View<const Bf16, 4> q, 
     });
     check_launch("tq4_unpack_kernel");
 
-    AttentionShape pass = shape;
-    pass.batch = 1;
-    pass.n_head = n_head_kv * shape.group();
-    pass.n_head_kv = n_head_kv;
-    pass.buffer_len = plan.max_kv_len;
-    View<Bf16, 4> part = out;
-    part.data = &out(batch, 0, head0 * shape.group(), 0);
-    part.extent[0] = 1;
-    part.extent[2] = pass.n_head;
+    const FlashPlan flash = pass_plan(n_head_kv);
+    const auto heads_of = [&]<class T>(View<T, 4> view) {
+      view.data = &view(batch, 0, head0 * shape.group(), 0);
+      view.extent[0] = 1;
+      view.extent[2] = n_head_kv * shape.group();
+      return view;
+    };
+    const View<Bf16, 4> part = heads_of(out);
     const auto cache_view = [&](const Bf16* data) {
       View<const Bf16, 4> view = make_view(data, 1, n_head_kv, rows, shape.head_dim);
       view.extent[2] = plan.max_kv_len;
       return view;
     };
-    AttentionOptions pass_options = options;
-    if (options.mask) {
-      MaskView& mask = *pass_options.mask;
-      mask.data = static_cast<const std::uint8_t*>(mask.data) + batch * mask.shape[2] * mask.shape[3];
-      mask.shape[0] = 1;
-    }
-    bf16_attention(part, cache_view(unpack.k), cache_view(unpack.v), pass_options, kv_len, part,
-                   plan_bf16_attention(pass, pass_options, plan.device, plan.choice), rest, stream, tile_count);
+    detail::attend_flat(kWho, inside ? heads_of(q) : part, cache_view(unpack.k), cache_view(unpack.v),
+                        detail::options_of_sequence(options, batch), kv_len, part, flash, rest, stream, tile_count,
+                        inside ? &rotation : nullptr);
   }
-  rotate_inverse<Bf16, Bf16>(codec.rotation(), out, out, stream);
+  if (!inside) rotate_inverse<Bf16, Bf16>(codec.rotation(), out, out, stream);
 }
 
 }  // namespace gemma4::cuda
