@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -67,8 +68,10 @@ class Tq4Codec {
                .k = side_params(k_),
                .v = side_params(v_),
                .corrected = norm == NormKind::kCorrected};
-    static_cast<void>(level_table<F16>(k_));
+    static_cast<void>(level_table<F16>(k_));  // refuses what the layout cannot hold
     static_cast<void>(level_table<F16>(v_));
+    k_bytes_ = byte_levels(k_);
+    v_bytes_ = byte_levels(v_);
   }
 
   [[nodiscard]] const Rotation& rotation() const { return rotation_; }
@@ -76,6 +79,9 @@ class Tq4Codec {
   [[nodiscard]] NormKind norm_kind() const { return norm_; }
   [[nodiscard]] const Codebook& k_codebook() const { return k_; }
   [[nodiscard]] const Codebook& v_codebook() const { return v_; }
+  /// The codebooks as bytes, where that is as good as bf16.
+  [[nodiscard]] const std::optional<ByteLevels>& k_bytes() const { return k_bytes_; }
+  [[nodiscard]] const std::optional<ByteLevels>& v_bytes() const { return v_bytes_; }
   [[nodiscard]] const Tq4CodecParams& params() const { return params_; }
 
  private:
@@ -94,6 +100,7 @@ class Tq4Codec {
   Rotation rotation_;
   Codebook k_, v_;
   NormKind norm_;
+  std::optional<ByteLevels> k_bytes_, v_bytes_;
   Tq4CodecParams params_;
 };
 

@@ -1,0 +1,666 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/flash_params.cuh"
+#include "cuda/kernel_chain.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/record_ring.cuh"
+#include "cuda/rotation.cuh"
+#include "cuda/tq4_layout.cuh"
+
+/// Attention of a few query rows over TQ4 records: flash decoding on tensor cores by pairs of warps.
+///
+/// The rows of one KV head (token * group + head) are taken eight at a time, the width of an mma B operand. A pair of
+/// warps owns a run of records and keeps its own maximum, sum and output, so that the loop has no block barrier:
+///   S [16 tokens, 8 rows] = K q^T, fp16; K levels are decoded in registers into A fragments, each warp multiplies half
+///   of the dims, and the two halves are exchanged through shared memory;
+///   p = 2^(S * norm_k * scale - m), computed by both warps alike;
+///   O^T [head_dim, 8 rows] += V^T (p * norm_v), bf16; each warp holds half of the dims.
+/// A single warp a record was 15 % slower at long contexts (8 warps of 255 registers do not hide their latencies) and
+/// twice as slow where a block has one record.
+/// In the end the pairs of a block are merged in order, each block leaves one partial, and a second kernel adds the
+/// partials in block order, divides, rotates back and stores.
+///
+/// Which pair takes which records depends on kv_len, the number of blocks and of pairs, never on the buffer or on how
+/// kv_len came: n_active = min(n_split, n_record) blocks, block i takes records [n i / n_active, n (i + 1) / n_active),
+/// its pairs divide those in the same way. The grid is fixed, so a captured graph stays valid while kv_len grows.
+///
+/// q in fp16: a row is scaled by a power of two to a maximum in [1, 2), so its relative error is that of fp16
+/// (2^-11) wherever its magnitude lies. Codebooks of 16 levels are read as bytes (byte_levels in tq4_layout.cuh, within
+/// 2^-8), others as fp16 (K) and bf16 (V).
+/// With byte levels the norms of V must lie below 2^66: the weights are scaled by 2^60 against the 2^-133 of the
+/// levels. Bytes: 16 (D + 4) a record of 16 tokens, read once per eight rows. The integer pipe is the second roof: 9
+/// operations for 8 values.
+namespace gemma4::cuda {
+
+/// One compiled configuration of the decode kernel.
+struct Tq4DecodeTile {
+  int head_dim;
+  int pairs;          ///< of warps
+  int n_stage;        ///< records in flight or in use a pair
+  int blocks_per_sm;  ///< that the registers are cut for
+  bool operator==(const Tq4DecodeTile&) const = default;
+
+  [[nodiscard]] constexpr int ring_bytes() const {
+    return pairs * n_stage * static_cast<int>(tq4_record_bytes(head_dim));
+  }
+  /// Ring, q fragments (8 rows fp16), exchanged scores, barriers, (m, l) of every pair and row, scale of every row.
+  [[nodiscard]] constexpr int smem_bytes() const {
+    return ring_bytes() + 16 * head_dim + 2048 * pairs + 8 * pairs * n_stage + 64 * pairs + 32;
+  }
+};
+
+/// For each head_dim the first that fits is taken; the last of each needs at most 99 KB.
+inline constexpr std::array kTq4DecodeTiles{
+    Tq4DecodeTile{.head_dim = 512, .pairs = 8, .n_stage = 3, .blocks_per_sm = 1},
+    Tq4DecodeTile{.head_dim = 512, .pairs = 3, .n_stage = 3, .blocks_per_sm = 1},
+    Tq4DecodeTile{.head_dim = 256, .pairs = 8, .n_stage = 3, .blocks_per_sm = 1},
+    Tq4DecodeTile{.head_dim = 256, .pairs = 5, .n_stage = 3, .blocks_per_sm = 1},
+    Tq4DecodeTile{.head_dim = 128, .pairs = 8, .n_stage = 3, .blocks_per_sm = 1},
+    Tq4DecodeTile{.head_dim = 64, .pairs = 8, .n_stage = 3, .blocks_per_sm = 1},
+};
+
+namespace detail {
+
+inline constexpr int kTq4MaxSplit = 512;  ///< blocks that share the keys of one unit
+
+/// The levels of both sides as decode takes them.
+struct Tq4DecodeLevels {
+  LevelTable k, v;                             ///< fp16 and bf16; without byte levels
+  std::uint32_t k_bytes[2], v_bytes[2];        ///< with byte levels
+  std::uint32_t two_16 = 65536, sixteen = 16;  ///< see decode_word_bytes
+  float k_scale = 1.0f;                        ///< of a score: the unit of K levels
+  float v_weight = 1.0f;                       ///< factor of a weight before it becomes bf16
+  float v_scale = 1.0f;                        ///< of the output: the unit of V levels over v_weight
+};
+
+struct Tq4DecodeParams {
+  const Bf16* q = nullptr;
+  Bf16* out = nullptr;
+  std::int64_t q_stride[3] = {};  ///< of batch, token, head
+  std::int64_t out_stride[3] = {};
+  ConstTq4Records cache;
+  RotationParams rotation;
+  Tq4DecodeLevels levels;
+  const std::int32_t* kv_len = nullptr;  ///< null: kv_len_host
+  int kv_len_host = 0;
+  const std::uint8_t* mask = nullptr;  ///< [batch, 1, n_query, mask_extent], nonzero = visible
+  std::int64_t mask_extent = 0;
+  int n_query = 1, n_head_kv = 1, group = 1;
+  bool causal = true, causal_skip = true;
+  float scale_log2 = 1.0f;
+  int n_split = 1;
+  int n_row_tile = 1;
+  float* partial_o = nullptr;                  ///< [n_unit, n_split, 8, head_dim]
+  float2* partial_ml = nullptr;                ///< [n_unit, n_split, 8]: maximum (base 2) and sum
+  unsigned long long* record_count = nullptr;  ///< of visited records; tests only
+};
+static_assert(std::is_trivially_copyable_v<Tq4DecodeParams>);
+
+template <Tq4DecodeTile kTile, bool kBytes>
+struct Tq4DecodeTraits {
+  static constexpr int kHeadDim = kTile.head_dim, kPairs = kTile.pairs, kStages = kTile.n_stage;
+  static constexpr bool kByteLevels = kBytes;
+  static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
+  static constexpr int kThreads = 64 * kPairs;
+  static constexpr int kValues = kHeadDim / 32;  ///< of a vector in a lane
+  static constexpr int kRecordBytes = static_cast<int>(tq4_record_bytes(kHeadDim));
+  static constexpr int kKWords = kHeadDim / 64;  ///< words of K codes of one token in a lane of one warp
+  static constexpr int kVWords = kHeadDim / 32;  ///< words of V codes in a lane of one warp: 16 dims each
+  static constexpr int kQOffset = kTile.ring_bytes();
+  static constexpr int kScoreOffset = kQOffset + 16 * kHeadDim;
+  static constexpr int kBarrierOffset = kScoreOffset + 2048 * kPairs;
+  static constexpr int kMlOffset = kBarrierOffset + 8 * kPairs * kStages;
+  static constexpr int kScaleOffset = kMlOffset + 64 * kPairs;
+  static constexpr int kSmemBytes = kTile.smem_bytes();
+  static constexpr int kMergeStride = kHeadDim + 4;  ///< floats; the pad spreads rows over the banks
+  static_assert(kPairs <= 8, "a pair needs a named barrier");
+  static_assert(kMergeStride * 8 * 4 <= kStages * kRecordBytes, "the output of a pair must fit into its own ring");
+  static_assert(kScaleOffset + 32 == kSmemBytes);
+  using Ring = RecordRing<kRecordBytes, kStages, 64>;
+};
+
+/// Position of a thread: its pair, its half of the dims, and within the warp the lane 4 g + t.
+struct Tq4DecodeThread {
+  int pair, half, lane, g, t;
+
+  [[nodiscard]] static __device__ __forceinline__ Tq4DecodeThread here() {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) & 31;
+    return {warp >> 1, warp & 1, lane, lane >> 2, lane & 3};
+  }
+};
+
+/// c += a b in fp16 with float sums; fragments as in mma_bf16.
+__device__ __forceinline__ void mma_f16(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                                        std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+[[nodiscard]] __device__ __forceinline__ std::uint32_t pack_f16(float low, float high) {
+  std::uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+/// The transpose of an 8x8 matrix of 16-bit values whose row g, columns 2t and 2t + 1 are in lane 4g + t.
+[[nodiscard]] __device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t pair) {
+  std::uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+/// floor(n * i / of) for i <= of, in 32 bits.
+[[nodiscard]] __device__ __forceinline__ int share(int n, int i, int of) {
+  return n / of * i + n % of * i / of;
+}
+
+/// What a block works on: rows row0 .. row0 + 7 of a KV head.
+struct Tq4DecodeUnit {
+  int batch, head_kv, row0;
+  int n_row;  ///< rows of the KV head in all
+};
+
+[[nodiscard]] __device__ __forceinline__ Tq4DecodeUnit decode_unit(const Tq4DecodeParams& params, int unit) {
+  const int tile = unit % params.n_row_tile, head = unit / params.n_row_tile;
+  return {head / params.n_head_kv, head % params.n_head_kv, 8 * tile, params.n_query * params.group};
+}
+
+/// The keys of a call.
+struct Tq4DecodeKeys {
+  int kv_len, n_record;
+  int n_active;  ///< blocks that have records
+};
+
+[[nodiscard]] __device__ __forceinline__ Tq4DecodeKeys decode_keys(const Tq4DecodeParams& params) {
+  const int given = params.kv_len != nullptr ? *params.kv_len : params.kv_len_host;
+  const int kv_len = max(0, min(given, static_cast<int>(params.cache.buffer_len)));
+  const int n_record = (kv_len + kTq4RecordTokens - 1) / kTq4RecordTokens;
+  return {kv_len, n_record, min(params.n_split, n_record)};
+}
+
+/// One more than the last key that row `row` may see before any mask; 0 for a row beyond the last.
+[[nodiscard]] __device__ __forceinline__ int key_limit(const Tq4DecodeParams& params, int kv_len, int row) {
+  if (row >= params.n_query * params.group) return 0;
+  return params.causal ? max(0, min(kv_len, kv_len - params.n_query + row / params.group + 1)) : kv_len;
+}
+
+/// Reads row `slot` of the unit, zeros beyond the last.
+template <class TTraits>
+__device__ __forceinline__ void load_query(const Tq4DecodeParams& params, const Tq4DecodeUnit& unit, int slot,
+                                           float (&x)[TTraits::kValues]) {
+  const int row = unit.row0 + slot;
+  if (row < unit.n_row) {
+    load_values(params.q + unit.batch * params.q_stride[0] + row / params.group * params.q_stride[1] +
+                    (unit.head_kv * params.group + row % params.group) * params.q_stride[2] +
+                    static_cast<int>(threadIdx.x & 31) * TTraits::kValues,
+                x);
+  } else {
+#pragma unroll
+    for (float& value : x) value = 0.0f;
+  }
+}
+
+/// Rotates row `slot`, scales it by a power of two and stores it as B fragments: 16-byte piece u * 32 + 4 * slot + t
+/// holds the eight dims that word u of lane t of the K codes holds.
+template <class TTraits>
+__device__ __forceinline__ void stage_query(const Tq4DecodeParams& params, float (&x)[TTraits::kValues], int slot,
+                                            unsigned char* q_smem, float* row_scale) {
+  constexpr int kValues = TTraits::kValues, kHeadDim = TTraits::kHeadDim;
+  const int lane = threadIdx.x & 31, dim0 = lane * kValues;
+  rotate_warp<kHeadDim>(params.rotation, x);
+  float largest = 0.0f;
+#pragma unroll
+  for (const float value : x) largest = fmaxf(largest, fabsf(value));
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);  // biased; 0: zero, 255: not finite
+  const bool scaled = exponent > 0 && exponent < 254;
+  const float down = scaled ? __uint_as_float(static_cast<std::uint32_t>(254 - exponent) << 23) : 1.0f;
+  const float up = scaled ? __uint_as_float(static_cast<std::uint32_t>(exponent) << 23) : 1.0f;
+  if (lane == 0) row_scale[slot] = params.scale_log2 * params.levels.k_scale * up;
+#pragma unroll
+  for (int i = 0; i < kValues; i += 2) {
+    const int dim = dim0 + i;
+    const int t = kHeadDim == 64 ? dim >> 4 : (dim >> 5) & 3;
+    const int u = kHeadDim == 64 ? (dim >> 3) & 1 : ((dim >> 7) << 2) + ((dim >> 3) & 3);
+    *reinterpret_cast<std::uint32_t*>(q_smem + (u * 32 + 4 * slot + t) * 16 + (dim & 7) * 2) =
+        pack_f16(x[i] * down, x[i + 1] * down);
+  }
+}
+
+template <class TTraits, bool kKeys>
+__device__ __forceinline__ void decode_levels(std::uint32_t word, const Tq4DecodeLevels& levels,
+                                              std::uint32_t (&out)[4]) {
+  if constexpr (TTraits::kByteLevels) {
+    decode_word_bytes(word, kKeys ? levels.k_bytes : levels.v_bytes, levels.two_16, levels.sixteen, out);
+  } else {
+    decode_word(word, kKeys ? levels.k : levels.v, out);
+  }
+}
+
+/// kCount consecutive words in shared memory, aligned to their size up to 16 bytes.
+template <int kCount>
+__device__ __forceinline__ void load_words(const std::uint32_t* source, std::uint32_t (&words)[kCount]) {
+  if constexpr (kCount == 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(source);
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  } else if constexpr (kCount == 2) {
+    const uint2 two = *reinterpret_cast<const uint2*>(source);
+    words[0] = two.x, words[1] = two.y;
+  } else {
+    static_assert(kCount == 1);
+    words[0] = *source;
+  }
+}
+
+/// Softmax state of a pair's rows 2t and 2t + 1, and of the warp's half of the output dims g and g + 8 of every 16.
+template <class TTraits>
+struct Tq4DecodeState {
+  float m[2], l[2];
+  float o[TTraits::kVWords][4];
+
+  __device__ __forceinline__ void init() {
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0.0f;
+#pragma unroll
+    for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
+  }
+};
+
+/// The warp's half of the scores of the 16 tokens of a record against the eight rows, without norms and scale; c as in
+/// mma_f16.
+template <class TTraits>
+__device__ __forceinline__ void score_record(float (&s)[4], const unsigned char* record, const unsigned char* q_smem,
+                                             const Tq4DecodeThread& at, const Tq4DecodeLevels& levels) {
+  constexpr int kWords = TTraits::kKWords, kRun = kWords < 4 ? kWords : 4;  // words of one token next to each other
+  float chain[4][4] = {};
+#pragma unroll
+  for (int run = 0; run < kWords / kRun; ++run) {
+    const int u0 = at.half * kWords + run * kRun;  // word of the lane's token, counted over both warps
+    std::uint32_t first[kRun], second[kRun];
+    const auto* codes = reinterpret_cast<const std::uint32_t*>(record) + 4 * at.lane;
+    if constexpr (TTraits::kHeadDim == 64) {
+      load_words(codes + u0, first);
+      load_words(codes + 2 + u0, second);
+    } else {
+      load_words(codes + 256 * (u0 / 4) + u0 % 4, first);
+      load_words(codes + 256 * (u0 / 4) + 128 + u0 % 4, second);
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const uint4 q = reinterpret_cast<const uint4*>(q_smem)[(u0 + i) * 32 + at.lane];
+      std::uint32_t a[4], b[4];
+      decode_levels<TTraits, true>(first[i], levels, a);
+      decode_levels<TTraits, true>(second[i], levels, b);
+      mma_f16(chain[(2 * i) & 3], a[0], b[0], a[1], b[1], q.x, q.y);
+      mma_f16(chain[(2 * i + 1) & 3], a[2], b[2], a[3], b[3], q.z, q.w);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) s[i] = (chain[0][i] + chain[1][i]) + (chain[2][i] + chain[3][i]);
+}
+
+/// Gives -inf to the scores of keys that a row does not see: those of the record that begins at key `first`. Most
+/// records are seen whole, so what this needs is worked out here and not kept in registers.
+__device__ __forceinline__ void hide_tokens(float (&s)[4], const Tq4DecodeParams& params, int first,
+                                            const Tq4DecodeThread& at) {
+  const Tq4DecodeUnit unit = decode_unit(params, static_cast<int>(blockIdx.y));
+  const int kv_len = decode_keys(params).kv_len;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int row = unit.row0 + 2 * at.t + c;
+    int limit = key_limit(params, kv_len, row);
+    const std::uint8_t* mask = nullptr;
+    if (params.mask != nullptr && limit > 0) {
+      limit = min(limit, static_cast<int>(params.mask_extent));
+      mask = params.mask + (std::int64_t{unit.batch} * params.n_query + row / params.group) * params.mask_extent;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = first + at.g + 8 * half;
+      const bool visible = key < limit && (mask == nullptr || mask[key] != 0);
+      if (!visible) s[2 * half + c] = -INFINITY;
+    }
+  }
+}
+
+/// Weights of the 16 tokens of a record: the B fragment of p * norm_v, and the factor of what was summed before.
+struct Tq4Weights {
+  std::uint32_t fragment[2];
+  float alpha[2];
+};
+
+/// New maximum and weights relative to it; takes them into the sums.
+template <class TTraits>
+[[nodiscard]] __device__ __forceinline__ Tq4Weights weigh_tokens(Tq4DecodeState<TTraits>& state, const float (&s)[4],
+                                                                 const float (&v_norm)[2]) {
+  Tq4Weights weights;
+  float reference[2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    float maximum = fmaxf(s[c], s[2 + c]);
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, bit));
+    maximum = fmaxf(maximum, state.m[c]);
+    reference[c] = maximum == -INFINITY ? 0.0f : maximum;  // (-inf) - (-inf) is not a number
+    weights.alpha[c] = exp2_approx(state.m[c] - reference[c]);
+    state.l[c] *= weights.alpha[c];
+    state.m[c] = maximum;
+  }
+  float p[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    p[i] = exp2_approx(s[i] - reference[i & 1]);
+    state.l[i & 1] += p[i];
+    // A token that is hidden must not meet its norm, which may be NaN.
+    p[i] = s[i] == -INFINITY ? 0.0f : p[i] * v_norm[i >> 1];
+  }
+  weights.fragment[0] = transpose_8x8(pack_bf16(p[0], p[1]));
+  weights.fragment[1] = transpose_8x8(pack_bf16(p[2], p[3]));
+  return weights;
+}
+
+/// Brings the output to the new maximum. Rare after the first records, and exact to leave out.
+template <class TTraits>
+__device__ __forceinline__ void rescale(Tq4DecodeState<TTraits>& state, const Tq4Weights& weights) {
+  if (!__any_sync(~0u, weights.alpha[0] != 1.0f || weights.alpha[1] != 1.0f)) return;
+#pragma unroll
+  for (auto& tile : state.o) {
+    tile[0] *= weights.alpha[0], tile[1] *= weights.alpha[1];
+    tile[2] *= weights.alpha[0], tile[3] *= weights.alpha[1];
+  }
+}
+
+/// O^T += V^T weight for the warp's half of the dims.
+template <class TTraits>
+__device__ __forceinline__ void add_values(Tq4DecodeState<TTraits>& state, const unsigned char* record,
+                                           const std::uint32_t (&weight)[2], const Tq4DecodeThread& at,
+                                           const Tq4DecodeLevels& levels) {
+  constexpr int kWords = TTraits::kVWords, kRun = kWords < 4 ? kWords : 4;
+  const auto* codes =
+      reinterpret_cast<const std::uint32_t*>(record + tq4_v_codes_offset(TTraits::kHeadDim)) + 4 * at.lane;
+#pragma unroll
+  for (int run = 0; run < kWords / kRun; ++run) {
+    const int m0 = at.half * kWords + run * kRun;
+    std::uint32_t words[kRun];
+    load_words(codes + 128 * (m0 / 4) + m0 % 4, words);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      std::uint32_t a[4];
+      decode_levels<TTraits, false>(words[i], levels, a);
+      mma_bf16(state.o[run * kRun + i], a, weight[0], weight[1]);
+    }
+  }
+}
+
+/// Shows the warp's half of the scores of record `index` to the other warp. Two buffers alternate, so that one barrier
+/// a record is enough.
+__device__ __forceinline__ void post_scores(const float (&s)[4], unsigned char* scores, const Tq4DecodeThread& at,
+                                            int index) {
+  reinterpret_cast<float4*>(scores)[64 * (index & 1) + 32 * at.half + at.lane] = make_float4(s[0], s[1], s[2], s[3]);
+}
+
+/// Adds the other warp's half, after a barrier; both warps of a pair then have the same bits.
+__device__ __forceinline__ void take_scores(float (&s)[4], const unsigned char* scores, const Tq4DecodeThread& at,
+                                            int index) {
+  const float4 other = reinterpret_cast<const float4*>(scores)[64 * (index & 1) + 32 * (1 - at.half) + at.lane];
+  s[0] += other.x, s[1] += other.y, s[2] += other.z, s[3] += other.w;
+}
+
+/// Norms of the lane's tokens g and g + 8.
+struct Tq4TokenNorms {
+  float value[2];
+
+  [[nodiscard]] static __device__ __forceinline__ Tq4TokenNorms load(const unsigned char* norms, int g, float factor) {
+    const auto* tokens = reinterpret_cast<const Bf16*>(norms) + g;
+    return {{to_float(tokens[0]) * factor, to_float(tokens[8]) * factor}};
+  }
+};
+
+/// Takes the records [begin, end) of a pair into its state. The scores of the next record are computed while the
+/// softmax of the current one waits for its shuffles, and its halves cross while the values are summed.
+template <class TTraits>
+__device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, const Tq4DecodeParams& params,
+                                               typename TTraits::Ring& ring, unsigned char* smem, int begin, int end,
+                                               int seen_by_all, const Tq4DecodeThread& at) {
+  constexpr int kHeadDim = TTraits::kHeadDim;
+  const unsigned char* const q_smem = smem + TTraits::kQOffset;
+  unsigned char* const scores = smem + TTraits::kScoreOffset + 2048 * at.pair;
+  const auto* const scales = reinterpret_cast<const float*>(smem + TTraits::kScaleOffset) + 2 * at.t;
+  const float row_scale[2] = {scales[0], scales[1]};
+  const unsigned char* record = ring.wait();
+  float s[4];
+  score_record<TTraits>(s, record, q_smem, at, params.levels);
+  post_scores(s, scores, at, begin);
+  team_sync<64>(1 + at.pair);
+  take_scores(s, scores, at, begin);
+  for (int index = begin;; ++index) {
+    const auto k_norm = Tq4TokenNorms::load(record + tq4_k_norms_offset(kHeadDim), at.g, 1.0f);
+    const auto v_norm = Tq4TokenNorms::load(record + tq4_v_norms_offset(kHeadDim), at.g, params.levels.v_weight);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] *= k_norm.value[i >> 1] * row_scale[i & 1];
+    const int first = index * kTq4RecordTokens;
+    if (first + kTq4RecordTokens > seen_by_all) hide_tokens(s, params, first, at);
+    if (index + 1 == end) {
+      const Tq4Weights weights = weigh_tokens(state, s, v_norm.value);
+      rescale(state, weights);
+      add_values(state, record, weights.fragment, at, params.levels);
+      return;
+    }
+    const unsigned char* const next = ring.wait();
+    const Tq4Weights weights = weigh_tokens(state, s, v_norm.value);
+    score_record<TTraits>(s, next, q_smem, at, params.levels);
+    post_scores(s, scores, at, index + 1);
+    rescale(state, weights);
+    add_values(state, record, weights.fragment, at, params.levels);
+    team_sync<64>(1 + at.pair);
+    take_scores(s, scores, at, index + 1);
+    ring.release(index, end);
+    record = next;
+  }
+}
+
+/// Merges the pairs of a block in order and leaves the block's partial. Bit p of `live`: pair p had records.
+template <class TTraits>
+__device__ __forceinline__ void merge_pairs(Tq4DecodeState<TTraits>& state, const Tq4DecodeParams& params,
+                                            unsigned char* smem, unsigned live, const Tq4DecodeThread& at) {
+  constexpr int kHeadDim = TTraits::kHeadDim, kPairs = TTraits::kPairs, kStride = TTraits::kMergeStride;
+  auto* const ml = reinterpret_cast<float2*>(smem + TTraits::kMlOffset);  // [kPairs, 8]
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+#pragma unroll
+    for (int bit = 4; bit < 32; bit *= 2) state.l[c] += __shfl_xor_sync(~0u, state.l[c], bit);
+    if (at.g == 0 && at.half == 0) ml[at.pair * 8 + 2 * at.t + c] = make_float2(state.m[c], state.l[c]);
+  }
+  __syncthreads();
+  float maximum[2], factor[2], total[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    maximum[c] = -INFINITY;
+    for (int p = 0; p < kPairs; ++p) maximum[c] = fmaxf(maximum[c], ml[p * 8 + 2 * at.t + c].x);
+    const float reference = maximum[c] == -INFINITY ? 0.0f : maximum[c];
+    for (int p = 0; p < kPairs; ++p) {
+      const float2 part = ml[p * 8 + 2 * at.t + c];
+      total[c] += part.y * exp2_approx(part.x - reference);
+    }
+    factor[c] = exp2_approx(state.m[c] - reference) * params.levels.v_scale;
+  }
+  const std::int64_t partial = std::int64_t{blockIdx.y} * params.n_split + blockIdx.x;
+  if (threadIdx.x < 4) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) params.partial_ml[partial * 8 + 2 * at.t + c] = make_float2(maximum[c], total[c]);
+  }
+  const auto slot = [&](int p) {
+    return reinterpret_cast<float*>(smem + p * TTraits::kStages * TTraits::kRecordBytes);
+  };
+  if ((live >> at.pair) & 1u) {
+    float* const mine = slot(at.pair) + 2 * at.t * kStride + at.half * (kHeadDim / 2) + at.g;
+#pragma unroll
+    for (int m = 0; m < TTraits::kVWords; ++m) {
+      mine[16 * m] = state.o[m][0] * factor[0];
+      mine[16 * m + kStride] = state.o[m][1] * factor[1];
+      mine[16 * m + 8] = state.o[m][2] * factor[0];
+      mine[16 * m + 8 + kStride] = state.o[m][3] * factor[1];
+    }
+  }
+  __syncthreads();
+  float* const target = params.partial_o + partial * 8 * kHeadDim;
+  for (int item = threadIdx.x; item < 2 * kHeadDim; item += TTraits::kThreads) {
+    const int row = item / (kHeadDim / 4), dim = item % (kHeadDim / 4) * 4;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      if (((live >> p) & 1u) == 0) continue;
+      const float4 part = *reinterpret_cast<const float4*>(slot(p) + row * kStride + dim);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    *reinterpret_cast<float4*>(target + row * kHeadDim + dim) = sum;
+  }
+}
+
+/// grid: x = split, y = unit (batch, KV head, eight rows).
+template <class TTraits>
+__global__ void __launch_bounds__(TTraits::kThreads, TTraits::kBlocksPerSm)
+    tq4_decode_kernel(const __grid_constant__ Tq4DecodeParams params) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  allow_next_kernel();
+  const Tq4DecodeThread at = Tq4DecodeThread::here();
+  const Tq4DecodeUnit unit = decode_unit(params, static_cast<int>(blockIdx.y));
+  const int slot = static_cast<int>(threadIdx.x) / 32;  // row of q that this warp stages
+  constexpr int kWarps = 2 * TTraits::kPairs;
+  float x[TTraits::kValues];
+  if (slot < 8) load_query<TTraits>(params, unit, slot, x);  // its latency runs beside that of kv_len
+  const Tq4DecodeKeys keys = decode_keys(params);
+  const auto block = static_cast<int>(blockIdx.x);
+  if (block >= keys.n_active) return;  // the whole block; the merge knows
+
+  const int first = share(keys.n_record, block, keys.n_active);
+  const int count = share(keys.n_record, block + 1, keys.n_active) - first;
+  const int begin = first + share(count, at.pair, TTraits::kPairs);
+  int end = first + share(count, at.pair + 1, TTraits::kPairs);
+  if (params.causal_skip) {
+    const int last = key_limit(params, keys.kv_len, min(unit.row0 + 7, unit.n_row - 1));
+    end = max(begin, min(end, (last + kTq4RecordTokens - 1) / kTq4RecordTokens));
+  }
+  typename TTraits::Ring ring;
+  ring.start(smem + at.pair * TTraits::kStages * TTraits::kRecordBytes,
+             smem + TTraits::kBarrierOffset + at.pair * TTraits::kStages * 8,
+             reinterpret_cast<const unsigned char*>(params.cache.record(unit.batch, unit.head_kv, 0)), begin, end,
+             1 + at.pair);
+  unsigned char* const q_smem = smem + TTraits::kQOffset;
+  auto* const scales = reinterpret_cast<float*>(smem + TTraits::kScaleOffset);
+  for (int row = slot; row < 8; row += kWarps) {
+    if (row != slot) load_query<TTraits>(params, unit, row, x);
+    stage_query<TTraits>(params, x, row, q_smem, scales);
+  }
+  __syncthreads();
+
+  // Keys below this are seen by every row; one beyond the last sees nothing, but is not stored either.
+  const int seen_by_all = params.mask != nullptr ? 0 : key_limit(params, keys.kv_len, unit.row0);
+  Tq4DecodeState<TTraits> state;
+  state.init();
+  if (begin < end) absorb_records<TTraits>(state, params, ring, smem, begin, end, seen_by_all, at);
+  if (params.record_count != nullptr && at.half == 0 && at.lane == 0 && end > begin) {
+    atomicAdd(params.record_count, static_cast<unsigned long long>(end - begin));
+  }
+  unsigned live = 0;
+#pragma unroll
+  for (int p = 0; p < TTraits::kPairs; ++p) {
+    live |= (share(count, p + 1, TTraits::kPairs) > share(count, p, TTraits::kPairs) ? 1u : 0u) << p;
+  }
+  __syncthreads();  // the rings become the merge's memory
+  merge_pairs<TTraits>(state, params, smem, live, at);
+}
+
+inline constexpr int kTq4CombineThreads = 512;
+
+/// Adds the partials of one row in block order, divides, rotates back and stores it. grid: x = row of the unit,
+/// y = unit. Groups of threads take every kGroups-th partial and are added in order.
+template <int kHeadDim>
+__global__ void __launch_bounds__(kTq4CombineThreads)
+    tq4_combine_kernel(const __grid_constant__ Tq4DecodeParams params) {
+  constexpr int kColumns = kHeadDim / 4, kGroups = kTq4CombineThreads / kColumns, kValues = kHeadDim / 32;
+  constexpr int kAhead = kHeadDim == 512 ? 9 : 4;  // partials of a group that are on their way at a time
+  __shared__ __align__(16) float sums[kGroups][kHeadDim];
+  __shared__ float weights[kTq4MaxSplit];
+  const Tq4DecodeUnit unit = decode_unit(params, static_cast<int>(blockIdx.y));
+  const Tq4DecodeKeys keys = decode_keys(params);
+  const auto slot = static_cast<int>(blockIdx.x);
+  const int row = unit.row0 + slot, warp = static_cast<int>(threadIdx.x) / 32,
+            lane = static_cast<int>(threadIdx.x) & 31;
+  const int group = static_cast<int>(threadIdx.x) / kColumns, dim = static_cast<int>(threadIdx.x) % kColumns * 4;
+  const std::int64_t first = std::int64_t{blockIdx.y} * params.n_split;
+  const auto partial = [&](int split) {
+    return *reinterpret_cast<const float4*>(params.partial_o + ((first + split) * 8 + slot) * kHeadDim + dim);
+  };
+  wait_for_previous_kernel();
+  if (row >= unit.n_row) return;
+
+  float4 part[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    if (group + i * kGroups < keys.n_active) part[i] = partial(group + i * kGroups);
+  }
+  float total = 0.0f;
+  if (warp == 0) {
+    float maximum = -INFINITY;
+    for (int split = lane; split < keys.n_active; split += 32) {
+      maximum = fmaxf(maximum, params.partial_ml[(first + split) * 8 + slot].x);
+    }
+    for (int bit = 16; bit > 0; bit /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, bit));
+    const float reference = maximum == -INFINITY ? 0.0f : maximum;
+    for (int split = lane; split < keys.n_active; split += 32) {
+      const float2 ml = params.partial_ml[(first + split) * 8 + slot];
+      const float weight = exp2_approx(ml.x - reference);
+      weights[split] = weight;
+      total += weight * ml.y;
+    }
+    for (int bit = 16; bit > 0; bit /= 2) total += __shfl_xor_sync(~0u, total, bit);
+  }
+  __syncthreads();
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  const auto add = [&](const float4& value, int split) {
+    const float weight = weights[split];
+    sum.x = fmaf(value.x, weight, sum.x), sum.y = fmaf(value.y, weight, sum.y);
+    sum.z = fmaf(value.z, weight, sum.z), sum.w = fmaf(value.w, weight, sum.w);
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    if (group + i * kGroups < keys.n_active) add(part[i], group + i * kGroups);
+  }
+  for (int split = group + kAhead * kGroups; split < keys.n_active; split += kGroups) add(partial(split), split);
+  *reinterpret_cast<float4*>(&sums[group][dim]) = sum;
+  __syncthreads();
+  if (warp != 0) return;
+  float x[kValues];
+  const float inverse = 1.0f / total;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    x[i] = 0.0f;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) x[i] += sums[g][lane * kValues + i];
+    x[i] *= inverse;
+  }
+  rotate_back_warp<kHeadDim>(params.rotation, x);
+  if (total == 0.0f) {  // a row that saw no key gives zeros, and no negative ones
+#pragma unroll
+    for (float& value : x) value = 0.0f;
+  }
+  store_values(params.out + unit.batch * params.out_stride[0] + row / params.group * params.out_stride[1] +
+                   (unit.head_kv * params.group + row % params.group) * params.out_stride[2] + lane * kValues,
+               x);
+}
+
+}  // namespace detail
+}  // namespace gemma4::cuda
