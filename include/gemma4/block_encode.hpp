@@ -94,7 +94,8 @@ inline void encode_block(std::span<const float, Q80Block::kSize> values, Q80Bloc
 /// where that value is positive. d = max|s| / 127, and the quants are chosen for the rounded step d * scale.
 inline void encode_block(std::span<const float, Q6KBlock::kSize> values, Q6KBlock& block) {
   constexpr auto kSize = static_cast<std::size_t>(Q6KBlock::kSubBlockSize);
-  std::array<float, Q6KBlock::kSubBlocks> steps;
+  float storage[Q6KBlock::kSubBlocks];  // no std::array: the host code that nvcc writes breaks on this one
+  const std::span<float> steps(storage);
   for (std::size_t b = 0; b < steps.size(); ++b) {
     const auto sub_block = values.subspan(b * kSize).first<kSize>();
     const float magnitude = detail::max_magnitude(sub_block);
