@@ -52,10 +52,27 @@ struct LinearMatrix {
   void* out;
   std::int64_t out_stride;
   std::int64_t row_bytes;
+  std::int32_t chunk_bytes;  ///< of a full chunk
   std::int32_t rows;
   TensorType type;
 };
 
+/// Where things lie in shared memory, in bytes.
+struct LinearSmem {
+  std::int32_t activations, partials, barriers, total;
+};
+
+/// @param n_token as compiled: 1, 2, 4 or 8
+[[nodiscard]] constexpr LinearSmem linear_smem(std::int64_t cols, int n_token, int n_slot, int slot_bytes) {
+  const std::int64_t ring = std::int64_t{n_slot} * slot_bytes;
+  const std::int64_t partials = ring + row_groups(cols) * kActivationBytesPerGroup * n_token;
+  const std::int64_t n_task = (chunk_groups(cols) + 31) / 32;
+  const std::int64_t barriers = partials + 2 * n_slot * n_task * n_token * kMaxStageRows * 4;
+  return {static_cast<std::int32_t>(ring), static_cast<std::int32_t>(partials), static_cast<std::int32_t>(barriers),
+          static_cast<std::int32_t>(barriers + 16 * n_slot)};
+}
+
+/// What divides is divided on the host: a 64-bit division in the loop over tasks once halved the rate of the kernel.
 struct LinearParams {
   LinearMatrix matrix[kMaxLinearMatrices];
   std::int32_t n_matrix;
@@ -63,61 +80,44 @@ struct LinearParams {
   const void* x;
   std::int64_t x_stride;
   std::int32_t n_token;
-  std::int32_t cols;
+  std::int32_t n_group;      ///< of a row
+  std::int32_t n_chunk;      ///< of a row
+  std::int32_t full_groups;  ///< of every chunk but the last
+  std::int32_t last_groups;
+  std::int32_t n_task;  ///< of a full chunk
   std::int32_t n_slot;
   std::int32_t slot_bytes;
-  std::int64_t total_bytes;  ///< of all matrices: blocks get equal shares
+  LinearSmem smem;
   bool x_is_bf16, out_is_bf16;
   LinearEpilogue epilogue;
   float softcap;
 };
 static_assert(std::is_trivially_copyable_v<LinearParams>);
 
-/// Where things lie in shared memory, in bytes.
-struct LinearSmem {
-  std::int64_t activations, partials, barriers, total;
-};
-
-/// @param n_token as compiled: 1, 2, 4 or 8
-[[nodiscard]] GEMMA4_HD constexpr LinearSmem linear_smem(std::int64_t cols, int n_token, int n_slot, int slot_bytes) {
-  const std::int64_t ring = std::int64_t{n_slot} * slot_bytes;
-  const std::int64_t activations = row_groups(cols) * kActivationBytesPerGroup * n_token;
-  const std::int64_t tasks = (chunk_groups(cols) + 31) / 32;
-  const std::int64_t partials = 2 * n_slot * tasks * n_token * kMaxStageRows * 4;
-  return {ring, ring + activations, ring + activations + partials, ring + activations + partials + 16 * n_slot};
-}
-
-/// First row of matrix `index` that belongs to block `block` or one after it.
-[[nodiscard]] GEMMA4_HD constexpr std::int32_t linear_first_row(const LinearParams& params, int index,
-                                                                std::int64_t block, std::int64_t n_block) {
-  std::int64_t before = 0;
-  for (int i = 0; i < index; ++i) before += params.matrix[i].rows * params.matrix[i].row_bytes;
-  const LinearMatrix& matrix = params.matrix[index];
-  const std::int64_t unit = matrix.row_bytes * params.row_align;
-  const std::int64_t wanted = (params.total_bytes * block / n_block - before + unit - 1) / unit * params.row_align;
-  return static_cast<std::int32_t>(wanted < 0 ? 0 : wanted > matrix.rows ? matrix.rows : wanted);
+/// First row of a matrix that belongs to block `block` or one after it: equal shares, to a row.
+[[nodiscard]] GEMMA4_HD constexpr std::int32_t linear_first_row(std::int32_t rows, std::int32_t align,
+                                                                std::uint32_t block, std::uint32_t n_block) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(rows / align) * block / n_block) * align;
 }
 
 /// Walks over the stages of a block: matrix by matrix, some rows at a time, chunk by chunk.
 struct StageCursor {
   const LinearParams* params;
-  int stage = 0, slot = 0, matrix = -1, chunk = 0, row = 0, end = 0, n_chunk;
+  int slot = 0, matrix = -1, chunk = 0, row = 0, end = 0;
   std::uint32_t phase = 0;
 
-  __device__ __forceinline__ explicit StageCursor(const LinearParams& p)
-      : params(&p), n_chunk(static_cast<int>(row_chunks(p.cols))) {
-    next_matrix();
-  }
+  __device__ __forceinline__ explicit StageCursor(const LinearParams& p) : params(&p) { next_matrix(); }
   [[nodiscard]] __device__ __forceinline__ bool done() const { return matrix >= params->n_matrix; }
   [[nodiscard]] __device__ __forceinline__ TensorType type() const { return params->matrix[matrix].type; }
   [[nodiscard]] __device__ __forceinline__ int n_row() const { return min(stage_rows(type()), end - row); }
-  [[nodiscard]] __device__ __forceinline__ int groups() const { return groups_of_chunk(params->cols, chunk); }
-  [[nodiscard]] __device__ __forceinline__ bool is_last_chunk() const { return chunk + 1 == n_chunk; }
+  [[nodiscard]] __device__ __forceinline__ int groups() const {
+    return is_last_chunk() ? params->last_groups : params->full_groups;
+  }
+  [[nodiscard]] __device__ __forceinline__ bool is_last_chunk() const { return chunk + 1 == params->n_chunk; }
 
   __device__ __forceinline__ void advance() {
-    ++stage;
     if (++slot == params->n_slot) slot = 0, phase ^= 1u;
-    if (++chunk < n_chunk) return;
+    if (++chunk < params->n_chunk) return;
     chunk = 0;
     row += stage_rows(type());
     if (row >= end) next_matrix();
@@ -127,8 +127,10 @@ struct StageCursor {
   __device__ __forceinline__ void next_matrix() {
     do {
       if (++matrix >= params->n_matrix) return;
-      row = linear_first_row(*params, matrix, blockIdx.x, gridDim.x);
-      end = linear_first_row(*params, matrix, blockIdx.x + 1, gridDim.x);
+      // Mirrored for every other matrix, so that it is not always the same blocks that get a row more.
+      const std::uint32_t block = matrix % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+      row = linear_first_row(params->matrix[matrix].rows, params->row_align, block, gridDim.x);
+      end = linear_first_row(params->matrix[matrix].rows, params->row_align, block + 1, gridDim.x);
     } while (row >= end);
   }
 };
@@ -176,10 +178,10 @@ __device__ __forceinline__ void copy_stage(const StageCursor& at, std::uint32_t 
   const LinearMatrix& matrix = at.params->matrix[at.matrix];
   const auto bytes = static_cast<std::uint32_t>(chunk_bytes(matrix.type, at.groups()));
   const std::uint8_t* const from =
-      matrix.data + at.row * matrix.row_bytes + at.chunk * chunk_bytes(matrix.type, chunk_groups(at.params->cols));
+      matrix.data + at.row * matrix.row_bytes + std::int64_t{at.chunk} * matrix.chunk_bytes;
   const int lane = threadIdx.x & 31, n_row = at.n_row();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const bool contiguous = at.n_chunk == 1;
+  const bool contiguous = at.params->n_chunk == 1;
   const int n_copy = contiguous ? 1 : n_row;
   const std::uint32_t copy_bytes = contiguous ? n_row * bytes : bytes;
   if (lane == 0) {
@@ -302,12 +304,10 @@ __device__ __forceinline__ void finish_stage(const StageCursor& at, const float*
 }
 
 template <int kTokens>
-__device__ __forceinline__ void produce_and_finish(const LinearParams& params, unsigned char* smem,
-                                                   const LinearSmem& layout) {
-  const int n_task = (chunk_groups(params.cols) + 31) / 32;
-  const std::uint32_t ring = shared_address(smem), full = shared_address(smem + layout.barriers);
+__device__ __forceinline__ void produce_and_finish(const LinearParams& params, unsigned char* smem) {
+  const std::uint32_t ring = shared_address(smem), full = shared_address(smem + params.smem.barriers);
   const std::uint32_t empty = full + 8 * params.n_slot;
-  const float* const partials = reinterpret_cast<const float*>(smem + layout.partials);
+  const float* const partials = reinterpret_cast<const float*>(smem + params.smem.partials);
   StageCursor ahead(params), behind(params);
   for (int i = 0; i < params.n_slot && !ahead.done(); ++i, ahead.advance()) {
     copy_stage(ahead, ring + ahead.slot * params.slot_bytes, full + 8 * ahead.slot);
@@ -322,36 +322,34 @@ __device__ __forceinline__ void produce_and_finish(const LinearParams& params, u
     }
     // Two sets of partial sums in turn: the next tasks on this slot may begin before these have been added.
     const int set = behind.slot + static_cast<int>(behind.phase) * params.n_slot;
-    finish_stage<kTokens>(behind, partials + set * n_task * kTokens * kMaxStageRows, sum);
+    finish_stage<kTokens>(behind, partials + set * params.n_task * kTokens * kMaxStageRows, sum);
   }
 }
 
 template <int kTokens>
 __device__ __forceinline__ void quantize_tokens(const LinearParams& params, unsigned char* activations) {
-  const int n_group = static_cast<int>(row_groups(params.cols));
   for (int t = 0; t < kTokens; ++t) {
-    std::uint8_t* const to = activations + t * n_group * kActivationBytesPerGroup;
+    std::uint8_t* const to = activations + t * params.n_group * kActivationBytesPerGroup;
     const bool exists = t < params.n_token;
     if (params.x_is_bf16) {
       const Bf16* const x = exists ? static_cast<const Bf16*>(params.x) + t * params.x_stride : nullptr;
-      quantize_row<32 * kLinearWarps>(x, to, n_group, threadIdx.x);
+      quantize_row<32 * kLinearWarps>(x, to, params.n_group, threadIdx.x);
     } else {
       const float* const x = exists ? static_cast<const float*>(params.x) + t * params.x_stride : nullptr;
-      quantize_row<32 * kLinearWarps>(x, to, n_group, threadIdx.x);
+      quantize_row<32 * kLinearWarps>(x, to, params.n_group, threadIdx.x);
     }
   }
 }
 
 template <int kTokens>
-__device__ __forceinline__ void multiply(const LinearParams& params, unsigned char* smem, const LinearSmem& layout) {
+__device__ __forceinline__ void multiply(const LinearParams& params, unsigned char* smem) {
   wait_for_previous_kernel();
   allow_next_kernel();
-  quantize_tokens<kTokens>(params, smem + layout.activations);
+  quantize_tokens<kTokens>(params, smem + params.smem.activations);
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kLinearWarps) : "memory");
-  const int n_group = static_cast<int>(row_groups(params.cols));
-  const int full_groups = chunk_groups(params.cols), n_task = (full_groups + 31) / 32;
-  const std::uint32_t full = shared_address(smem + layout.barriers), empty = full + 8 * params.n_slot;
-  float* const partials = reinterpret_cast<float*>(smem + layout.partials);
+  const int n_group = params.n_group, n_task = params.n_task;
+  const std::uint32_t full = shared_address(smem + params.smem.barriers), empty = full + 8 * params.n_slot;
+  float* const partials = reinterpret_cast<float*>(smem + params.smem.partials);
   const int lane = threadIdx.x & 31;
   StageCursor at(params);
   for (int task = threadIdx.x / 32;; task += kLinearWarps) {
@@ -363,8 +361,8 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
     LaneActivation x[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      x[t].load(smem + layout.activations + t * n_group * kActivationBytesPerGroup, n_group,
-                at.chunk * full_groups + group, valid);
+      x[t].load(smem + params.smem.activations + t * n_group * kActivationBytesPerGroup, n_group,
+                at.chunk * params.full_groups + group, valid);
     }
     const int set = at.slot + static_cast<int>(at.phase) * params.n_slot;
     float* const to = partials + (set * n_task + task) * kTokens * kMaxStageRows;
@@ -395,13 +393,11 @@ template <int kTokens>
 __global__ void __launch_bounds__(kLinearThreads, kTokens <= 2 ? 2 : 1)
     linear_decode_kernel(const __grid_constant__ LinearParams params) {
   extern __shared__ __align__(128) unsigned char linear_smem_bytes[];
-  const LinearSmem layout = linear_smem(params.cols, kTokens, params.n_slot, params.slot_bytes);
   if (threadIdx.x == 0) {
-    const std::uint32_t full = shared_address(linear_smem_bytes + layout.barriers);
-    const int n_task = (chunk_groups(params.cols) + 31) / 32;
+    const std::uint32_t full = shared_address(linear_smem_bytes + params.smem.barriers);
     for (int slot = 0; slot < params.n_slot; ++slot) {
       init_barrier(full + 8 * slot, kFullArrivals);
-      init_barrier(full + 8 * (params.n_slot + slot), n_task);
+      init_barrier(full + 8 * (params.n_slot + slot), params.n_task);
     }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -409,9 +405,9 @@ __global__ void __launch_bounds__(kLinearThreads, kTokens <= 2 ? 2 : 1)
   }
   __syncthreads();
   if (threadIdx.x >= 32 * kLinearWarps) {
-    produce_and_finish<kTokens>(params, linear_smem_bytes, layout);
+    produce_and_finish<kTokens>(params, linear_smem_bytes);
   } else {
-    multiply<kTokens>(params, linear_smem_bytes, layout);
+    multiply<kTokens>(params, linear_smem_bytes);
   }
 }
 

@@ -161,7 +161,12 @@ void packed_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> we
   LinearParams params{};
   TensorType types[kMaxLinearMatrices] = {};  // no std::array: the code that nvcc writes for the host breaks on it
   params.n_matrix = static_cast<std::int32_t>(weights.size());
-  params.cols = static_cast<std::int32_t>(x.extent[1]);
+  const std::int64_t cols = x.extent[1];
+  params.n_group = static_cast<std::int32_t>(row_groups(cols));
+  params.n_chunk = static_cast<std::int32_t>(row_chunks(cols));
+  params.full_groups = chunk_groups(cols);
+  params.last_groups = groups_of_chunk(cols, params.n_chunk - 1);
+  params.n_task = (params.full_groups + 31) / 32;
   params.x_stride = x.stride[0];
   params.x_is_bf16 = std::is_same_v<TIn, Bf16>;
   params.out_is_bf16 = std::is_same_v<TOut, Bf16>;
@@ -171,18 +176,19 @@ void packed_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> we
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const PackedMatrix& weight = weights[i];
     types[i] = weight.type;
-    params.matrix[i] = {reinterpret_cast<const std::uint8_t*>(weight.data),
-                        nullptr,
-                        outs[i].stride[0],
-                        weight.row_bytes(),
-                        static_cast<std::int32_t>(weight.rows),
-                        weight.type};
-    params.total_bytes += weight.bytes();
+    params.matrix[i] = {.data = reinterpret_cast<const std::uint8_t*>(weight.data),
+                        .out = nullptr,
+                        .out_stride = outs[i].stride[0],
+                        .row_bytes = weight.row_bytes(),
+                        .chunk_bytes = static_cast<std::int32_t>(chunk_bytes(weight.type, params.full_groups)),
+                        .rows = static_cast<std::int32_t>(weight.rows),
+                        .type = weight.type};
   }
   const LinearPlan plan =
       plan_linear_decode(x.extent[1], x.extent[0], std::span<const TensorType>(types, weights.size()), device);
   params.n_slot = plan.n_slot;
   params.slot_bytes = static_cast<std::int32_t>(plan.slot_bytes);
+  params.smem = linear_smem(cols, plan.n_token, plan.n_slot, params.slot_bytes);
   for (std::int64_t token = 0; token < x.extent[0]; token += plan.n_token) {
     params.x = x.data + token * x.stride[0];
     params.n_token = static_cast<std::int32_t>(std::min<std::int64_t>(plan.n_token, x.extent[0] - token));
@@ -202,8 +208,8 @@ void require_linear(const char* who, const View<const TIn, 2>& x, const PackedMa
   require(!is_packed_type(weight.type) ||
               (reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && (x.stride[0] % kPiece == 0 || x.extent[0] <= 1)),
           who, ": rows of x must begin at multiples of 16 bytes; row stride ", x.stride[0], " elements");
-  require(weight.rows >= 1 && weight.rows < (std::int64_t{1} << 30) && weight.cols < (std::int64_t{1} << 30), who,
-          ": weight is ", weight.rows, " x ", weight.cols, ", need 1 to 2^30 each way");
+  require(weight.rows >= 1 && weight.rows < (1 << 22) && weight.cols < (1 << 22), who, ": weight is ", weight.rows,
+          " x ", weight.cols, ", need 1 to 2^22 each way");
 }
 
 }  // namespace detail

@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "cuda/device_buffer.cuh"
-#include "cuda/weight_repack.cuh"
 #include "reference/quantized_linear.hpp"
 #include "tests/support/close.hpp"
+#include "tests/support/device_weights.cuh"
 #include "tests/support/linear_case.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
@@ -24,22 +24,6 @@ namespace {
 using namespace gemma4::testkit;
 
 constexpr std::array kPackedTypes = {TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0};
-
-class DeviceWeights {
- public:
-  explicit DeviceWeights(const OwnedMatrix& matrix)
-      : buffer_(matrix.rows * packed_row_bytes(matrix.type, matrix.cols)),
-        view_{matrix.type, matrix.rows, matrix.cols, buffer_.data()} {
-    DeviceBuffer<std::byte> staging(row_bytes(matrix.type, matrix.cols) * std::min<std::int64_t>(matrix.rows, 64));
-    upload_packed(matrix.view(), buffer_.data(), 1, staging, nullptr);
-    check(cudaDeviceSynchronize(), "upload of test weights");
-  }
-  [[nodiscard]] const PackedMatrix& view() const { return view_; }
-
- private:
-  DeviceBuffer<std::byte> buffer_;
-  PackedMatrix view_;
-};
 
 template <class T>
 std::vector<T> to_storage(const std::vector<float>& values) {

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstdint>
+#include <span>
+
+#include "cuda/quantized_linear.cuh"
+
+/// The gated half of an MLP: out = gelu(x gate^T) * (x up^T), gelu in its tanh form, in float.
+///
+/// Where gate and up have one packed type their rows lie in turn in one matrix (pack_rows() with row_step 2), the
+/// activations are quantised once, and the product is made where the two sums end: nothing in between is stored. The
+/// bits are those of the unfused form, which also serves pairs of different types: a plan says which. The other half of
+/// the MLP is quantized_linear with `down`. Mirror: reference/fused_mlp.hpp
+namespace gemma4::cuda {
+
+/// Gate and up of a layer, and how they run.
+struct GateUpWeights {
+  PackedMatrix joined;    ///< [2 ffn_hidden, hidden], rows gate 0, up 0, gate 1, ...; empty when not fused
+  PackedMatrix gate, up;  ///< [ffn_hidden, hidden] each; empty when fused
+
+  [[nodiscard]] bool is_fused() const { return joined.rows > 0; }
+  [[nodiscard]] std::int64_t ffn_hidden() const { return is_fused() ? joined.rows / 2 : gate.rows; }
+  [[nodiscard]] std::int64_t hidden() const { return is_fused() ? joined.cols : gate.cols; }
+};
+
+/// Whether a pair of these types is stored as one matrix.
+[[nodiscard]] constexpr bool gate_up_is_fused(TensorType gate, TensorType up) {
+  return gate == up && is_packed_type(gate);
+}
+
+namespace detail {
+
+template <class TOut>
+__global__ void __launch_bounds__(256) gelu_times_kernel(const float* gate, const float* up, std::int64_t count,
+                                                         std::int64_t width, TOut* out, std::int64_t out_stride) {
+  const std::int64_t index = blockIdx.x * std::int64_t{256} + threadIdx.x;
+  if (index >= count) return;
+  out[index / width * out_stride + index % width] = from_float<TOut>(gelu_times(gate[index], up[index]));
+}
+
+}  // namespace detail
+
+/// @param x        [n_token, hidden] Bf16 or float, 1 to 8 tokens
+/// @param scratch  [2, n_token, ffn_hidden] float on the device; may be empty when fused
+/// @param out      [n_token, ffn_hidden] Bf16 or float
+/// @throws std::invalid_argument when a shape differs, the scratch is too small, or for more than 8 tokens
+template <class TIn, class TOut>
+void gate_up_decode(const View<const TIn, 2>& x, const GateUpWeights& weights, std::span<float> scratch,
+                    const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream) {
+  const std::int64_t n_token = x.extent[0], ffn_hidden = weights.ffn_hidden();
+  require(n_token <= kMaxDecodeTokens, "gate_up_decode: ", n_token, " tokens, at most ", kMaxDecodeTokens);
+  require_extents("gate_up_decode", "out", out, {n_token, ffn_hidden});
+  if (n_token == 0) return;
+  if (weights.is_fused()) {
+    detail::require_linear("gate_up_decode", x, weights.joined, out, ffn_hidden);
+    require(is_packed_type(weights.joined.type) && weights.joined.rows % 2 == 0,
+            "gate_up_decode: the joined matrix has ", weights.joined.rows, " rows of ", type_name(weights.joined.type),
+            ", need pairs of a packed type");
+    detail::packed_decode<TIn, TOut>(x, std::span(&weights.joined, 1), std::span(&out, 1),
+                                     {.epilogue = LinearEpilogue::kGeluUp}, device, stream);
+    return;
+  }
+  require(weights.gate.rows == weights.up.rows && weights.gate.cols == weights.up.cols, "gate_up_decode: gate is ",
+          weights.gate.rows, " x ", weights.gate.cols, ", up is ", weights.up.rows, " x ", weights.up.cols);
+  const std::int64_t count = n_token * ffn_hidden;
+  require(static_cast<std::int64_t>(scratch.size()) >= 2 * count, "gate_up_decode: scratch of ", scratch.size(),
+          " floats, need ", 2 * count, " where gate and up have different types");
+  const std::array<PackedMatrix, 2> pair{weights.gate, weights.up};
+  const std::array<View<float, 2>, 2> halves{make_view(scratch.data(), n_token, ffn_hidden),
+                                             make_view(scratch.data() + count, n_token, ffn_hidden)};
+  quantized_linear_decode<TIn, float>(x, pair, halves, device, stream);
+  detail::gelu_times_kernel<TOut><<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(
+      halves[0].data, halves[1].data, count, ffn_hidden, out.data, out.stride[0]);
+  check_launch("gelu_times_kernel");
+}
+
+}  // namespace gemma4::cuda
