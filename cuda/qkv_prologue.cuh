@@ -26,9 +26,13 @@
 /// stored. So the result is, bit for bit, that of rms_norm<TIn, float>, rope<float> and the cache's update of floats.
 /// The angles of a token are computed once a block.
 ///
-/// Bytes, bf16 in and out (time at 4.3 TB/s; a call of one token is all latency, and saves five launches):
-///   full layer, 32 + 4 heads of 512, v = k:  one token 70 KB + 4 KB of records; 2048 tokens 143 MB + 4 MB, 34 us
-///   sliding layer, 32 + 16 + 16 heads of 256: one token 66 KB + 16 KB of ring;  2048 tokens 134 MB, 31 us
+/// Bytes, bf16 in and out (time at 4.3 TB/s), and what an H200 takes (median of graph replays):
+///   full layer, 32 + 4 heads of 512, v = k     one token  70 KB, 4 KB of records:  4.3 us TQ4, 2.0 us flat
+///                                              2048       143 MB + 4 MB (34 us):  84 us TQ4, 56 us flat
+///   sliding layer, 32 + 16 + 16 heads of 256   one token  66 KB, 16 KB of ring:   2.5 us
+///                                              2048       134 MB (31 us):         52 us
+/// One token is all latency; the six launches that this one replaces take 11.2 us. Compression is its longest chain:
+/// tq4_cache_update alone takes 3.9 us for a token and 41 us for 2048.
 /// The reference composes the same from its components (reference/decoder_layer.hpp and layer_cache.hpp).
 namespace gemma4::cuda {
 
@@ -137,34 +141,81 @@ __device__ __forceinline__ void rope_warp(const float2* cos_sin, int n_pair, flo
 }
 
 inline constexpr int kQkvWarps = 4;
+inline constexpr std::int64_t kQkvBlocks = 4096;  ///< about; 1024 to 8192 differ by 6 % for a chunk of 2048 on an H200
 
-/// grid: x = token, y = share of its vectors, of which K and V come first because they take longest.
+/// A lane's values of a vector as they lie in memory: read one vector ahead, widened when it is its turn.
+template <int kValues, class TIn>
+struct RawValues {
+  static constexpr int kBytes = kValues * static_cast<int>(sizeof(TIn)), kPiece = kBytes < 16 ? kBytes : 16;
+  struct alignas(kPiece) Piece {
+    std::uint32_t word[kPiece / 4];
+  } piece[kBytes / kPiece];
+
+  __device__ __forceinline__ void load(const TIn* from) {
+#pragma unroll
+    for (int p = 0; p < kBytes / kPiece; ++p) piece[p] = reinterpret_cast<const Piece*>(from)[p];
+  }
+  __device__ __forceinline__ void widen(float (&x)[kValues]) const {
+    constexpr int kEach = 4 / static_cast<int>(sizeof(TIn)), kPieceValues = kPiece / static_cast<int>(sizeof(TIn));
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const std::uint32_t word = piece[i / kPieceValues].word[i % kPieceValues / kEach];
+      if constexpr (std::is_same_v<TIn, float>) {
+        x[i] = __uint_as_float(word);
+      } else {
+        x[i] = to_float(TIn{static_cast<std::uint16_t>(word >> (16 * (i % 2)))});
+      }
+    }
+  }
+};
+
+/// grid: x = token, y = share of its vectors, of which K and V come first because they take longest. What depends on no
+/// earlier kernel comes before the wait, and the first vector is on its way while the angles are made.
 template <int kHeadDim, class TIn, class TSink>
-__global__ void __launch_bounds__(32 * kQkvWarps)
+__global__ void __launch_bounds__(32 * kQkvWarps, 5)
     qkv_prologue_kernel(const __grid_constant__ QkvParams<TIn> params, const __grid_constant__ TSink sink) {
-  constexpr int kValues = kHeadDim / 32;
+  constexpr int kValues = kHeadDim / 32, kThreads = 32 * kQkvWarps, kPairs = (kHeadDim / 2 + kThreads - 1) / kThreads;
   __shared__ float2 cos_sin[kHeadDim / 2];
+  const std::int64_t token = blockIdx.x;
+  const int n_head_kv = static_cast<int>(params.k.extent[1]), n_head = static_cast<int>(params.q.extent[1]);
+  const int n_vector = 2 * n_head_kv + n_head, step = static_cast<int>(gridDim.y) * kQkvWarps;
+  const int lane_first = static_cast<int>(threadIdx.x & 31) * kValues;
+  const auto source = [&](int vector) {
+    if (vector < n_head_kv) return &params.k(token, vector, lane_first);
+    if (vector < 2 * n_head_kv) return &params.v(token, vector - n_head_kv, lane_first);
+    return &params.q(token, vector - 2 * n_head_kv, lane_first);
+  };
+  double frequency[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int pair = static_cast<int>(threadIdx.x) + i * kThreads;
+    frequency[i] = pair < params.rope.n_pair ? params.rope.frequency[pair] : 0.0;
+  }
   wait_for_previous_kernel();
   allow_next_kernel();
-  const std::int64_t token = blockIdx.x;
+  int vector = static_cast<int>(blockIdx.y) * kQkvWarps + static_cast<int>(threadIdx.x / 32);
+  RawValues<kValues, TIn> raw = {};
+  if (vector < n_vector) raw.load(source(vector));
   const std::int64_t position = (params.position != nullptr ? *params.position : params.position_host) + token;
-  for (int pair = threadIdx.x; pair < params.rope.n_pair; pair += 32 * kQkvWarps) {
-    cos_sin[pair % kValues * 16 + pair / kValues] = rope_cos_sin(position, params.rope.frequency[pair]);
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int pair = static_cast<int>(threadIdx.x) + i * kThreads;
+    if (pair < params.rope.n_pair) {
+      cos_sin[pair % kValues * 16 + pair / kValues] = rope_cos_sin(position, frequency[i]);
+    }
   }
   __syncthreads();
-  const int n_head_kv = static_cast<int>(params.k.extent[1]), n_vector = 2 * n_head_kv + params.q.extent[1];
-  const int first = static_cast<int>(threadIdx.x & 31) * kValues;
-  for (int vector = blockIdx.y * kQkvWarps + threadIdx.x / 32; vector < n_vector; vector += gridDim.y * kQkvWarps) {
+  for (; vector < n_vector; vector += step) {
     const bool is_k = vector < n_head_kv, is_q = vector >= 2 * n_head_kv;
-    const int head = is_k ? vector : vector - (is_q ? 2 : 1) * n_head_kv;
     float x[kValues];
-    load_values(&(is_q ? params.q : is_k ? params.k : params.v)(token, head, first), x);
+    raw.widen(x);
+    if (vector + step < n_vector) raw.load(source(vector + step));
     rms_norm_warp<kHeadDim>(x, is_q ? params.norms.q : is_k ? params.norms.k : nullptr, params.norms.epsilon);
     if (is_q || is_k) rope_warp<kHeadDim>(cos_sin, params.rope.n_pair, x);
     if (is_q) {
-      store_values(&params.q_out(token, head, first), x);
+      store_values(&params.q_out(token, vector - 2 * n_head_kv, lane_first), x);
     } else {
-      sink.template store<kHeadDim>(is_k, token, head, position, x);
+      sink.template store<kHeadDim>(is_k, token, is_k ? vector : vector - n_head_kv, position, x);
     }
   }
 }
@@ -291,9 +342,9 @@ void qkv_prologue(const View<const TIn, 3>& q, const View<const TIn, 3>& k, cons
   const auto sink = detail::qkv_sink(kWho, params, target);
   const std::int64_t n_token = q.extent[0], n_vector = q.extent[1] + 2 * k.extent[1];
   if (n_token == 0 || n_vector == 0) return;
-  // About 2048 blocks: one token is spread over as many as it has fours of vectors, and a long chunk shares its angles.
+  // One token is spread over as many blocks as it has fours of vectors; a long chunk shares its angles.
   const std::int64_t n_share =
-      std::clamp<std::int64_t>(2048 / n_token, 1, (n_vector + detail::kQkvWarps - 1) / detail::kQkvWarps);
+      std::clamp<std::int64_t>(detail::kQkvBlocks / n_token, 1, (n_vector + detail::kQkvWarps - 1) / detail::kQkvWarps);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

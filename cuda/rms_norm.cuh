@@ -30,16 +30,18 @@ void require_aligned_rows(const char* who, const char* name, const View<T, kRank
 template <int kHeadDim>
 __device__ __forceinline__ void rms_norm_warp(float (&x)[kHeadDim / 32], const float* weight, float epsilon) {
   constexpr int kValues = kHeadDim / 32;
+  float factor[kValues];  // on its way while the sum is made
+#pragma unroll
+  for (float& value : factor) value = 1.0f;  // a factor that leaves the bits
+  if (weight != nullptr) load_values(weight + (threadIdx.x & 31) * kValues, factor);
   float sum = 0.0f;
 #pragma unroll
   for (const float value : x) sum = fmaf(value, value, sum);
 #pragma unroll
   for (int lane_bit = 16; lane_bit > 0; lane_bit /= 2) sum += __shfl_xor_sync(~0u, sum, lane_bit);
   const float scale = 1.0f / sqrtf(sum / static_cast<float>(kHeadDim) + epsilon);
-  float factor[kValues];
-  if (weight != nullptr) load_values(weight + (threadIdx.x & 31) * kValues, factor);
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) x[i] = weight != nullptr ? x[i] * scale * factor[i] : x[i] * scale;
+  for (int i = 0; i < kValues; ++i) x[i] = x[i] * scale * factor[i];
 }
 
 /// One warp a head.

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -43,16 +44,16 @@ static_assert(std::is_trivially_copyable_v<RopeParams>);
 
 namespace detail {
 
-/// cos and sin of position * frequency. The product and the reduction to [-pi, pi] are in double, three operations:
-/// at position 262143 a float angle would be off by 0.008 rad. Error, for positions below 2^18 and frequencies to 1:
-///   angle     2^18 * 2^-52 * 1.5 (frequency, product) and 41722 turns * 2.5e-16 (2 pi as a double)      < 1e-10
-///   reduced   rounding to float below pi: half an ulp in [2, 4) = 2^-23; sincosf: 2 ulp below 1 = 2^-23   < 2^-22
+/// cos and sin of position * frequency. The angle in half turns and its reduction to [-1, 1] are in double: at position
+/// 262143 a float angle would be off by 0.008 rad. Error, for positions below 2^18 and frequencies to 1:
+///   half turns   83443 * 4 roundings of 2^-53 (frequency, 1 / pi, two products), the reduction is exact     < 2^-34
+///   in float     half an ulp below 1, 2^-25, times pi, 2^-23.3; sincospif: 2 ulp below 1, 2^-23, together   < 2^-22
+/// (sincosf of a reduced angle in radians is as exact, and brings a slow path for large arguments that never runs.)
 [[nodiscard]] __device__ __forceinline__ float2 rope_cos_sin(std::int64_t position, double frequency) {
-  constexpr double kTwoPi = 6.283185307179586477, kInverse = 1.0 / kTwoPi;
-  const double angle = static_cast<double>(position) * frequency;
-  const auto reduced = static_cast<float>(fma(-rint(angle * kInverse), kTwoPi, angle));
+  constexpr double kInversePi = 0.318309886183790671538;
+  const double half_turns = static_cast<double>(position) * frequency * kInversePi;
   float2 result;
-  sincosf(reduced, &result.y, &result.x);
+  sincospif(static_cast<float>(half_turns - 2.0 * rint(0.5 * half_turns)), &result.y, &result.x);
   return result;
 }
 
@@ -62,7 +63,7 @@ namespace detail {
   return fmaf(own, cos_sin.x, other * (second ? cos_sin.y : -cos_sin.y));
 }
 
-/// One block a token: the angles once, then all heads.
+/// A block a token and a share of its heads, blockIdx.y of gridDim.y: the angles once, then the heads.
 template <class T>
 __global__ void __launch_bounds__(256)
     rope_kernel(const __grid_constant__ RopeParams params, const std::int32_t* position, std::int64_t position_host,
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(256)
   for (int i = threadIdx.x; i < params.n_pair; i += blockDim.x) cos_sin[i] = rope_cos_sin(at, params.frequency[i]);
   __syncthreads();
   const int n_item = static_cast<int>(x.extent[1]) * params.n_pair;
-  for (int item = threadIdx.x; item < n_item; item += blockDim.x) {
+  const int step = static_cast<int>(gridDim.y * blockDim.x);
+  for (int item = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x); item < n_item; item += step) {
     const int head = item / params.n_pair, i = item % params.n_pair;
     T* const first = x.data + token * x.stride[0] + head * x.stride[1] + i;
     T* const second = first + params.head_dim / 2;
@@ -100,9 +102,11 @@ void rope(const View<T, 3>& x, DeviceCount position, const RopeParams& params, c
           params.head_dim);
   require_contiguous_rows("rope", "x", x);
   require(position.device != nullptr || position.known(), "rope: position is neither on the device nor on the host");
-  if (x.extent[0] == 0 || params.n_pair == 0) return;
-  detail::rope_kernel<T>
-      <<<static_cast<unsigned>(x.extent[0]), 256, 0, stream>>>(params, position.device, position.host, x);
+  if (x.extent[0] == 0 || x.extent[1] == 0 || params.n_pair == 0) return;
+  const std::int64_t n_share =
+      std::clamp<std::int64_t>(4096 / x.extent[0], 1, (x.extent[1] * params.n_pair + 255) / 256);
+  const dim3 grid(static_cast<unsigned>(x.extent[0]), static_cast<unsigned>(n_share));
+  detail::rope_kernel<T><<<grid, 256, 0, stream>>>(params, position.device, position.host, x);
   check_launch("rope_kernel");
 }
 

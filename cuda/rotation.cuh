@@ -12,6 +12,7 @@
 
 #include "cuda/check.cuh"
 #include "cuda/device_buffer.cuh"
+#include "cuda/mma.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
@@ -133,13 +134,22 @@ __device__ __forceinline__ void hadamard_warp(float (&x)[kHeadDim / 32]) {
   }
 }
 
+/// The signs of this lane's values: bit i is set where value i is negated.
+template <int kHeadDim>
+[[nodiscard]] __device__ __forceinline__ std::uint32_t sign_bits(const RotationParams& rotation) {
+  const int first = static_cast<int>(threadIdx.x & 31) * (kHeadDim / 32);
+  return rotation.negative[first / 32] >> (first % 32);
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void flip_signs(std::uint32_t negative, float (&x)[kHeadDim / 32]) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 32; ++i) x[i] = (negative >> i) & 1u ? -x[i] : x[i];
+}
+
 template <int kHeadDim>
 __device__ __forceinline__ void flip_signs(const RotationParams& rotation, float (&x)[kHeadDim / 32]) {
-  constexpr int kValues = kHeadDim / 32;
-  const int first = (threadIdx.x & 31) * kValues;
-  const std::uint32_t negative = rotation.negative[first / 32] >> (first % 32);
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) x[i] = (negative >> i) & 1u ? -x[i] : x[i];
+  flip_signs<kHeadDim>(sign_bits<kHeadDim>(rotation), x);
 }
 
 /// x becomes M x for a row-major M whose transpose is at `transposed`.
@@ -161,14 +171,20 @@ __device__ inline void multiply_warp(const float* transposed, float (&x)[kHeadDi
   for (int i = 0; i < kValues; ++i) x[i] = y[i];
 }
 
-/// y = R x of a vector in a warp, all lanes taking part.
+/// y = R x of a vector in a warp, all lanes taking part. `negative`: sign_bits(), read ahead.
 template <int kHeadDim>
-__device__ __forceinline__ void rotate_warp(const RotationParams& rotation, float (&x)[kHeadDim / 32]) {
+__device__ __forceinline__ void rotate_warp(const RotationParams& rotation, std::uint32_t negative,
+                                            float (&x)[kHeadDim / 32]) {
   if (rotation.kind == RotationKind::kDenseHaar) return multiply_warp<kHeadDim>(rotation.transposed, x);
-  flip_signs<kHeadDim>(rotation, x);
+  flip_signs<kHeadDim>(negative, x);
   hadamard_warp<kHeadDim>(x);
 #pragma unroll
   for (float& value : x) value *= rotation.scale;
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void rotate_warp(const RotationParams& rotation, float (&x)[kHeadDim / 32]) {
+  rotate_warp<kHeadDim>(rotation, sign_bits<kHeadDim>(rotation), x);
 }
 
 /// x = R^T y of a vector in a warp.
@@ -202,15 +218,24 @@ template <int kCount, class T>
 __device__ __forceinline__ void store_values(T* target, const float (&x)[kCount]) {
   constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
   constexpr int kPiece = kBytes < 16 ? kBytes : 16, kEach = kPiece / static_cast<int>(sizeof(T));
-  struct alignas(kPiece) Piece {
-    T value[kEach];
-  };
 #pragma unroll
   for (int p = 0; p < kCount / kEach; ++p) {
-    Piece piece;
+    if constexpr (std::is_same_v<T, Bf16> &&
+                  kEach > 1) {  // one instruction rounds two values; in integers it takes ten
+      struct alignas(kPiece) Piece {
+        std::uint32_t pair[kEach / 2];
+      } piece;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) piece.value[i] = from_float<T>(x[p * kEach + i]);
-    reinterpret_cast<Piece*>(target)[p] = piece;
+      for (int i = 0; i < kEach / 2; ++i) piece.pair[i] = pack_bf16(x[p * kEach + 2 * i], x[p * kEach + 2 * i + 1]);
+      reinterpret_cast<Piece*>(target)[p] = piece;
+    } else {
+      struct alignas(kPiece) Piece {
+        T value[kEach];
+      } piece;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) piece.value[i] = from_float<T>(x[p * kEach + i]);
+      reinterpret_cast<Piece*>(target)[p] = piece;
+    }
   }
 }
 

@@ -6,6 +6,8 @@
 #include <numeric>
 #include <random>
 
+#include "cuda/device_buffer.cuh"
+#include "cuda/stream.cuh"
 #include "reference/bf16_cache.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/property.hpp"
@@ -51,6 +53,43 @@ RC_GTEST_PROP(Bf16CacheGpu, LeavesTheBitsOfTheReference, ()) {
   RC_ASSERT(run(positions) == wanted);
   for (std::int32_t& position : positions) ++position;  // the largest may now lie outside
   RC_ASSERT(run(positions) != wanted);
+}
+
+/// Positions that only the device knows: those outside the buffer touch no byte, nor does any other touch the memory
+/// around the cache. One captured launch serves every position.
+TEST(Bf16CacheGpu, GraphReplaysAnywhereAndNeverOutside) {
+  constexpr std::int64_t kMargin = 2048, kSize = 2 * 8 * 64;
+  const std::vector<float> k = testkit::draw(1, 2 * 64), v = testkit::draw(2, 2 * 64);
+  const DeviceBuffer<float> k_device(k), v_device(v);
+  DeviceBuffer<std::int32_t> position(1);
+  DeviceBuffer<Bf16> memory(2 * kSize + 2 * kMargin);
+  memory.fill_bytes(0x5A);
+  const std::vector<Bf16> before = memory.to_host();
+  const auto cache = [&](std::int64_t side) {
+    return make_view(memory.data() + kMargin + side * kSize, std::int64_t{1}, 2, 8, 64);
+  };
+  const Stream stream;
+  const Graph graph = Graph::capture(stream, [&] {
+    bf16_cache_update<float>(make_view(k_device.data(), 1, 1, 2, 64), make_view(v_device.data(), 1, 1, 2, 64),
+                             {position.data(), 1, {}}, cache(0), cache(1), stream);
+  });
+  std::vector<Bf16> wanted = before;
+  check(cudaDeviceSynchronize(), "wait for the fill");
+  for (const std::int32_t at : {-1, 8, 1000000, -2147483647, 0, 3, 7}) {
+    position.from_host(std::span<const std::int32_t>(&at, 1), stream);
+    graph.launch(stream);
+    stream.synchronize();
+    for (std::int64_t h = 0; h < 2 && at >= 0 && at < 8; ++h) {
+      for (std::int64_t i = 0; i < 64; ++i) {
+        const auto to = static_cast<std::size_t>(kMargin + (h * 8 + at) * 64 + i),
+                   from = static_cast<std::size_t>(h * 64 + i);
+        wanted[to] = to_bf16(k[from]);
+        wanted[to + kSize] = to_bf16(v[from]);
+      }
+    }
+    ASSERT_TRUE(memory.to_host() == wanted) << at;
+  }
+  EXPECT_FALSE(wanted == before);
 }
 
 TEST(Bf16CachePlan, MisuseIsRefusedBeforeAnyLaunch) {

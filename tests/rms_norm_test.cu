@@ -69,6 +69,36 @@ TEST(RmsNormGpu, ZerosStayZeros) {
   for (const float value : on_device<Bf16, Bf16>(std::vector<float>(600), 1, 600, {}, 1e-6f)) EXPECT_EQ(value, 0.0f);
 }
 
+/// In place and twice: the same bits; rows beside the given ones stay. (A row's gap: x lies in rows of twice its
+/// width.)
+TEST(RmsNormGpu, InPlaceKeepsWhatIsBesideTheRows) {
+  for (const std::int64_t width : {64, 512, 768, 5376, 13}) {
+    const std::int64_t n_row = 9;
+    const std::vector<float> x = testkit::draw(3, n_row * 2 * width, 2.0f);
+    const std::vector<float> weight = testkit::draw(4, width);
+    const DeviceBuffer<float> scale(weight);
+    const auto run = [&] {
+      DeviceBuffer<float> memory(x);
+      View<float, 2> rows = make_view(memory.data(), n_row, width);
+      rows.stride[0] = 2 * width;
+      rms_norm<float, float>(rows, scale.data(), 1e-6f, rows, nullptr);
+      return memory.to_host();
+    };
+    const std::vector<float> first = run();
+    ASSERT_TRUE(testkit::same_bits(first, run())) << width;
+    std::vector<float> apart;
+    for (std::int64_t row = 0; row < n_row; ++row) {
+      const auto at = x.begin() + row * 2 * width;
+      apart.insert(apart.end(), at, at + width);
+    }
+    const std::vector<float> wanted = on_device<float, float>(apart, n_row, width, weight, 1e-6f);
+    for (std::size_t row = 0, w = static_cast<std::size_t>(width); row < 9; ++row) {
+      ASSERT_TRUE(testkit::same_bits({&first[row * 2 * w], w}, {&wanted[row * w], w})) << width;
+      ASSERT_TRUE(testkit::same_bits({&first[row * 2 * w + w], w}, {&x[row * 2 * w + w], w})) << width;
+    }
+  }
+}
+
 TEST(RmsNormPlan, MisuseIsRefusedBeforeAnyLaunch) {
   std::vector<float> memory(100);
   const auto x = make_view<const float>(memory.data(), 2, 10);
