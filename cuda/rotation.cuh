@@ -220,8 +220,8 @@ __device__ __forceinline__ void store_values(T* target, const float (&x)[kCount]
   constexpr int kPiece = kBytes < 16 ? kBytes : 16, kEach = kPiece / static_cast<int>(sizeof(T));
 #pragma unroll
   for (int p = 0; p < kCount / kEach; ++p) {
-    if constexpr (std::is_same_v<T, Bf16> &&
-                  kEach > 1) {  // one instruction rounds two values; in integers it takes ten
+    if constexpr (std::is_same_v<T, Bf16> && kEach > 1) {
+      // One instruction rounds two values; in integers it takes ten.
       struct alignas(kPiece) Piece {
         std::uint32_t pair[kEach / 2];
       } piece;
