@@ -54,6 +54,9 @@ struct FlashPlan {
 namespace detail {
 
 inline constexpr std::int64_t kDecodeRows = 64;  ///< query rows of a KV head up to which keys are split over blocks
+/// The same for the rows of all heads together: so few wgmma blocks would leave most multiprocessors idle, each with
+/// all keys to itself.
+inline constexpr std::int64_t kDecodeRowsOfAllHeads = 512;
 
 /// Refuses what no call of this shape can accept, whatever its kv_len turns out to be.
 inline void require_plannable(const char* who, const AttentionShape& shape, AttentionOptions options) {
@@ -92,9 +95,9 @@ inline void require_plannable(const char* who, const AttentionShape& shape, Atte
   const std::int64_t rows = shape.n_query * shape.group(), heads = shape.batch * shape.n_head_kv;
   require(heads <= 65535, who, ": batch * n_head_kv is ", heads, ", need at most 65535");
   const bool wgmma = wgmma_fits(shape, options, ring_len, device);
-  plan.path = choice.path.value_or(rows <= kDecodeRows ? FlashPath::kDecode
-                                   : wgmma             ? FlashPath::kWgmma
-                                                       : FlashPath::kPrefill);
+  plan.path = choice.path.value_or(rows <= kDecodeRows || rows * heads <= kDecodeRowsOfAllHeads ? FlashPath::kDecode
+                                   : wgmma                                                      ? FlashPath::kWgmma
+                                                                                                : FlashPath::kPrefill);
   if (plan.path == FlashPath::kWgmma) {
     require(wgmma, who,
             ": the wgmma kernels take head_dim 256 or 512 (flat), a power-of-two group up to 64, no mask, a",

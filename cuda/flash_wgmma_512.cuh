@@ -33,12 +33,13 @@ struct Flash512 {
   static constexpr int kAlpha = kP + 2 * kPBytes;  ///< float [2][64]
   static constexpr int kInverse = kAlpha + 2 * kRows * 4;
   static constexpr int kBarriers = kInverse + kRows * 4;
-  static constexpr int kSmemBytes = kBarriers + 8 * (1 + 4 * kSlices) + 1024;  ///< 1024 to align the base
+  static constexpr int kSmemBytes = kBarriers + 8 * (6 + 4 * kSlices) + 1024;  ///< 1024 to align the base
   // Barrier numbers from kBarriers on.
   static constexpr int kQFull = 0, kKFull = 1, kKEmpty = kKFull + kSlices, kVFull = kKEmpty + kSlices,
-                       kVEmpty = kVFull + kSlices;
-  // Named barriers of both consumer warpgroups and of one alone.
-  static constexpr int kProbabilities = 1, kProbabilitiesFree = 3, kSums = 5, kGroup = 6;
+                       kVEmpty = kVFull + kSlices, kPFull = kVEmpty + kSlices, kPEmpty = kPFull + 2,
+                       kInverseFull = kPEmpty + 2;
+  // Named barriers of both consumer warpgroups and (+ its number) of one alone.
+  static constexpr int kSums = 1, kGroup = 2;
   static_assert(kSmemBytes <= 232448, "more than a block of sm_90 may have");
 };
 
@@ -139,7 +140,7 @@ __device__ __forceinline__ void leave_probabilities(const Flash512Block& block, 
                                                     const float (&alpha)[2], int tile) {
   using T = Flash512;
   const int buffer = tile & 1, lane = threadIdx.x & 31, warp_row = (threadIdx.x & 127) / 32 * 16;
-  if (tile >= 2) named_barrier_sync(T::kProbabilitiesFree + buffer, 256);
+  mbarrier_wait(block.barrier(T::kPEmpty + buffer), (tile >> 1 & 1) ^ 1);
   const int row = warp_row + (lane & 15);
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
@@ -230,8 +231,8 @@ __device__ __forceinline__ void store_half(const Flash512Block& block, const Fla
 
 /// First warpgroup: scores, softmax, output dimensions 0 to 255.
 template <bool kRotate>
-__device__ __forceinline__ void consume_scores(const Flash512Block& block, const FlashParams& params,
-                                               const FlashMaps& maps) {
+__device__ __forceinline__ void consume_scores(const Flash512Block& block, const FlashParams& params, float (&o)[128],
+                                               float (&inverse)[2]) {
   using T = Flash512;
   KeyRange keys[2];
   const int row = (threadIdx.x & 127) / 32 * 16 + (threadIdx.x & 31) / 4;
@@ -239,7 +240,7 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
     keys[i] = visible_keys(params, block.extent, min(params.n_query - 1, block.token0 + (row + 8 * i) / params.group));
   }
   const int unmasked = visible_keys(params, block.extent, min(params.n_query - 1, block.token0)).hi;
-  float o[128], s[32], alpha[2];
+  float s[32], alpha[2];
   std::uint32_t p[4][4];
 #pragma unroll
   for (int i = 0; i < 128; ++i) o[i] = 0.0f;
@@ -270,7 +271,7 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
     wgmma_pin(s);
     release_slices(block, T::kKEmpty, 3, 4);
     // Only now may the second warpgroup start on this tile, so that its products too run under the softmax.
-    named_barrier_arrive(T::kProbabilities + (tile & 1), 256);
+    mbarrier_arrive(block.barrier(T::kPFull + (tile & 1)));
     if ((tile + 2) * kWgmmaKeys > unmasked) hide_tile(s, (tile + 1) * kWgmmaKeys, keys);
     softmax_tile(state, s, alpha, params.scale_log2);
     wgmma_wait<0>();
@@ -280,35 +281,30 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
   const int last = block.n_tile - 1;
   pack_probabilities(p, s);
   leave_probabilities(block, p, alpha, last);
-  named_barrier_arrive(T::kProbabilities + (last & 1), 256);
+  mbarrier_arrive(block.barrier(T::kPFull + (last & 1)));
   rescale(o, alpha);
   wait_values(block, last, 0);
   issue_values(block, o, p);
-  float inverse[2];
   inverse_sum(state, inverse);
   if ((threadIdx.x & 3) == 0) {
     const std::uint32_t target = block.smem + T::kInverse + row * 4;
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(target), "f"(inverse[0]) : "memory");
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 32), "f"(inverse[1]) : "memory");
   }
-  named_barrier_sync(T::kSums, 256);
+  mbarrier_arrive(block.barrier(T::kInverseFull));
   wgmma_wait<0>();
   wgmma_pin(o);
-  store_half<kRotate>(block, maps, o, inverse, 0, params.group);
 }
 
 /// Second warpgroup: output dimensions 256 to 511 from the first one's probabilities.
-template <bool kRotate>
-__device__ __forceinline__ void consume_values(const Flash512Block& block, const FlashParams& params,
-                                               const FlashMaps& maps) {
+__device__ __forceinline__ void consume_values(const Flash512Block& block, float (&o)[128], float (&inverse)[2]) {
   using T = Flash512;
-  float o[128];
 #pragma unroll
   for (int i = 0; i < 128; ++i) o[i] = 0.0f;
   for (int tile = 0; tile < block.n_tile; ++tile) {
     const int buffer = tile & 1;
     float alpha[2];
-    named_barrier_sync(T::kProbabilities + buffer, 256);
+    mbarrier_wait(block.barrier(T::kPFull + buffer), tile >> 1 & 1);
     read_row_pair(alpha, block.smem + T::kAlpha + buffer * T::kRows * 4);
     rescale(o, alpha);
     wait_values(block, tile, 1);
@@ -325,12 +321,10 @@ __device__ __forceinline__ void consume_values(const Flash512Block& block, const
     wgmma_wait<0>();
     wgmma_pin(o);
     release_slices(block, T::kVEmpty, 2, T::kSlices);
-    if (tile + 2 < block.n_tile) named_barrier_arrive(T::kProbabilitiesFree + buffer, 256);
+    mbarrier_arrive(block.barrier(T::kPEmpty + buffer));
   }
-  named_barrier_sync(T::kSums, 256);
-  float inverse[2];
+  mbarrier_wait(block.barrier(T::kInverseFull), 0);  // the queries' place is free, too
   read_row_pair(inverse, block.smem + T::kInverse);
-  store_half<kRotate>(block, maps, o, inverse, 1, params.group);
 }
 
 /// A block whose rows see no key writes zeros.
@@ -367,6 +361,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       mbarrier_init(block.barrier(T::kKEmpty + slice), 1);
       mbarrier_init(block.barrier(T::kVEmpty + slice), 2);
     }
+    for (int buffer = 0; buffer < 2; ++buffer) {  // every thread of the other warpgroup arrives
+      mbarrier_init(block.barrier(T::kPFull + buffer), 128);
+      mbarrier_init(block.barrier(T::kPEmpty + buffer), 128);
+    }
+    mbarrier_init(block.barrier(T::kInverseFull), 128);
     mbarrier_init_fence();
     if (params.tile_count != nullptr) atomicAdd(params.tile_count, static_cast<unsigned long long>(block.n_tile));
   }
@@ -384,11 +383,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         mbarrier_wait(block.barrier(T::kQFull), 0);
         rotate_rows<true>(block, maps.rotation);
       }
+      float o[128], inverse[2];
       if (warpgroup == 0) {
-        consume_scores<kRotate>(block, params, maps);
+        consume_scores<kRotate>(block, params, o, inverse);
       } else {
-        consume_values<kRotate>(block, params, maps);
+        consume_values(block, o, inverse);
       }
+      store_half<kRotate>(block, maps, o, inverse, warpgroup, params.group);
     }
   }
 #else

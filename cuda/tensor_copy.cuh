@@ -100,12 +100,9 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/// Meets the other threads of a named barrier (1 to 15); n_thread counts all that sync or arrive.
+/// Meets the other threads of a named barrier (1 to 15); n_thread is how many.
 __device__ __forceinline__ void named_barrier_sync(int barrier, int n_thread) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_thread) : "memory");
-}
-__device__ __forceinline__ void named_barrier_arrive(int barrier, int n_thread) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(n_thread) : "memory");
 }
 
 }  // namespace gemma4::cuda
