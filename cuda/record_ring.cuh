@@ -28,7 +28,7 @@ class RecordRing {
   static_assert(kStages >= 2, "one record is in use while the next one comes");
 
  public:
-  /// Begins to fetch records [begin, end).
+  /// Begins to fetch records [begin, end): the first of them.
   /// @param smem     kStages * kRecordBytes, 16-byte aligned, of this team alone
   /// @param barriers kStages * 8 bytes, of this team alone
   __device__ __forceinline__ void start(unsigned char* smem, unsigned char* barriers, const unsigned char* records,
@@ -47,7 +47,13 @@ class RecordRing {
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 #endif
-    for (int stage = 0; stage < kStages; ++stage) fetch(stage, begin + stage, end);
+    fetch(0, begin, end);
+  }
+
+  /// Fetches as many more as there is room for; once, before the first wait().
+  __device__ __forceinline__ void start_rest(int begin, int end) {
+#pragma unroll
+    for (int stage = 1; stage < kStages; ++stage) fetch(stage, begin + stage, end);
   }
 
   /// The next record, once it has arrived. Every other call of wait() is preceded by a release(), except the first two.

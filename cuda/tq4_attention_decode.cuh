@@ -99,7 +99,7 @@ struct Tq4DecodeParams {
   int n_split = 1;
   int n_row_tile = 1;
   float* partial_o = nullptr;                  ///< [n_unit, n_split, 8, head_dim]
-  float2* partial_ml = nullptr;                ///< [n_unit, n_split, 8]: maximum (base 2) and sum
+  float2* partial_ml = nullptr;                ///< [n_unit, n_split, 8]: reference (base 2) and sum of the weights
   unsigned long long* record_count = nullptr;  ///< of visited records; tests only
 };
 static_assert(std::is_trivially_copyable_v<Tq4DecodeParams>);
@@ -165,15 +165,23 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], std::uint32_t a0, std::ui
   return n / of * i + n % of * i / of;
 }
 
-/// What a block works on: rows row0 .. row0 + 7 of a KV head.
+/// What a block works on: rows row0 .. row0 + 7 of a KV head. grid: y = KV head, z = batch * n_row_tile + tile.
 struct Tq4DecodeUnit {
   int batch, head_kv, row0;
-  int n_row;  ///< rows of the KV head in all
+  int n_row;           ///< rows of the KV head in all
+  std::int64_t first;  ///< partial of the first split
+
+  [[nodiscard]] static __device__ __forceinline__ Tq4DecodeUnit here(const Tq4DecodeParams& params) {
+    const auto head = static_cast<int>(blockIdx.y), z = static_cast<int>(blockIdx.z);
+    const int batch = params.n_row_tile == 1 ? z : z / params.n_row_tile;  // divisions cost before the first load
+    return {batch, head, 8 * (z - batch * params.n_row_tile), params.n_query * params.group,
+            (std::int64_t{z} * params.n_head_kv + head) * params.n_split};
+  }
 };
 
-[[nodiscard]] __device__ __forceinline__ Tq4DecodeUnit decode_unit(const Tq4DecodeParams& params, int unit) {
-  const int tile = unit % params.n_row_tile, head = unit / params.n_row_tile;
-  return {head / params.n_head_kv, head % params.n_head_kv, 8 * tile, params.n_query * params.group};
+/// Token of a row of a KV head.
+[[nodiscard]] __device__ __forceinline__ int token_of(const Tq4DecodeParams& params, int row) {
+  return params.n_query == 1 ? 0 : row / params.group;
 }
 
 /// The keys of a call.
@@ -192,7 +200,7 @@ struct Tq4DecodeKeys {
 /// One more than the last key that row `row` may see before any mask; 0 for a row beyond the last.
 [[nodiscard]] __device__ __forceinline__ int key_limit(const Tq4DecodeParams& params, int kv_len, int row) {
   if (row >= params.n_query * params.group) return 0;
-  return params.causal ? max(0, min(kv_len, kv_len - params.n_query + row / params.group + 1)) : kv_len;
+  return params.causal ? max(0, min(kv_len, kv_len - params.n_query + token_of(params, row) + 1)) : kv_len;
 }
 
 /// Reads row `slot` of the unit, zeros beyond the last.
@@ -201,8 +209,9 @@ __device__ __forceinline__ void load_query(const Tq4DecodeParams& params, const 
                                            float (&x)[TTraits::kValues]) {
   const int row = unit.row0 + slot;
   if (row < unit.n_row) {
-    load_values(params.q + unit.batch * params.q_stride[0] + row / params.group * params.q_stride[1] +
-                    (unit.head_kv * params.group + row % params.group) * params.q_stride[2] +
+    const int token = token_of(params, row);
+    load_values(params.q + unit.batch * params.q_stride[0] + token * params.q_stride[1] +
+                    (unit.head_kv * params.group + row - token * params.group) * params.q_stride[2] +
                     static_cast<int>(threadIdx.x & 31) * TTraits::kValues,
                 x);
   } else {
@@ -214,11 +223,11 @@ __device__ __forceinline__ void load_query(const Tq4DecodeParams& params, const 
 /// Rotates row `slot`, scales it by a power of two and stores it as B fragments: 16-byte piece u * 32 + 4 * slot + t
 /// holds the eight dims that word u of lane t of the K codes holds.
 template <class TTraits>
-__device__ __forceinline__ void stage_query(const Tq4DecodeParams& params, float (&x)[TTraits::kValues], int slot,
-                                            unsigned char* q_smem, float* row_scale) {
+__device__ __forceinline__ void stage_query(const Tq4DecodeParams& params, float (&x)[TTraits::kValues],
+                                            std::uint32_t negative, int slot, unsigned char* q_smem, float* row_scale) {
   constexpr int kValues = TTraits::kValues, kHeadDim = TTraits::kHeadDim;
   const int lane = threadIdx.x & 31, dim0 = lane * kValues;
-  rotate_warp<kHeadDim>(params.rotation, x);
+  rotate_warp<kHeadDim>(params.rotation, negative, x);
   float largest = 0.0f;
 #pragma unroll
   for (const float value : x) largest = fmaxf(largest, fabsf(value));
@@ -264,7 +273,8 @@ __device__ __forceinline__ void load_words(const std::uint32_t* source, std::uin
   }
 }
 
-/// Softmax state of a pair's rows 2t and 2t + 1, and of the warp's half of the output dims g and g + 8 of every 16.
+/// Softmax state of a pair's rows 2t and 2t + 1 (m: the reference of the weights, base 2), and of the warp's half of
+/// the output dims g and g + 8 of every 16.
 template <class TTraits>
 struct Tq4DecodeState {
   float m[2], l[2];
@@ -315,7 +325,7 @@ __device__ __forceinline__ void score_record(float (&s)[4], const unsigned char*
 /// records are seen whole, so what this needs is worked out here and not kept in registers.
 __device__ __forceinline__ void hide_tokens(float (&s)[4], const Tq4DecodeParams& params, int first,
                                             const Tq4DecodeThread& at) {
-  const Tq4DecodeUnit unit = decode_unit(params, static_cast<int>(blockIdx.y));
+  const Tq4DecodeUnit unit = Tq4DecodeUnit::here(params);
   const int kv_len = decode_keys(params).kv_len;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
@@ -324,7 +334,7 @@ __device__ __forceinline__ void hide_tokens(float (&s)[4], const Tq4DecodeParams
     const std::uint8_t* mask = nullptr;
     if (params.mask != nullptr && limit > 0) {
       limit = min(limit, static_cast<int>(params.mask_extent));
-      mask = params.mask + (std::int64_t{unit.batch} * params.n_query + row / params.group) * params.mask_extent;
+      mask = params.mask + (std::int64_t{unit.batch} * params.n_query + token_of(params, row)) * params.mask_extent;
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -335,51 +345,51 @@ __device__ __forceinline__ void hide_tokens(float (&s)[4], const Tq4DecodeParams
   }
 }
 
-/// Weights of the 16 tokens of a record: the B fragment of p * norm_v, and the factor of what was summed before.
-struct Tq4Weights {
-  std::uint32_t fragment[2];
-  float alpha[2];
-};
+/// How far (base 2) a score may rise above the reference before the reference follows: weights stay below 2^8.
+inline constexpr float kTq4Slack = 8.0f;
 
-/// New maximum and weights relative to it; takes them into the sums.
+/// Brings the reference of the rows to the maximum of what they have seen, and with it the sums and the output.
 template <class TTraits>
-[[nodiscard]] __device__ __forceinline__ Tq4Weights weigh_tokens(Tq4DecodeState<TTraits>& state, const float (&s)[4],
-                                                                 const float (&v_norm)[2]) {
-  Tq4Weights weights;
-  float reference[2];
+__device__ __forceinline__ void raise_reference(Tq4DecodeState<TTraits>& state, const float (&s)[4]) {
+  float alpha[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     float maximum = fmaxf(s[c], s[2 + c]);
 #pragma unroll
     for (int bit = 4; bit < 32; bit *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, bit));
     maximum = fmaxf(maximum, state.m[c]);
-    reference[c] = maximum == -INFINITY ? 0.0f : maximum;  // (-inf) - (-inf) is not a number
-    weights.alpha[c] = exp2_approx(state.m[c] - reference[c]);
-    state.l[c] *= weights.alpha[c];
+    alpha[c] = maximum == -INFINITY ? 0.0f : exp2_approx(state.m[c] - maximum);  // (-inf) - (-inf) is not a number
     state.m[c] = maximum;
+    state.l[c] *= alpha[c];
   }
+#pragma unroll
+  for (auto& tile : state.o) {
+    tile[0] *= alpha[0], tile[1] *= alpha[1];
+    tile[2] *= alpha[0], tile[3] *= alpha[1];
+  }
+}
+
+/// Weights of the 16 tokens of a record relative to the rows' reference, added to their sums: `fragment` becomes the B
+/// operand p * norm_v. The reference moves only when a score leaves it far below, which a vote finds out: most records
+/// then cost neither the shuffles of a maximum nor a pass over the output.
+template <class TTraits>
+__device__ __forceinline__ void weigh_tokens(Tq4DecodeState<TTraits>& state, const float (&s)[4],
+                                             const float (&v_norm)[2], std::uint32_t (&fragment)[2]) {
+  bool rises = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rises = rises || s[i] > state.m[i & 1] + kTq4Slack;
+  if (__any_sync(~0u, rises)) raise_reference(state, s);
   float p[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    p[i] = exp2_approx(s[i] - reference[i & 1]);
+    const float reference = state.m[i & 1] == -INFINITY ? 0.0f : state.m[i & 1];
+    p[i] = exp2_approx(s[i] - reference);
     state.l[i & 1] += p[i];
     // A token that is hidden must not meet its norm, which may be NaN.
     p[i] = s[i] == -INFINITY ? 0.0f : p[i] * v_norm[i >> 1];
   }
-  weights.fragment[0] = transpose_8x8(pack_bf16(p[0], p[1]));
-  weights.fragment[1] = transpose_8x8(pack_bf16(p[2], p[3]));
-  return weights;
-}
-
-/// Brings the output to the new maximum. Rare after the first records, and exact to leave out.
-template <class TTraits>
-__device__ __forceinline__ void rescale(Tq4DecodeState<TTraits>& state, const Tq4Weights& weights) {
-  if (!__any_sync(~0u, weights.alpha[0] != 1.0f || weights.alpha[1] != 1.0f)) return;
-#pragma unroll
-  for (auto& tile : state.o) {
-    tile[0] *= weights.alpha[0], tile[1] *= weights.alpha[1];
-    tile[2] *= weights.alpha[0], tile[3] *= weights.alpha[1];
-  }
+  fragment[0] = transpose_8x8(pack_bf16(p[0], p[1]));
+  fragment[1] = transpose_8x8(pack_bf16(p[2], p[3]));
 }
 
 /// O^T += V^T weight for the warp's half of the dims.
@@ -428,8 +438,8 @@ struct Tq4TokenNorms {
   }
 };
 
-/// Takes the records [begin, end) of a pair into its state. The scores of the next record are computed while the
-/// softmax of the current one waits for its shuffles, and its halves cross while the values are summed.
+/// Takes the records [begin, end) of a pair into its state. (Computing the scores of the next record before the softmax
+/// of this one was as fast: the other warps fill the gaps, and the memory sets the pace.)
 template <class TTraits>
 __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, const Tq4DecodeParams& params,
                                                typename TTraits::Ring& ring, unsigned char* smem, int begin, int end,
@@ -439,42 +449,31 @@ __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, c
   unsigned char* const scores = smem + TTraits::kScoreOffset + 2048 * at.pair;
   const auto* const scales = reinterpret_cast<const float*>(smem + TTraits::kScaleOffset) + 2 * at.t;
   const float row_scale[2] = {scales[0], scales[1]};
-  const unsigned char* record = ring.wait();
-  float s[4];
-  score_record<TTraits>(s, record, q_smem, at, params.levels);
-  post_scores(s, scores, at, begin);
-  team_sync<64>(1 + at.pair);
-  take_scores(s, scores, at, begin);
-  for (int index = begin;; ++index) {
+  for (int index = begin; index < end; ++index) {
+    const unsigned char* const record = ring.wait();
+    float s[4];
+    score_record<TTraits>(s, record, q_smem, at, params.levels);
+    post_scores(s, scores, at, index);
+    team_sync<64>(1 + at.pair);
+    if (index > begin) ring.release(index - 1, end);
+    take_scores(s, scores, at, index);
     const auto k_norm = Tq4TokenNorms::load(record + tq4_k_norms_offset(kHeadDim), at.g, 1.0f);
     const auto v_norm = Tq4TokenNorms::load(record + tq4_v_norms_offset(kHeadDim), at.g, params.levels.v_weight);
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] *= k_norm.value[i >> 1] * row_scale[i & 1];
     const int first = index * kTq4RecordTokens;
     if (first + kTq4RecordTokens > seen_by_all) hide_tokens(s, params, first, at);
-    if (index + 1 == end) {
-      const Tq4Weights weights = weigh_tokens(state, s, v_norm.value);
-      rescale(state, weights);
-      add_values(state, record, weights.fragment, at, params.levels);
-      return;
-    }
-    const unsigned char* const next = ring.wait();
-    const Tq4Weights weights = weigh_tokens(state, s, v_norm.value);
-    score_record<TTraits>(s, next, q_smem, at, params.levels);
-    post_scores(s, scores, at, index + 1);
-    rescale(state, weights);
-    add_values(state, record, weights.fragment, at, params.levels);
-    team_sync<64>(1 + at.pair);
-    take_scores(s, scores, at, index + 1);
-    ring.release(index, end);
-    record = next;
+    std::uint32_t weights[2];
+    weigh_tokens(state, s, v_norm.value, weights);
+    add_values(state, record, weights, at, params.levels);
   }
 }
 
 /// Merges the pairs of a block in order and leaves the block's partial. Bit p of `live`: pair p had records.
 template <class TTraits>
 __device__ __forceinline__ void merge_pairs(Tq4DecodeState<TTraits>& state, const Tq4DecodeParams& params,
-                                            unsigned char* smem, unsigned live, const Tq4DecodeThread& at) {
+                                            unsigned char* smem, std::int64_t partial, unsigned live,
+                                            const Tq4DecodeThread& at) {
   constexpr int kHeadDim = TTraits::kHeadDim, kPairs = TTraits::kPairs, kStride = TTraits::kMergeStride;
   auto* const ml = reinterpret_cast<float2*>(smem + TTraits::kMlOffset);  // [kPairs, 8]
 #pragma unroll
@@ -483,23 +482,23 @@ __device__ __forceinline__ void merge_pairs(Tq4DecodeState<TTraits>& state, cons
     for (int bit = 4; bit < 32; bit *= 2) state.l[c] += __shfl_xor_sync(~0u, state.l[c], bit);
     if (at.g == 0 && at.half == 0) ml[at.pair * 8 + 2 * at.t + c] = make_float2(state.m[c], state.l[c]);
   }
-  __syncthreads();
-  float maximum[2], factor[2], total[2] = {0.0f, 0.0f};
+  __syncthreads();  // from here on the rings are the merge's memory, too
+  float factor[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    maximum[c] = -INFINITY;
-    for (int p = 0; p < kPairs; ++p) maximum[c] = fmaxf(maximum[c], ml[p * 8 + 2 * at.t + c].x);
-    const float reference = maximum[c] == -INFINITY ? 0.0f : maximum[c];
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) maximum = fmaxf(maximum, ml[p * 8 + 2 * at.t + c].x);
+    const float reference = maximum == -INFINITY ? 0.0f : maximum;
+    factor[c] = exp2_approx(state.m[c] - reference) * params.levels.v_scale;
+    if (threadIdx.x >= 4) continue;
+    float total = 0.0f;
+#pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const float2 part = ml[p * 8 + 2 * at.t + c];
-      total[c] += part.y * exp2_approx(part.x - reference);
+      total += part.y * exp2_approx(part.x - reference);
     }
-    factor[c] = exp2_approx(state.m[c] - reference) * params.levels.v_scale;
-  }
-  const std::int64_t partial = std::int64_t{blockIdx.y} * params.n_split + blockIdx.x;
-  if (threadIdx.x < 4) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) params.partial_ml[partial * 8 + 2 * at.t + c] = make_float2(maximum[c], total[c]);
+    params.partial_ml[partial * 8 + 2 * at.t + c] = make_float2(maximum, total);
   }
   const auto slot = [&](int p) {
     return reinterpret_cast<float*>(smem + p * TTraits::kStages * TTraits::kRecordBytes);
@@ -529,16 +528,22 @@ __device__ __forceinline__ void merge_pairs(Tq4DecodeState<TTraits>& state, cons
   }
 }
 
-/// grid: x = split, y = unit (batch, KV head, eight rows).
+/// grid: x = split, y and z as in Tq4DecodeUnit.
 template <class TTraits>
 __global__ void __launch_bounds__(TTraits::kThreads, TTraits::kBlocksPerSm)
     tq4_decode_kernel(const __grid_constant__ Tq4DecodeParams params) {
   extern __shared__ __align__(128) unsigned char smem[];
-  allow_next_kernel();
-  const Tq4DecodeThread at = Tq4DecodeThread::here();
-  const Tq4DecodeUnit unit = decode_unit(params, static_cast<int>(blockIdx.y));
-  const int slot = static_cast<int>(threadIdx.x) / 32;  // row of q that this warp stages
   constexpr int kWarps = 2 * TTraits::kPairs;
+  const Tq4DecodeThread at = Tq4DecodeThread::here();
+  const Tq4DecodeUnit unit = Tq4DecodeUnit::here(params);
+  const int slot = static_cast<int>(threadIdx.x) / 32;  // row of q that this warp stages
+  // The parameters that the first steps need are read before the wait: the misses of the constant cache, one a line,
+  // then lie beside the end of the kernel before and not one after another behind the copies of this one.
+  std::uint32_t negative = sign_bits<TTraits::kHeadDim>(params.rotation);
+  std::uint32_t touched = params.levels.k_bytes[0] ^ params.levels.v_bytes[1] ^ params.levels.sixteen;
+  asm volatile("" : "+r"(negative), "+r"(touched));
+  wait_for_previous_kernel();
+  allow_next_kernel();
   float x[TTraits::kValues];
   if (slot < 8) load_query<TTraits>(params, unit, slot, x);  // its latency runs beside that of kv_len
   const Tq4DecodeKeys keys = decode_keys(params);
@@ -562,49 +567,103 @@ __global__ void __launch_bounds__(TTraits::kThreads, TTraits::kBlocksPerSm)
   auto* const scales = reinterpret_cast<float*>(smem + TTraits::kScaleOffset);
   for (int row = slot; row < 8; row += kWarps) {
     if (row != slot) load_query<TTraits>(params, unit, row, x);
-    stage_query<TTraits>(params, x, row, q_smem, scales);
+    stage_query<TTraits>(params, x, negative, row, q_smem, scales);
   }
+  ring.start_rest(begin, end);  // not sooner: what the staging still has to fetch would queue behind 26 MB of records
   __syncthreads();
 
   // Keys below this are seen by every row; one beyond the last sees nothing, but is not stored either.
   const int seen_by_all = params.mask != nullptr ? 0 : key_limit(params, keys.kv_len, unit.row0);
   Tq4DecodeState<TTraits> state;
   state.init();
-  if (begin < end) absorb_records<TTraits>(state, params, ring, smem, begin, end, seen_by_all, at);
+  absorb_records<TTraits>(state, params, ring, smem, begin, end, seen_by_all, at);
   if (params.record_count != nullptr && at.half == 0 && at.lane == 0 && end > begin) {
     atomicAdd(params.record_count, static_cast<unsigned long long>(end - begin));
   }
-  unsigned live = 0;
+  unsigned live = 0;  // from the count, not from begin and end: a pair whose records were skipped leaves zeros
 #pragma unroll
   for (int p = 0; p < TTraits::kPairs; ++p) {
     live |= (share(count, p + 1, TTraits::kPairs) > share(count, p, TTraits::kPairs) ? 1u : 0u) << p;
   }
-  __syncthreads();  // the rings become the merge's memory
-  merge_pairs<TTraits>(state, params, smem, live, at);
+  merge_pairs<TTraits>(state, params, smem, unit.first + block, live, at);
 }
 
 inline constexpr int kTq4CombineThreads = 512;
 
-/// Adds the partials of one row in block order, divides, rotates back and stores it. grid: x = row of the unit,
-/// y = unit. Groups of threads take every kGroups-th partial and are added in order.
+/// The result of a row from the sums of its groups [kGroups][head_dim], all threads taking part: a thread a dim. The
+/// Hadamard transform crosses the lanes of a warp by shuffles and the warps through shared memory, as one signed sum.
+template <int kHeadDim, int kGroups>
+__device__ __forceinline__ void finish_row(const RotationParams& rotation, std::uint32_t negative,
+                                           float (&sums)[kGroups][kHeadDim], float total, Bf16* target) {
+  constexpr int kWarps = kHeadDim / 32, kValues = kHeadDim / 32;
+  const int dim = static_cast<int>(threadIdx.x), lane = dim & 31, warp = dim / 32;
+  const bool takes_part = dim < kHeadDim;  // whole warps
+  const float inverse = 1.0f / total;
+  float value = 0.0f;
+  if (takes_part) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) value += sums[g][dim];
+    value *= inverse;
+    if (rotation.kind == RotationKind::kSignedHadamard) {
+#pragma unroll
+      for (int bit = 1; bit < 32; bit *= 2) {
+        value = fmaf((lane & bit) != 0 ? -1.0f : 1.0f, value, __shfl_xor_sync(~0u, value, bit));
+      }
+    }
+    sums[0][dim] = value;  // of this thread's dim alone until the barrier
+  }
+  __syncthreads();
+  if (rotation.kind == RotationKind::kDenseHaar) {
+    if (warp != 0) return;
+    float x[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) x[i] = sums[0][lane * kValues + i];
+    rotate_back_warp<kHeadDim>(rotation, x);
+    if (total == 0.0f) {
+#pragma unroll
+      for (float& zero : x) zero = 0.0f;
+    }
+    store_values(target + lane * kValues, x);
+    return;
+  }
+  if (!takes_part) return;
+  // Bit w of the row: the sign of warp w in the sum, the parity of w & warp.
+  const std::uint32_t row = ((warp & 1) != 0 ? 0xAAAAu : 0u) ^ ((warp & 2) != 0 ? 0xCCCCu : 0u) ^
+                            ((warp & 4) != 0 ? 0xF0F0u : 0u) ^ ((warp & 8) != 0 ? 0xFF00u : 0u);
+  float part[4] = {};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const std::uint32_t other = __float_as_uint(sums[0][w * 32 + lane]);
+    part[w & 3] += __uint_as_float(other ^ ((row << (31 - w)) & 0x80000000u));
+  }
+  value = ((part[0] + part[1]) + (part[2] + part[3])) * rotation.scale;
+  if (((negative >> lane) & 1u) != 0) value = -value;
+  target[dim] = to_bf16(total == 0.0f ? 0.0f : value);  // a row that saw no key gives zeros, and no negative ones
+}
+
+/// Adds the partials of one row in block order, divides, rotates back and stores it. grid: x = row of the unit, y and z
+/// as in Tq4DecodeUnit. Groups of threads take every kGroups-th partial and are added in order.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kTq4CombineThreads)
     tq4_combine_kernel(const __grid_constant__ Tq4DecodeParams params) {
-  constexpr int kColumns = kHeadDim / 4, kGroups = kTq4CombineThreads / kColumns, kValues = kHeadDim / 32;
+  constexpr int kColumns = kHeadDim / 4, kGroups = kTq4CombineThreads / kColumns;
   constexpr int kAhead = kHeadDim == 512 ? 9 : 4;  // partials of a group that are on their way at a time
   __shared__ __align__(16) float sums[kGroups][kHeadDim];
   __shared__ float weights[kTq4MaxSplit];
-  const Tq4DecodeUnit unit = decode_unit(params, static_cast<int>(blockIdx.y));
-  const Tq4DecodeKeys keys = decode_keys(params);
-  const auto slot = static_cast<int>(blockIdx.x);
-  const int row = unit.row0 + slot, warp = static_cast<int>(threadIdx.x) / 32,
-            lane = static_cast<int>(threadIdx.x) & 31;
-  const int group = static_cast<int>(threadIdx.x) / kColumns, dim = static_cast<int>(threadIdx.x) % kColumns * 4;
-  const std::int64_t first = std::int64_t{blockIdx.y} * params.n_split;
+  __shared__ float row_total;
+  const Tq4DecodeUnit unit = Tq4DecodeUnit::here(params);
+  const auto slot = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int row = unit.row0 + slot, lane = thread & 31, group = thread / kColumns, dim = thread % kColumns * 4;
+  const Tq4DecodeKeys keys = decode_keys(params);  // written before the kernel whose end is awaited here
+  const int dim_word = min(thread, kHeadDim - 1) / 32;
+  std::uint32_t negative = params.rotation.negative[dim_word];  // read ahead, like the parameters of the first kernel
+  float scale = params.rotation.scale;
+  asm volatile("" : "+r"(negative), "+f"(scale));
   const auto partial = [&](int split) {
-    return *reinterpret_cast<const float4*>(params.partial_o + ((first + split) * 8 + slot) * kHeadDim + dim);
+    return *reinterpret_cast<const float4*>(params.partial_o + ((unit.first + split) * 8 + slot) * kHeadDim + dim);
   };
   wait_for_previous_kernel();
+  allow_next_kernel();
   if (row >= unit.n_row) return;
 
   float4 part[kAhead];
@@ -612,21 +671,21 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
   for (int i = 0; i < kAhead; ++i) {
     if (group + i * kGroups < keys.n_active) part[i] = partial(group + i * kGroups);
   }
-  float total = 0.0f;
-  if (warp == 0) {
-    float maximum = -INFINITY;
+  if (thread < 32) {
+    float maximum = -INFINITY, total = 0.0f;
     for (int split = lane; split < keys.n_active; split += 32) {
-      maximum = fmaxf(maximum, params.partial_ml[(first + split) * 8 + slot].x);
+      maximum = fmaxf(maximum, params.partial_ml[(unit.first + split) * 8 + slot].x);
     }
     for (int bit = 16; bit > 0; bit /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, bit));
     const float reference = maximum == -INFINITY ? 0.0f : maximum;
     for (int split = lane; split < keys.n_active; split += 32) {
-      const float2 ml = params.partial_ml[(first + split) * 8 + slot];
+      const float2 ml = params.partial_ml[(unit.first + split) * 8 + slot];
       const float weight = exp2_approx(ml.x - reference);
       weights[split] = weight;
       total += weight * ml.y;
     }
     for (int bit = 16; bit > 0; bit /= 2) total += __shfl_xor_sync(~0u, total, bit);
+    if (lane == 0) row_total = total;
   }
   __syncthreads();
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -642,24 +701,10 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
   for (int split = group + kAhead * kGroups; split < keys.n_active; split += kGroups) add(partial(split), split);
   *reinterpret_cast<float4*>(&sums[group][dim]) = sum;
   __syncthreads();
-  if (warp != 0) return;
-  float x[kValues];
-  const float inverse = 1.0f / total;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    x[i] = 0.0f;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) x[i] += sums[g][lane * kValues + i];
-    x[i] *= inverse;
-  }
-  rotate_back_warp<kHeadDim>(params.rotation, x);
-  if (total == 0.0f) {  // a row that saw no key gives zeros, and no negative ones
-#pragma unroll
-    for (float& value : x) value = 0.0f;
-  }
-  store_values(params.out + unit.batch * params.out_stride[0] + row / params.group * params.out_stride[1] +
-                   (unit.head_kv * params.group + row % params.group) * params.out_stride[2] + lane * kValues,
-               x);
+  const int token = token_of(params, row);
+  finish_row<kHeadDim, kGroups>(params.rotation, negative, sums, row_total,
+                                params.out + unit.batch * params.out_stride[0] + token * params.out_stride[1] +
+                                    (unit.head_kv * params.group + row - token * params.group) * params.out_stride[2]);
 }
 
 }  // namespace detail

@@ -36,7 +36,7 @@ struct Tq4DecodePlan {
   dim3 combine_grid{};
   std::int64_t smem_bytes = 0;
   std::int64_t workspace_bytes = 0;
-  bool programmatic = false;  ///< the second kernel may be set up while the first one runs (sm_90)
+  bool programmatic = false;  ///< each kernel may be set up while the one before it ends (sm_90)
 };
 
 /// @throws std::invalid_argument when no configuration fits the device
@@ -58,15 +58,17 @@ struct Tq4DecodePlan {
   }
   const std::int64_t rows = shape.n_query * shape.group(), n_row_tile = (rows + 7) / 8;
   const std::int64_t n_unit = shape.batch * shape.n_head_kv * n_row_tile;
-  require(n_unit <= 65535, who, ": batch * n_head_kv * n_query * group / 8 is ", n_unit, ", need at most 65535");
+  require(shape.n_head_kv <= 65535 && shape.batch * n_row_tile <= 65535, who, ": n_head_kv ", shape.n_head_kv,
+          " and batch * n_query * group / 8 = ", shape.batch * n_row_tile, ", need at most 65535 of each");
   const std::int64_t n_block = std::int64_t{device.sm_count} * plan.tile.blocks_per_sm;
   plan.n_split =
       choice.n_split.value_or(static_cast<int>(std::clamp<std::int64_t>(n_block / n_unit, 1, detail::kTq4MaxSplit)));
   require(plan.n_split >= 1 && plan.n_split <= detail::kTq4MaxSplit, who, ": n_split ", plan.n_split, ", need 1 to ",
           detail::kTq4MaxSplit);
   plan.n_row_tile = static_cast<int>(n_row_tile);
-  plan.grid = dim3(static_cast<unsigned>(plan.n_split), static_cast<unsigned>(n_unit));
-  plan.combine_grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(rows, 8)), static_cast<unsigned>(n_unit));
+  plan.grid = dim3(static_cast<unsigned>(plan.n_split), static_cast<unsigned>(shape.n_head_kv),
+                   static_cast<unsigned>(shape.batch * n_row_tile));
+  plan.combine_grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(rows, 8)), plan.grid.y, plan.grid.z);
   plan.smem_bytes = plan.tile.smem_bytes();
   plan.workspace_bytes = n_unit * plan.n_split * 8 * (shape.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
   plan.programmatic = device.compute_capability >= 90;
@@ -86,19 +88,22 @@ void for_tq4_decode_tile(const Tq4DecodeTile& tile, TBody&& body) {
           "tq4_attention: the tile is not in kTq4DecodeTiles");
 }
 
-/// The second kernel of a decode. With `programmatic` it may begin before the first has ended; it waits inside.
-template <int kHeadDim>
-void launch_tq4_combine(const Tq4DecodePlan& plan, const Tq4DecodeParams& params, cudaStream_t stream) {
+/// Launches a kernel of one parameter. With `programmatic` it may be set up before the kernel in front of it has ended,
+/// for which it waits inside.
+template <class TParams>
+void launch_chained(const char* what, void (*kernel)(TParams), dim3 grid, int n_thread, int smem_bytes,
+                    bool programmatic, const TParams& params, cudaStream_t stream) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = plan.combine_grid;
-  config.blockDim = dim3(kTq4CombineThreads);
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(n_thread));
+  config.dynamicSmemBytes = static_cast<std::size_t>(smem_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = plan.programmatic ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, tq4_combine_kernel<kHeadDim>, params), "tq4_combine_kernel");
+  config.numAttrs = programmatic ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params), what);
 }
 
 template <class TTraits>
@@ -106,8 +111,8 @@ void launch_tq4_decode_kernel(const Tq4DecodePlan& plan, const Tq4DecodeParams& 
   check(cudaFuncSetAttribute(tq4_decode_kernel<TTraits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              TTraits::kSmemBytes),
         "tq4_decode_kernel: shared memory of a block");
-  tq4_decode_kernel<TTraits><<<plan.grid, TTraits::kThreads, TTraits::kSmemBytes, stream>>>(params);
-  check_launch("tq4_decode_kernel");
+  launch_chained("tq4_decode_kernel", tq4_decode_kernel<TTraits>, plan.grid, TTraits::kThreads, TTraits::kSmemBytes,
+                 plan.programmatic, params, stream);
 }
 
 inline void launch_tq4_decode(const Tq4DecodePlan& plan, const Tq4DecodeParams& params, bool byte_levels,
@@ -118,7 +123,8 @@ inline void launch_tq4_decode(const Tq4DecodePlan& plan, const Tq4DecodeParams& 
     } else {
       launch_tq4_decode_kernel<Tq4DecodeTraits<kTile, false>>(plan, params, stream);
     }
-    launch_tq4_combine<kTile.head_dim>(plan, params, stream);
+    launch_chained("tq4_combine_kernel", tq4_combine_kernel<kTile.head_dim>, plan.combine_grid, kTq4CombineThreads, 0,
+                   plan.programmatic, params, stream);
   });
 }
 
