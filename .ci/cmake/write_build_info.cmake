@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # cmake -DSOURCE_DIR= -DOUTPUT= -DBUILD= -DFLAGS= -P: writes the definition of gemma4::experiment::build_info(), and
-# leaves the file alone where nothing changed. Outside a git checkout commit and state stay "unknown".
+# leaves the file alone where nothing changed. Outside a git checkout, as in an unpacked archive of a commit, the commit is
+# the -DARCHIVE_SHA= that the configuration was given (GEMMA4_ARCHIVE_SHA), or "unknown".
 execute_process(COMMAND git -C "${SOURCE_DIR}" rev-parse HEAD OUTPUT_VARIABLE sha RESULT_VARIABLE status ERROR_QUIET
                 OUTPUT_STRIP_TRAILING_WHITESPACE)
 set(dirty unknown)
@@ -12,6 +13,9 @@ if(status EQUAL 0)
   else()
     set(dirty 1)
   endif()
+elseif(ARCHIVE_SHA)
+  set(sha "${ARCHIVE_SHA}")
+  set(dirty 0)
 else()
   set(sha unknown)
 endif()
