@@ -85,24 +85,25 @@ __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t
   }
 }
 
-/// Quantises row `x` of n_group * 32 values with kThreads threads (whole warps, `thread` counts them); all reads are
+/// Quantises row `x` of n_piece * 8 values with kThreads threads (whole warps, `thread` counts them); all reads are
 /// issued before the first use. Null x: zeros.
 template <int kThreads, class TIn>
-__device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activations, int n_group, int thread) {
+__device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activations, int n_group, int n_piece,
+                                             int thread) {
   constexpr int kUnroll = 3;  // 3 * 256 * 8 values: the hidden size of the 31B in one go
-  for (int first = 0; first < 4 * n_group; first += kUnroll * kThreads) {
+  for (int first = 0; first < n_piece; first += kUnroll * kThreads) {
     float values[kUnroll][8];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int piece = first + i * kThreads + thread;
 #pragma unroll
       for (float& value : values[i]) value = 0.0f;
-      if (x != nullptr && piece < 4 * n_group) load_eight(x + 8 * piece, values[i]);
+      if (x != nullptr && piece < n_piece) load_eight(x + 8 * piece, values[i]);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int piece = first + i * kThreads + thread;
-      quantize_eight(values[i], activations, n_group, piece / 4, piece < 4 * n_group);
+      quantize_eight(values[i], activations, n_group, piece / 4, piece < n_piece);
     }
   }
 }

@@ -34,12 +34,13 @@ struct GateUpWeights {
 
 namespace detail {
 
-template <class TOut>
-__global__ void __launch_bounds__(256) gelu_times_kernel(const float* gate, const float* up, std::int64_t count,
+template <class TIn, class TOut>
+__global__ void __launch_bounds__(256) gelu_times_kernel(const TIn* gate, const TIn* up, std::int64_t count,
                                                          std::int64_t width, TOut* out, std::int64_t out_stride) {
   const std::int64_t index = blockIdx.x * std::int64_t{256} + threadIdx.x;
   if (index >= count) return;
-  out[index / width * out_stride + index % width] = from_float<TOut>(gelu_times(gate[index], up[index]));
+  out[index / width * out_stride + index % width] =
+      from_float<TOut>(gelu_times(to_float(gate[index]), to_float(up[index])));
 }
 
 }  // namespace detail
@@ -73,8 +74,9 @@ void gate_up_decode(const View<const TIn, 2>& x, const GateUpWeights& weights, s
   const std::array<View<float, 2>, 2> halves{make_view(scratch.data(), n_token, ffn_hidden),
                                              make_view(scratch.data() + count, n_token, ffn_hidden)};
   quantized_linear_decode<TIn, float>(x, pair, halves, device, stream);
-  detail::gelu_times_kernel<TOut><<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(
-      halves[0].data, halves[1].data, count, ffn_hidden, out.data, out.stride[0]);
+  detail::gelu_times_kernel<<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(
+      static_cast<const float*>(halves[0].data), static_cast<const float*>(halves[1].data), count, ffn_hidden, out.data,
+      out.stride[0]);
   check_launch("gelu_times_kernel");
 }
 

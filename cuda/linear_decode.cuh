@@ -40,7 +40,8 @@ inline constexpr int kLinearThreads = 32 * (kLinearWarps + 1);  ///< and one tha
 inline constexpr int kMaxLinearMatrices = 4;
 inline constexpr int kMaxLinearSlots = 8;
 inline constexpr int kMaxStageRows = 8;
-inline constexpr int kTaskRows = 4;  ///< rows that a lane has under way at a time
+inline constexpr int kTaskRows = 4;  ///< rows that a lane has under way at a time, for more than one token
+inline constexpr int kMaxTasks = (kMaxChunkGroups + 31) / 32;
 
 /// Rows of a stage: 24 KB of the widest chunk for Q4_K, 15 to 23 KB for the others.
 [[nodiscard]] GEMMA4_HD constexpr int stage_rows(TensorType type) {
@@ -62,10 +63,15 @@ struct LinearSmem {
   std::int32_t activations, partials, barriers, total;
 };
 
+/// Groups of a token's activations in shared memory: an even number, so that each token begins at 16 bytes.
+[[nodiscard]] constexpr std::int64_t activation_groups(std::int64_t cols) {
+  return (row_groups(cols) + 1) / 2 * 2;
+}
+
 /// @param n_token as compiled: 1, 2, 4 or 8
 [[nodiscard]] constexpr LinearSmem linear_smem(std::int64_t cols, int n_token, int n_slot, int slot_bytes) {
   const std::int64_t ring = std::int64_t{n_slot} * slot_bytes;
-  const std::int64_t partials = ring + row_groups(cols) * kActivationBytesPerGroup * n_token;
+  const std::int64_t partials = ring + activation_groups(cols) * kActivationBytesPerGroup * n_token;
   const std::int64_t n_task = (chunk_groups(cols) + 31) / 32;
   const std::int64_t barriers = partials + 2 * n_slot * n_task * n_token * kMaxStageRows * 4;
   return {static_cast<std::int32_t>(ring), static_cast<std::int32_t>(partials), static_cast<std::int32_t>(barriers),
@@ -80,7 +86,8 @@ struct LinearParams {
   const void* x;
   std::int64_t x_stride;
   std::int32_t n_token;
-  std::int32_t n_group;      ///< of a row
+  std::int32_t n_piece;      ///< of a row, 8 values each
+  std::int32_t n_group;      ///< of a token in shared memory
   std::int32_t n_chunk;      ///< of a row
   std::int32_t full_groups;  ///< of every chunk but the last
   std::int32_t last_groups;
@@ -100,16 +107,17 @@ static_assert(std::is_trivially_copyable_v<LinearParams>);
   return static_cast<std::int32_t>(static_cast<std::uint32_t>(rows / align) * block / n_block) * align;
 }
 
-/// Walks over the stages of a block: matrix by matrix, some rows at a time, chunk by chunk.
+/// Walks over the stages of a block: matrix by matrix, some rows at a time, chunk by chunk. Keeps what it needs of a
+/// matrix in registers: parameters at an index that is not known at compile time take long to come.
 struct StageCursor {
   const LinearParams* params;
-  int slot = 0, matrix = -1, chunk = 0, row = 0, end = 0;
+  LinearMatrix matrix{};
+  int slot = 0, index = -1, chunk = 0, row = 0, end = 0, step = 0;
   std::uint32_t phase = 0;
 
   __device__ __forceinline__ explicit StageCursor(const LinearParams& p) : params(&p) { next_matrix(); }
-  [[nodiscard]] __device__ __forceinline__ bool done() const { return matrix >= params->n_matrix; }
-  [[nodiscard]] __device__ __forceinline__ TensorType type() const { return params->matrix[matrix].type; }
-  [[nodiscard]] __device__ __forceinline__ int n_row() const { return min(stage_rows(type()), end - row); }
+  [[nodiscard]] __device__ __forceinline__ bool done() const { return index >= params->n_matrix; }
+  [[nodiscard]] __device__ __forceinline__ int n_row() const { return min(step, end - row); }
   [[nodiscard]] __device__ __forceinline__ int groups() const {
     return is_last_chunk() ? params->last_groups : params->full_groups;
   }
@@ -119,18 +127,20 @@ struct StageCursor {
     if (++slot == params->n_slot) slot = 0, phase ^= 1u;
     if (++chunk < params->n_chunk) return;
     chunk = 0;
-    row += stage_rows(type());
+    row += step;
     if (row >= end) next_matrix();
   }
 
  private:
   __device__ __forceinline__ void next_matrix() {
     do {
-      if (++matrix >= params->n_matrix) return;
+      if (++index >= params->n_matrix) return;
       // Mirrored for every other matrix, so that it is not always the same blocks that get a row more.
-      const std::uint32_t block = matrix % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-      row = linear_first_row(params->matrix[matrix].rows, params->row_align, block, gridDim.x);
-      end = linear_first_row(params->matrix[matrix].rows, params->row_align, block + 1, gridDim.x);
+      const std::uint32_t block = index % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+      matrix = params->matrix[index];
+      row = linear_first_row(matrix.rows, params->row_align, block, gridDim.x);
+      end = linear_first_row(matrix.rows, params->row_align, block + 1, gridDim.x);
+      step = stage_rows(matrix.type);
     } while (row >= end);
   }
 };
@@ -175,7 +185,7 @@ inline constexpr int kFullArrivals = 32;
 
 /// The producer warp starts the copies of a stage into its slot.
 __device__ __forceinline__ void copy_stage(const StageCursor& at, std::uint32_t slot, std::uint32_t barrier) {
-  const LinearMatrix& matrix = at.params->matrix[at.matrix];
+  const LinearMatrix& matrix = at.matrix;
   const auto bytes = static_cast<std::uint32_t>(chunk_bytes(matrix.type, at.groups()));
   const std::uint8_t* const from =
       matrix.data + at.row * matrix.row_bytes + std::int64_t{at.chunk} * matrix.chunk_bytes;
@@ -208,19 +218,27 @@ __device__ __forceinline__ void copy_stage(const StageCursor& at, std::uint32_t 
 #endif
 }
 
-/// Sums of four rows over the lanes: lanes 8r hold that of row r. The tree is the same for every row.
-[[nodiscard]] __device__ __forceinline__ float add_lanes(const float (&row)[kTaskRows]) {
+/// Sums of 4 or 8 rows over the lanes: lanes of row r are 32 / kRows neighbours. Each row's tree is the same for both:
+/// lanes 16 apart, then 8, 4, 2, 1.
+template <int kRows>
+[[nodiscard]] __device__ __forceinline__ float add_lanes(const float (&row)[kRows]) {
   const int lane = threadIdx.x & 31;
-  const bool upper = (lane & 16) != 0;
-  float a = upper ? row[2] : row[0], b = upper ? row[3] : row[1];
-  a = __fadd_rn(a, __shfl_xor_sync(~0u, upper ? row[0] : row[2], 16));
-  b = __fadd_rn(b, __shfl_xor_sync(~0u, upper ? row[1] : row[3], 16));
-  const bool odd = (lane & 8) != 0;
-  float sum = odd ? b : a;
-  sum = __fadd_rn(sum, __shfl_xor_sync(~0u, odd ? a : b, 8));
+  float sum[kRows];
 #pragma unroll
-  for (int step = 4; step > 0; step /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
-  return sum;
+  for (int r = 0; r < kRows; ++r) sum[r] = row[r];
+  int step = 16;
+#pragma unroll
+  for (int half = kRows / 2; half > 0; half /= 2, step /= 2) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int r = 0; r < half; ++r) {
+      const float other = __shfl_xor_sync(~0u, upper ? sum[r] : sum[r + half], step);
+      sum[r] = __fadd_rn(upper ? sum[r + half] : sum[r], other);
+    }
+  }
+#pragma unroll
+  for (; step > 0; step /= 2) sum[0] = __fadd_rn(sum[0], __shfl_xor_sync(~0u, sum[0], step));
+  return sum[0];
 }
 
 /// One task: this lane's group of every row of a stage, for all tokens.
@@ -229,14 +247,15 @@ template <TensorType kType, int kTokens>
 __device__ __forceinline__ void multiply_stage(const std::uint8_t* slot, int groups, int group, int n_row,
                                                const LaneActivation (&x)[kTokens], float* partials) {
   using Format = LinearFormat<kType>;
+  constexpr int kRows = kTokens == 1 ? stage_rows(kType) : kTaskRows;
   const int lane = threadIdx.x & 31;
   const int bytes = static_cast<int>(chunk_bytes(kType, groups));
 #pragma unroll
-  for (int first = 0; first < stage_rows(kType); first += kTaskRows) {
+  for (int first = 0; first < stage_rows(kType); first += kRows) {
     if (first > 0 && first >= n_row) break;
-    float sum[kTokens][kTaskRows];
+    float sum[kTokens][kRows];
 #pragma unroll
-    for (int r = 0; r < kTaskRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       // Rows beyond n_row are what an earlier stage left; their sums go nowhere.
       typename Format::Weights weights;
       weights.load(slot + (first + r) * bytes, groups, group);
@@ -246,7 +265,7 @@ __device__ __forceinline__ void multiply_stage(const std::uint8_t* slot, int gro
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const float total = add_lanes(sum[t]);
-      if ((lane & 7) == 0) partials[t * kMaxStageRows + first + lane / 8] = total;
+      if (lane % (32 / kRows) == 0) partials[t * kMaxStageRows + first + lane / (32 / kRows)] = total;
     }
   }
 }
@@ -278,15 +297,21 @@ template <int kTokens>
 __device__ __forceinline__ void finish_stage(const StageCursor& at, const float* partials,
                                              float (&sum)[(kTokens + 3) / 4]) {
   const LinearParams& params = *at.params;
-  const LinearMatrix& matrix = params.matrix[at.matrix];
+  const LinearMatrix& matrix = at.matrix;
   const int lane = threadIdx.x & 31, row = lane % kMaxStageRows, n_task = (at.groups() + 31) / 32;
 #pragma unroll
   for (int i = 0; i < (kTokens + 3) / 4; ++i) {
     const int token = lane / kMaxStageRows + 4 * i;
     float value = at.chunk == 0 ? 0.0f : sum[i];
     if (token < kTokens) {
-      for (int task = 0; task < n_task; ++task) {
-        value = __fadd_rn(value, partials[(task * kTokens + token) * kMaxStageRows + row]);
+      float part[kMaxTasks];  // all loads before the first addition
+#pragma unroll
+      for (int task = 0; task < kMaxTasks; ++task) {
+        part[task] = task < n_task ? partials[(task * kTokens + token) * kMaxStageRows + row] : 0.0f;
+      }
+#pragma unroll
+      for (int task = 0; task < kMaxTasks; ++task) {
+        if (task < n_task) value = __fadd_rn(value, part[task]);
       }
     }
     sum[i] = value;
@@ -333,10 +358,10 @@ __device__ __forceinline__ void quantize_tokens(const LinearParams& params, unsi
     const bool exists = t < params.n_token;
     if (params.x_is_bf16) {
       const Bf16* const x = exists ? static_cast<const Bf16*>(params.x) + t * params.x_stride : nullptr;
-      quantize_row<32 * kLinearWarps>(x, to, params.n_group, threadIdx.x);
+      quantize_row<32 * kLinearWarps>(x, to, params.n_group, params.n_piece, threadIdx.x);
     } else {
       const float* const x = exists ? static_cast<const float*>(params.x) + t * params.x_stride : nullptr;
-      quantize_row<32 * kLinearWarps>(x, to, params.n_group, threadIdx.x);
+      quantize_row<32 * kLinearWarps>(x, to, params.n_group, params.n_piece, threadIdx.x);
     }
   }
 }
@@ -369,7 +394,7 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
     const std::uint8_t* const slot = smem + at.slot * params.slot_bytes;
     wait_at(full + 8 * at.slot, at.phase);
     if (32 * task < groups) {
-      switch (at.type()) {
+      switch (at.matrix.type) {
         case TensorType::kQ4K:
           multiply_stage<TensorType::kQ4K, kTokens>(slot, groups, group, at.n_row(), x, to);
           break;

@@ -37,6 +37,7 @@ struct LinearPlan {
   int n_slot = 0;   ///< stages in flight
   std::int64_t slot_bytes = 0;
   std::int64_t smem_bytes = 0;
+  std::int64_t smem_limit_bytes = 0;  ///< what the kernel is allowed, whatever it uses: one value for all launches
   int n_block = 1;
 };
 
@@ -65,7 +66,7 @@ namespace detail {
 /// @throws std::invalid_argument when not even one token fits into the device's shared memory
 [[nodiscard]] inline LinearPlan plan_linear_decode(std::int64_t cols, std::int64_t n_token,
                                                    std::span<const TensorType> types, const DeviceInfo& device) {
-  LinearPlan plan{.n_block = device.sm_count};
+  LinearPlan plan{.smem_limit_bytes = device.smem_limit_bytes, .n_block = device.sm_count};
   for (const TensorType type : types) {
     const std::int64_t bytes = detail::stage_rows(type) * chunk_bytes(type, chunk_groups(cols));
     plan.slot_bytes = std::max(plan.slot_bytes, (bytes + 127) / 128 * 128);
@@ -90,7 +91,7 @@ namespace detail {
 template <int kTokens>
 void launch_linear_tokens(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
   check(cudaFuncSetAttribute(linear_decode_kernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.smem_bytes)),
+                             static_cast<int>(plan.smem_limit_bytes)),
         "shared memory of linear_decode_kernel");
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -162,7 +163,8 @@ void packed_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> we
   TensorType types[kMaxLinearMatrices] = {};  // no std::array: the code that nvcc writes for the host breaks on it
   params.n_matrix = static_cast<std::int32_t>(weights.size());
   const std::int64_t cols = x.extent[1];
-  params.n_group = static_cast<std::int32_t>(row_groups(cols));
+  params.n_piece = static_cast<std::int32_t>(cols / 8);
+  params.n_group = static_cast<std::int32_t>(activation_groups(cols));
   params.n_chunk = static_cast<std::int32_t>(row_chunks(cols));
   params.full_groups = chunk_groups(cols);
   params.last_groups = groups_of_chunk(cols, params.n_chunk - 1);

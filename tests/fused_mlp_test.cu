@@ -61,8 +61,9 @@ RC_GTEST_PROP(FusedMlpGpu, FusedHasTheBitsOfUnfusedAndBothAgreeWithTheReference,
   const auto type = *rc::gen::element(TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0);
   const std::int64_t cols = 256 * *rc::gen::element<std::int64_t>(1, 2, 5, 21, 43);
   const auto rows = *rc::gen::inRange<std::int64_t>(20, 300), n_token = *rc::gen::inRange<std::int64_t>(1, 9);
-  const OwnedMatrix gate = random_weights(type, rows, cols, *rc::gen::arbitrary<std::uint32_t>(), 0.1f);
-  const OwnedMatrix up = random_weights(type, rows, cols, *rc::gen::arbitrary<std::uint32_t>(), 0.1f);
+  const auto seed = *rc::gen::arbitrary<std::uint32_t>();
+  const OwnedMatrix gate = random_weights(type, rows, cols, seed, 0.1f);
+  const OwnedMatrix up = random_weights(type, rows, cols, seed + 1, 0.1f);
   const std::vector<float> x = random_activations(n_token * cols, *rc::gen::arbitrary<std::uint32_t>());
   const DeviceWeights joined(gate, up), gate_alone(gate), up_alone(up);
   const std::vector<float> fused = gated(x, {.joined = joined.view(), .gate = {}, .up = {}});
