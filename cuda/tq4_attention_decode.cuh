@@ -273,6 +273,10 @@ __device__ __forceinline__ void load_words(const std::uint32_t* source, std::uin
   }
 }
 
+/// Reference of a row that has seen no key. Finite, so that a difference of two of them is a number; a score that low
+/// has no weight beside any other.
+inline constexpr float kTq4NoKey = -1e30f;
+
 /// Softmax state of a pair's rows 2t and 2t + 1 (m: the reference of the weights, base 2), and of the warp's half of
 /// the output dims g and g + 8 of every 16.
 template <class TTraits>
@@ -281,7 +285,7 @@ struct Tq4DecodeState {
   float o[TTraits::kVWords][4];
 
   __device__ __forceinline__ void init() {
-    m[0] = m[1] = -INFINITY;
+    m[0] = m[1] = kTq4NoKey;
     l[0] = l[1] = 0.0f;
 #pragma unroll
     for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
@@ -321,9 +325,10 @@ __device__ __forceinline__ void score_record(float (&s)[4], const unsigned char*
   for (int i = 0; i < 4; ++i) s[i] = (chain[0][i] + chain[1][i]) + (chain[2][i] + chain[3][i]);
 }
 
-/// Gives -inf to the scores of keys that a row does not see: those of the record that begins at key `first`. Most
-/// records are seen whole, so what this needs is worked out here and not kept in registers.
-__device__ __forceinline__ void hide_tokens(float (&s)[4], const Tq4DecodeParams& params, int first,
+/// Gives the score -inf and the norm zero to keys that a row does not see, whose norms may be NaN: those of the record
+/// that begins at key `first`. Most records are seen whole, so what this needs is worked out here and not kept in
+/// registers.
+__device__ __forceinline__ void hide_tokens(float (&s)[4], float (&v_norm)[4], const Tq4DecodeParams& params, int first,
                                             const Tq4DecodeThread& at) {
   const Tq4DecodeUnit unit = Tq4DecodeUnit::here(params);
   const int kv_len = decode_keys(params).kv_len;
@@ -340,7 +345,9 @@ __device__ __forceinline__ void hide_tokens(float (&s)[4], const Tq4DecodeParams
     for (int half = 0; half < 2; ++half) {
       const int key = first + at.g + 8 * half;
       const bool visible = key < limit && (mask == nullptr || mask[key] != 0);
-      if (!visible) s[2 * half + c] = -INFINITY;
+      if (visible) continue;
+      s[2 * half + c] = -INFINITY;
+      v_norm[2 * half + c] = 0.0f;
     }
   }
 }
@@ -358,7 +365,7 @@ __device__ __forceinline__ void raise_reference(Tq4DecodeState<TTraits>& state, 
 #pragma unroll
     for (int bit = 4; bit < 32; bit *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, bit));
     maximum = fmaxf(maximum, state.m[c]);
-    alpha[c] = maximum == -INFINITY ? 0.0f : exp2_approx(state.m[c] - maximum);  // (-inf) - (-inf) is not a number
+    alpha[c] = exp2_approx(state.m[c] - maximum);
     state.m[c] = maximum;
     state.l[c] *= alpha[c];
   }
@@ -374,7 +381,7 @@ __device__ __forceinline__ void raise_reference(Tq4DecodeState<TTraits>& state, 
 /// then cost neither the shuffles of a maximum nor a pass over the output.
 template <class TTraits>
 __device__ __forceinline__ void weigh_tokens(Tq4DecodeState<TTraits>& state, const float (&s)[4],
-                                             const float (&v_norm)[2], std::uint32_t (&fragment)[2]) {
+                                             const float (&v_norm)[4], std::uint32_t (&fragment)[2]) {
   bool rises = false;
 #pragma unroll
   for (int i = 0; i < 4; ++i) rises = rises || s[i] > state.m[i & 1] + kTq4Slack;
@@ -382,11 +389,9 @@ __device__ __forceinline__ void weigh_tokens(Tq4DecodeState<TTraits>& state, con
   float p[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float reference = state.m[i & 1] == -INFINITY ? 0.0f : state.m[i & 1];
-    p[i] = exp2_approx(s[i] - reference);
+    p[i] = exp2_approx(s[i] - state.m[i & 1]);
     state.l[i & 1] += p[i];
-    // A token that is hidden must not meet its norm, which may be NaN.
-    p[i] = s[i] == -INFINITY ? 0.0f : p[i] * v_norm[i >> 1];
+    p[i] *= v_norm[i];
   }
   fragment[0] = transpose_8x8(pack_bf16(p[0], p[1]));
   fragment[1] = transpose_8x8(pack_bf16(p[2], p[3]));
@@ -458,13 +463,14 @@ __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, c
     if (index > begin) ring.release(index - 1, end);
     take_scores(s, scores, at, index);
     const auto k_norm = Tq4TokenNorms::load(record + tq4_k_norms_offset(kHeadDim), at.g, 1.0f);
-    const auto v_norm = Tq4TokenNorms::load(record + tq4_v_norms_offset(kHeadDim), at.g, params.levels.v_weight);
+    const auto v_norms = Tq4TokenNorms::load(record + tq4_v_norms_offset(kHeadDim), at.g, params.levels.v_weight);
+    float v_norm[4] = {v_norms.value[0], v_norms.value[0], v_norms.value[1], v_norms.value[1]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] *= k_norm.value[i >> 1] * row_scale[i & 1];
     const int first = index * kTq4RecordTokens;
-    if (first + kTq4RecordTokens > seen_by_all) hide_tokens(s, params, first, at);
+    if (first + kTq4RecordTokens > seen_by_all) hide_tokens(s, v_norm, params, first, at);
     std::uint32_t weights[2];
-    weigh_tokens(state, s, v_norm.value, weights);
+    weigh_tokens(state, s, v_norm, weights);
     add_values(state, record, weights, at, params.levels);
   }
 }
@@ -486,17 +492,16 @@ __device__ __forceinline__ void merge_pairs(Tq4DecodeState<TTraits>& state, cons
   float factor[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    float maximum = -INFINITY;
+    float maximum = kTq4NoKey;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) maximum = fmaxf(maximum, ml[p * 8 + 2 * at.t + c].x);
-    const float reference = maximum == -INFINITY ? 0.0f : maximum;
-    factor[c] = exp2_approx(state.m[c] - reference) * params.levels.v_scale;
+    factor[c] = exp2_approx(state.m[c] - maximum) * params.levels.v_scale;
     if (threadIdx.x >= 4) continue;
     float total = 0.0f;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const float2 part = ml[p * 8 + 2 * at.t + c];
-      total += part.y * exp2_approx(part.x - reference);
+      total += part.y * exp2_approx(part.x - maximum);
     }
     params.partial_ml[partial * 8 + 2 * at.t + c] = make_float2(maximum, total);
   }
@@ -672,15 +677,14 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
     if (group + i * kGroups < keys.n_active) part[i] = partial(group + i * kGroups);
   }
   if (thread < 32) {
-    float maximum = -INFINITY, total = 0.0f;
+    float maximum = kTq4NoKey, total = 0.0f;
     for (int split = lane; split < keys.n_active; split += 32) {
       maximum = fmaxf(maximum, params.partial_ml[(unit.first + split) * 8 + slot].x);
     }
     for (int bit = 16; bit > 0; bit /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, bit));
-    const float reference = maximum == -INFINITY ? 0.0f : maximum;
     for (int split = lane; split < keys.n_active; split += 32) {
       const float2 ml = params.partial_ml[(unit.first + split) * 8 + slot];
-      const float weight = exp2_approx(ml.x - reference);
+      const float weight = exp2_approx(ml.x - maximum);
       weights[split] = weight;
       total += weight * ml.y;
     }
