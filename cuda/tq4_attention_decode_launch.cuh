@@ -13,6 +13,7 @@
 
 #include "cuda/check.cuh"
 #include "cuda/device_info.cuh"
+#include "cuda/tq4_attention_combine.cuh"
 #include "cuda/tq4_attention_decode.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/attention.hpp"
