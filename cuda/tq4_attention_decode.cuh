@@ -23,8 +23,7 @@
 ///   of the dims, and the two halves are exchanged through shared memory;
 ///   p = 2^(S * norm_k * scale - m), computed by both warps alike;
 ///   O^T [head_dim, 8 rows] += V^T (p * norm_v), bf16; each warp holds half of the dims.
-/// A single warp a record was 15 % slower at long contexts (8 warps of 255 registers do not hide their latencies) and
-/// twice as slow where a block has one record.
+/// A single warp a record (8 warps of 255 registers) took 5 % longer at 131072 keys and 15 % longer at 512.
 /// In the end the pairs of a block are merged in order, each block leaves one partial, and a second kernel adds the
 /// partials in block order, divides, rotates back and stores (tq4_attention_combine.cuh).
 ///
