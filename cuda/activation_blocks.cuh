@@ -38,21 +38,37 @@ struct BlockTail {
   return d;
 }
 
-/// Eight consecutive values from global memory, 16-byte aligned; written by an earlier kernel.
-__device__ __forceinline__ void load_eight(const float* from, float (&x)[8]) {
-  const float4 a = __ldcg(reinterpret_cast<const float4*>(from));
-  const float4 b = __ldcg(reinterpret_cast<const float4*>(from) + 1);
-  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-}
-__device__ __forceinline__ void load_eight(const Bf16* from, float (&x)[8]) {
-  const uint4 words = __ldcg(reinterpret_cast<const uint4*>(from));
-  const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = bit_cast<float>(word[i] << 16);
-    x[2 * i + 1] = bit_cast<float>(word[i] & 0xFFFF0000u);
+/// Eight consecutive values as they lie in global memory, 16-byte aligned; written by an earlier kernel.
+template <class TIn>
+struct EightRaw;
+
+template <>
+struct EightRaw<float> {
+  float4 a, b;
+  __device__ __forceinline__ void load(const float* from) {
+    a = __ldcg(reinterpret_cast<const float4*>(from));
+    b = __ldcg(reinterpret_cast<const float4*>(from) + 1);
   }
-}
+  __device__ __forceinline__ void clear() { a = b = make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
+  __device__ __forceinline__ void values(float (&x)[8]) const {
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+  }
+};
+
+template <>
+struct EightRaw<Bf16> {
+  uint4 words;
+  __device__ __forceinline__ void load(const Bf16* from) { words = __ldcg(reinterpret_cast<const uint4*>(from)); }
+  __device__ __forceinline__ void clear() { words = make_uint4(0, 0, 0, 0); }
+  __device__ __forceinline__ void values(float (&x)[8]) const {
+    const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = bit_cast<float>(word[i] << 16);
+      x[2 * i + 1] = bit_cast<float>(word[i] & 0xFFFF0000u);
+    }
+  }
+};
 
 /// Four neighbouring lanes hold a block, eight values each; every lane of the warp calls. Stores the block.
 __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t* activations, int n_group, int group,
@@ -65,13 +81,16 @@ __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t
   top = max(top, __shfl_xor_sync(~0u, top, 2));
   const float largest = bit_cast<float>(top);
   const bool is_zero = largest < 0x1p-110f, is_bad = top >= 0x7F800000u;
-  const float scale = is_bad ? bit_cast<float>(0x7FC00000u) : is_zero ? 0.0f : __fdiv_rn(largest, 127.0f);
+  const float scale = is_bad ? bit_cast<float>(0x7FC00000u) : is_zero ? 0.0f : __fmul_rn(largest, 1.0f / 127.0f);
   const float inverse = is_zero || is_bad ? 0.0f : __fdiv_rn(127.0f, largest);
-  std::uint32_t word[2] = {0, 0};
+  // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits: its low byte is the code.
+  std::uint32_t bits[8], word[2];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int code = is_bad ? 0 : __float2int_rn(__fmul_rn(x[i], inverse));
-    word[i / 4] |= (static_cast<std::uint32_t>(code) & 0xFFu) << (8 * (i % 4));
+  for (int i = 0; i < 8; ++i) bits[i] = is_bad ? 0u : bit_cast<std::uint32_t>(__fmaf_rn(x[i], inverse, 12582912.0f));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    word[i] = __byte_perm(__byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040),
+                          __byte_perm(bits[4 * i + 2], bits[4 * i + 3], 0x0040), 0x5410);
   }
   int sum = dot4(word[0], 0x01010101u, dot4(word[1], 0x01010101u, 0));
   sum += __shfl_xor_sync(~0u, sum, 1);
@@ -85,25 +104,28 @@ __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t
   }
 }
 
-/// Quantises row `x` of n_piece * 8 values with kThreads threads (whole warps, `thread` counts them); all reads are
-/// issued before the first use. Null x: zeros.
+/// Quantises row `x` of n_piece * 8 values with kThreads threads (whole warps, `thread` counts them). As many reads as
+/// registers hold are issued before the first use: the 21504 values of the widest row of the 31B wait for memory once.
+/// Null x: zeros.
 template <int kThreads, class TIn>
 __device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activations, int n_group, int n_piece,
                                              int thread) {
-  constexpr int kUnroll = 3;  // 3 * 256 * 8 values: the hidden size of the 31B in one go
+  constexpr int kUnroll = sizeof(TIn) == 2 ? 11 : 5;
   for (int first = 0; first < n_piece; first += kUnroll * kThreads) {
-    float values[kUnroll][8];
+    EightRaw<TIn> raw[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int piece = first + i * kThreads + thread;
-#pragma unroll
-      for (float& value : values[i]) value = 0.0f;
-      if (x != nullptr && piece < n_piece) load_eight(x + 8 * piece, values[i]);
+      raw[i].clear();
+      if (x != nullptr && piece < n_piece) raw[i].load(x + 8 * piece);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
+      if (first + i * kThreads >= n_piece) break;
       const int piece = first + i * kThreads + thread;
-      quantize_eight(values[i], activations, n_group, piece / 4, piece < n_piece);
+      float values[8];
+      raw[i].values(values);
+      quantize_eight(values, activations, n_group, piece / 4, piece < n_piece);
     }
   }
 }

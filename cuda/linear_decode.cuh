@@ -368,8 +368,9 @@ __device__ __forceinline__ void quantize_tokens(const LinearParams& params, unsi
 
 template <int kTokens>
 __device__ __forceinline__ void multiply(const LinearParams& params, unsigned char* smem) {
+  // No early start of the next kernel: at this place it cost more (4 % of gate_up, 2 % of a step on the H200) than it
+  // hid.
   wait_for_previous_kernel();
-  allow_next_kernel();
   quantize_tokens<kTokens>(params, smem + params.smem.activations);
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kLinearWarps) : "memory");
   const int n_group = params.n_group, n_task = params.n_task;

@@ -86,7 +86,7 @@ struct LinearBound {
     for (std::size_t k = 0; k < cols; ++k) {
       const double w = std::abs(static_cast<double>(weights.value[n * cols + k]));
       const double parts = static_cast<double>(weights.parts[n * cols + k]);
-      certain += 0.50003 * step[k] * w;  // the code is computed in float: 127 * 3 * 2^-24 beyond a half
+      certain += 0.50005 * step[k] * w;  // step and code are computed in float: 127 * 3 * 2^-23 beyond a half
       squares += step[k] * step[k] * w * w;
       magnitude += parts * (std::abs(static_cast<double>(x[k])) + step[k]);
       tiny += parts * 0x1p-110;  // blocks below it become zero
