@@ -88,7 +88,8 @@ struct Tq4AttentionPlan {
 /// @param workspace at least plan.workspace_bytes, 16-byte aligned; one call at a time may use it
 /// @param work_count counts the records (decode) or key tiles (prefill) that are visited, when given; for tests
 /// @throws std::invalid_argument naming the argument and both values, before any launch
-/// Decode roundings: q and K levels to fp16, V levels, weights times norm_v and the result to bf16; float32 sums.
+/// Decode roundings: q to fp16, levels within 2^-8, weights times norm_v and the result to bf16; float32 sums. Norms of
+/// V are below 2^59.
 inline void tq4_attention(const View<const Bf16, 4>& q, const ConstTq4Records& cache, const Tq4Codec& codec,
                           const AttentionOptions& options, DeviceCount kv_len, const View<Bf16, 4>& out,
                           const Tq4AttentionPlan& plan, std::span<std::byte> workspace, cudaStream_t stream,

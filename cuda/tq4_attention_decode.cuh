@@ -34,9 +34,9 @@
 /// q in fp16: a row is scaled by a power of two to a maximum in [1, 2), so its relative error is that of fp16
 /// (2^-11) wherever its magnitude lies. Codebooks of 16 levels are read as bytes (byte_levels in tq4_layout.cuh, within
 /// 2^-8), others as fp16 (K) and bf16 (V).
-/// With byte levels the norms of V must lie below 2^66: the weights are scaled by 2^60 against the 2^-133 of the
-/// levels. Bytes: 16 (D + 4) a record of 16 tokens, read once per eight rows. The integer pipe is the second roof: 9
-/// operations for 8 values.
+/// With byte levels the norms of V must lie below 2^59: weights (below 2^8) are scaled by 2^60 against the 2^-133 of
+/// the levels. Bytes: 16 (D + 4) a record of 16 tokens, read once per eight rows. The integer pipe is the second roof:
+/// 9 operations for 8 values.
 namespace gemma4::cuda {
 
 /// One compiled configuration of the decode kernel.
