@@ -219,7 +219,7 @@ TEST(Tq4CacheGpu, DenseRotationAgreesWithTheReference) {
   const Tq4CacheBuffer expected = update.expected(reference::Tq4Codec<float>(128, options));
   // 128 products in another order: more values may lie within rounding of a boundary, so count them instead.
   std::int64_t n_differ = 0;
-  for (std::size_t i = 0; i < expected.view().k_codes.size(); ++i) {
+  for (std::int64_t i = 0; i < expected.view().k_codes.size(); ++i) {
     n_differ += actual.view().k_codes.data[i] != expected.view().k_codes.data[i] ? 1 : 0;
   }
   EXPECT_LE(n_differ, 5);

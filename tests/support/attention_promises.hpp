@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numeric>
@@ -154,7 +155,8 @@ void causal_skip_changes_nothing(AttentionCase c) {
 }
 
 /// Promise 3, any chunk size: queries in two pieces, each with the kv_len it then has, give the oracle's result of one
-/// call. Control: the first piece with the kv_len of the whole call does not.
+/// call. Control: the first piece with the kv_len of the whole call does not, wherever the oracle puts the two further
+/// apart than both bounds together (among many keys one more may hide in the rounding of a bf16 device).
 template <class TSubject>
 void any_chunk_size_agrees(AttentionCase c) {
   c.causal = true;
@@ -169,7 +171,14 @@ void any_chunk_size_agrees(AttentionCase c) {
   const std::vector<float> wrong = subject.attend(c.options(), c.kv_len, 0, first);
   const std::vector<float> tail = subject.attend(c.options(), c.kv_len, first, second);
   const std::vector<double> bounds = exact.bounds(subject.rounding(), c.shape.head_dim);
-  RC_ASSERT(!close(wrong, std::span(exact.out).first(wrong.size()), std::span(bounds).first(wrong.size())));
+  const NaiveAttention misplaced =
+      subject.exact([&](std::int64_t, std::int64_t t, std::int64_t j) { return j < c.kv_len - first + t + 1; });
+  bool shows = false;
+  for (std::size_t i = 0; i < wrong.size(); ++i) {
+    shows = shows || std::abs(misplaced.out[i] - exact.out[i]) > 2 * bounds[i];
+  }
+  RC_CLASSIFY(shows, "the control shows");
+  RC_ASSERT(!shows || !close(wrong, std::span(exact.out).first(wrong.size()), std::span(bounds).first(wrong.size())));
   joined.insert(joined.end(), tail.begin(), tail.end());
   rc_require(close(joined, exact.out, bounds));
 }
