@@ -16,11 +16,11 @@
 /// The kernel of quantized_linear for few tokens: weights are read once, in one stream a block.
 ///
 /// A block owns a run of rows, so a contiguous range of memory. Its producer warp copies it, stage by stage (some rows
-/// of one chunk), into a ring of shared memory, and begins as soon as the blocks of the kernel in front have gone, before
-/// what they wrote can be read: the ring holds 50 KB or more, while an SM needs about 30 KB in flight to keep the memory
-/// busy. The other warps first quantise the activations, then take tasks: 32 groups (a lane each) of every row of a stage. The lanes' sums of a row are added by
-/// a tree, the tasks' sums of a row by the producer warp, in order, which also ends the row (activation, softcap,
-/// store).
+/// of one chunk), into a ring of shared memory, and begins as soon as the blocks of the kernel in front have gone,
+/// before what they wrote can be read: the ring holds 50 KB or more, while an SM needs about 30 KB in flight to keep
+/// the memory busy. The other warps first quantise the activations, then take tasks: 32 groups (a lane each) of every
+/// row of a stage. The lanes' sums of a row are added by a tree, the tasks' sums of a row by the producer warp, in
+/// order, which also ends the row (activation, softcap, store).
 ///
 /// The order of every sum depends on the number of columns alone: not on the number of tokens, rows, matrices, blocks
 /// or stages. Work of 8 rows of 32 groups of Q4_K is some 8 * 40 instructions a lane for 4.5 KB.
