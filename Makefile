@@ -27,9 +27,9 @@ test: build ## build everything and run every test
 demo: configure ## a trained model on this host's CPU: what TQ4 costs, in one table
 	cmake --build --preset release -j $(JOBS) --target accuracy generate
 	@mkdir -p $(dir $(DEMO_CSV)) && rm -f $(DEMO_CSV)
-	build/bin/accuracy --model $(NANO)/nano-Q4_K_M.gguf --ids $(NANO)/heldout-ids.u16 \
+	OMP_WAIT_POLICY=passive build/bin/accuracy --model $(NANO)/nano-Q4_K_M.gguf --ids $(NANO)/heldout-ids.u16 \
 	  --recall $(NANO)/recall-public-8192.gguf --contexts $(DEMO_CONTEXTS) --cache bf16,tq4,tq4-peer --out $(DEMO_CSV)
-	build/bin/generate --model $(NANO)/nano-Q4_K_M.gguf --cache tq4 --max-tokens 96 --echo --prompt "$$(printf '$(PROMPT)')"
+	OMP_WAIT_POLICY=passive build/bin/generate --model $(NANO)/nano-Q4_K_M.gguf --cache tq4 --max-tokens 96 --echo --prompt "$$(printf '$(PROMPT)')"
 	@echo; echo "The table above is also in $(DEMO_CSV)."
 
 asan: bootstrap ## tests that read untrusted bytes, under AddressSanitizer and UBSan
