@@ -10,6 +10,7 @@
 
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
+#include "gemma4/nvtx.hpp"
 #include "reference/decoder_layer.hpp"
 #include "reference/embedding.hpp"
 #include "reference/layer_cache.hpp"
@@ -85,8 +86,7 @@ class Backend {
   void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context); }
 
   /// The reference is not profiled.
-  struct NoRange {};
-  [[nodiscard]] NoRange range(const char*) const { return {}; }
+  [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }
 
  private:
   [[nodiscard]] const LayerWeights& weights(std::int64_t layer) const {

@@ -13,9 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "gemma4/block_decode.hpp"
-#include "gemma4/gguf_reader.hpp"
 #include "gemma4/rotation.hpp"
+#include "gemma4/tq4_golden.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
 
@@ -85,34 +84,28 @@ int code_at(const Rows& rows, Eigen::Index row, Eigen::Index i) {
 
 // ---- Golden cases: caches that an independent implementation compressed.
 
-std::vector<float> floats_of(const GgufFile& file, const std::string& name) {
-  const GgufTensor& tensor = file.tensor(name);
-  std::vector<float> values(static_cast<std::size_t>(tensor.size()));
-  decode_row(tensor.type, tensor.data, values);
-  return values;
-}
-
 class Tq4CacheGolden : public testing::TestWithParam<const char*> {
  protected:
-  GgufFile file = GgufFile::open(std::string(GEMMA4_TEST_DATA) + "/tq4/" + GetParam() + ".gguf");
-  std::int64_t head_dim = file.tensor("rotation").row_len();
+  Tq4Golden golden = read_tq4_golden(std::string(GEMMA4_TEST_DATA) + "/tq4/" + GetParam() + ".gguf");
+  std::int64_t head_dim = golden.shape.head_dim;
 
   template <class Scalar>
-  Matrix<Scalar> matrix(const std::string& name, std::int64_t columns) const {
-    const std::vector<float> values = floats_of(file, name);
-    return Eigen::Map<const Matrix<float>>(values.data(), static_cast<Eigen::Index>(values.size()) / columns, columns)
+  Matrix<Scalar> matrix(const std::vector<float>& values) const {
+    return Eigen::Map<const Matrix<float>>(values.data(), static_cast<Eigen::Index>(values.size()) / head_dim, head_dim)
         .template cast<Scalar>();
   }
   template <class Scalar>
-  Tq4Codec<Scalar> codec() const {
-    const Codebook book = codebook_from(floats_of(file, "centroids"), floats_of(file, "boundaries"));
-    return {Rotation<Scalar>::dense(matrix<Scalar>("rotation", head_dim)), book, book, NormKind::kRaw};
+  Matrix<Scalar> rows(CacheSide side) const {
+    return matrix<Scalar>(side == CacheSide::kKey ? golden.k : golden.v);
   }
-  Matrix<std::uint8_t> peer_codes(const std::string& name) const {
-    const std::span<const std::byte> bytes = file.tensor(name).data;
-    return Eigen::Map<const Matrix<std::uint8_t>>(reinterpret_cast<const std::uint8_t*>(bytes.data()),
-                                                  static_cast<Eigen::Index>(bytes.size()) / (head_dim / 2),
-                                                  head_dim / 2);
+  template <class Scalar>
+  Tq4Codec<Scalar> codec() const {
+    return {Rotation<Scalar>::dense(matrix<Scalar>(golden.rotation)), golden.codebook, golden.codebook, NormKind::kRaw};
+  }
+  Matrix<std::uint8_t> peer_codes(CacheSide side) const {
+    const std::vector<std::uint8_t>& bytes = side == CacheSide::kKey ? golden.k_codes : golden.v_codes;
+    return Eigen::Map<const Matrix<std::uint8_t>>(
+        bytes.data(), static_cast<Eigen::Index>(bytes.size()) / (head_dim / 2), head_dim / 2);
   }
 };
 
@@ -145,8 +138,8 @@ TEST_P(Tq4CacheGolden, CodesEqualThePeersAwayFromTies) {
   const auto float_codec = codec<float>();
   const auto double_codec = codec<double>();
   for (const auto& [side, name] : {std::pair{CacheSide::kKey, "k"}, std::pair{CacheSide::kValue, "v"}}) {
-    const auto x = matrix<double>(name, head_dim);
-    const auto peer = peer_codes(std::string(name) + "_packed");
+    const auto x = rows<double>(side);
+    const auto peer = peer_codes(side);
     for (const Rows& ours : {compress(double_codec, side, x), compress<float>(float_codec, side, x.cast<float>())}) {
       const Comparison found = compare(ours, peer, double_codec, x);
       EXPECT_EQ(found.n_unexplained, 0) << name;
@@ -161,10 +154,10 @@ TEST_P(Tq4CacheGolden, CodesEqualThePeersAwayFromTies) {
 
 TEST_P(Tq4CacheGolden, AnotherRotationCodebookOrNibbleOrderShows) {  // negative control
   const auto right = codec<double>();
-  const auto x = matrix<double>("k", head_dim);
-  const auto peer = peer_codes("k_packed");
+  const auto x = rows<double>(CacheSide::kKey);
+  const auto peer = peer_codes(CacheSide::kKey);
   const auto unexplained = [&](const Rows& ours) { return compare(ours, peer, right, x).n_unexplained; };
-  const Matrix<double> transposed = matrix<double>("rotation", head_dim).transpose();
+  const Matrix<double> transposed = matrix<double>(golden.rotation).transpose();
   const Tq4Codec<double> turned(Rotation<double>::dense(transposed), right.k_codebook(), right.v_codebook(),
                                 NormKind::kRaw);
   EXPECT_GT(unexplained(compress(turned, CacheSide::kKey, x)), x.size() / 2);
@@ -182,8 +175,8 @@ TEST_P(Tq4CacheGolden, NormsAreThePeersWithinTheRoundingOfStorage) {
   const Tq4Codec<float> corrected(float_codec.rotation(), float_codec.k_codebook(), float_codec.v_codebook(),
                                   NormKind::kCorrected);
   for (const auto& [side, name] : {std::pair{CacheSide::kKey, "k"}, std::pair{CacheSide::kValue, "v"}}) {
-    const auto x = matrix<float>(name, head_dim);
-    const std::vector<float> peer = floats_of(file, std::string(name) + "_norm");
+    const auto x = rows<float>(side);
+    const std::vector<float>& peer = side == CacheSide::kKey ? golden.k_norm : golden.v_norm;
     std::vector<double> bounds;  // ours is rounded to bf16, and the peer's may be too
     for (const float norm : peer) bounds.push_back(2.0 * kBf16Unit * norm);
     EXPECT_TRUE(close(compress(float_codec, side, x).norms, peer, bounds)) << name;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <string>
@@ -91,10 +92,7 @@ inline std::vector<float> tokens_first(const std::vector<float>& heads_first, co
     throw FormatError(concat(path.string(), ": ", error.what()));
   }
   const auto floats = [&](const char* name, std::int64_t size) { return detail::golden_floats(file, name, size); };
-  golden.codebook.bits = 4;
-  golden.codebook.n_level = 16;
-  std::ranges::copy(floats("centroids", 16), golden.codebook.centroids.begin());
-  std::ranges::copy(floats("boundaries", 15), golden.codebook.boundaries.begin());
+  golden.codebook = codebook_from(floats("centroids", 16), floats("boundaries", 15));
   golden.rotation = floats("rotation", shape.head_dim * shape.head_dim);
   const std::int64_t n_q = shape.n_query * shape.n_head * shape.head_dim;
   const std::int64_t n_row = shape.n_head_kv * shape.buffer_len;
