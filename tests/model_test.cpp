@@ -93,6 +93,21 @@ RC_GTEST_PROP(Model, ChunkLengthsDoNotChangeTheResult, ()) {
   testkit::rc_require(testkit::close(logits_of(backend, tokens, {1}), whole, kRounding), "decode token by token");
 }
 
+TEST(Model, AWindowShortByOneKeyExceedsTheRounding) {  // the control of the property above
+  ModelConfig config = gemma4_tiny();
+  config.window = 5;
+  SmallModel small(config, 3);
+  std::vector<std::int32_t> tokens(30);
+  std::iota(tokens.begin(), tokens.end(), 100);
+  const reference::BackendOptions options{.cache = parse_cache_spec("f32"), .context = 30, .max_chunk = 30};
+  reference::Backend<double> right(small.weights, options);
+  const std::vector<double> whole = logits_of(right, tokens, {30});
+  EXPECT_TRUE(testkit::close(logits_of(right, tokens, {7}), whole, kRounding));
+  small.weights.config.window = 4;
+  reference::Backend<double> wrong(small.weights, options);
+  EXPECT_FALSE(testkit::close(logits_of(wrong, tokens, {7}), whole, 100 * kRounding));
+}
+
 RC_GTEST_PROP(Model, LaterTokensDoNotReachEarlierLogits, ()) {
   const SmallModel small(any_config(), 5);
   auto tokens = any_tokens(small.weights.config, 24);
