@@ -31,6 +31,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/weights.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model_tensors.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/nvtx.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/packed_rows.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/philox.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/platform.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/progress.hpp"

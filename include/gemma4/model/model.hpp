@@ -9,6 +9,7 @@
 
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/sampler.hpp"
 
 /// The model graph, once, for every backend.
 ///
@@ -42,6 +43,14 @@ concept Backend = requires(TBackend& backend, const TBackend& constant, std::spa
   backend.range("prefill");             // a scope that a profiler shows; any type, named and kept by the graph
 };
 
+/// A backend that chooses the next token and feeds it to itself: the host need not know it, so that a step can be
+/// recorded once and replayed. Its position is its own too: it counts the tokens that went through it.
+template <class TBackend>
+concept SelfFeedingBackend = Backend<TBackend> && requires(TBackend& backend, const SamplerSettings& settings) {
+  backend.sample(settings);  // the token after the last one, from row 0 of the last logits
+  backend.embed_sampled();   // that token, at the next position: what embed() does for a token that the host knows
+};
+
 template <Backend TBackend>
 class Model {
  public:
@@ -49,6 +58,7 @@ class Model {
 
   /// Tokens that the caches hold: the position of the next one.
   [[nodiscard]] std::int64_t position() const { return position_; }
+  [[nodiscard]] TBackend& backend() const { return backend_; }
 
   void reset() {
     backend_.reset();
@@ -71,12 +81,7 @@ class Model {
     for (const std::int64_t row : logit_rows) {
       require(row >= 0 && row < n_token, "model: logits of row ", row, ", the chunk has ", n_token);
     }
-    backend_.embed(tokens, position_);
-    for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) run_layer(layer);
-    if (!logit_rows.empty()) {
-      [[maybe_unused]] const auto range = backend_.range("lm_head");
-      backend_.lm_head(logit_rows);
-    }
+    run_graph([&] { backend_.embed(tokens, position_); }, logit_rows);
     position_ += n_token;
   }
 
@@ -104,14 +109,45 @@ class Model {
   /// One token; its logits are the backend's afterwards.
   void decode(std::int32_t token) {
     [[maybe_unused]] const auto range = backend_.range("decode");
-    constexpr std::array<std::int64_t, 1> kFirst = {0};
-    forward(std::span(&token, 1), kFirst);
+    forward(std::span(&token, 1), kFirstRow);
   }
 
- private:
+  /// One step of a backend that feeds itself: the next token from the logits at hand, and that token through the same
+  /// graph, so that its logits are at hand. It can be recorded and replayed, hence nothing is checked and nothing is
+  /// counted here: the caller asks require_room() before and tells advance() after.
+  void enqueue_step(const SamplerSettings& settings) requires SelfFeedingBackend<TBackend> {
+    [[maybe_unused]] const auto range = backend_.range("decode");
+    step("sample", [&] { backend_.sample(settings); });
+    run_graph([&] { backend_.embed_sampled(); }, kFirstRow);
+  }
+
+  /// `n_token` tokens went through the backend by enqueue_step().
+  void advance(std::int64_t n_token) {
+    require_room(n_token);
+    position_ += n_token;
+  }
+
+  /// The last `n_token` tokens never were. The caller knows that the backend's caches can go back so far.
+  void rewind(std::int64_t n_token) {
+    require(n_token >= 0 && n_token <= position_, "model: rewind by ", n_token, " tokens, there are ", position_);
+    position_ -= n_token;
+  }
+
+  /// @throws std::invalid_argument unless n_token more tokens fit the caches
   void require_room(std::int64_t n_token) const {
     require(position_ + n_token <= backend_.context(), "model: the context is full: position ", position_, " + ",
             n_token, " tokens, the caches hold ", backend_.context());
+  }
+
+ private:
+  static constexpr std::array<std::int64_t, 1> kFirstRow = {0};
+
+  /// The steps of a forward pass, whoever knows its tokens.
+  template <class TEmbed>
+  void run_graph(TEmbed&& embed, std::span<const std::int64_t> logit_rows) {
+    step("embed", embed);
+    for (std::int64_t layer = 0; layer < backend_.config().n_layer(); ++layer) run_layer(layer);
+    if (!logit_rows.empty()) step("lm_head", [&] { backend_.lm_head(logit_rows); });
   }
 
   void run_layer(std::int64_t layer) {
