@@ -88,11 +88,11 @@ TEST(MemoryPlan, WeightsOf31B) {
   constexpr std::int64_t kQ4 = 50 * (kSlidingQo + 2 * kSlidingKv) + 10 * kFull + 180 * kMlp - kQ6;
   const auto plan = plan_31b({});
   EXPECT_EQ(plan.bytes("weights_Q4_K"), kQ4 / 256 * 144);
-  // Rows of 5376 take 4410 + 6 bytes, rows of 21504 take 17640 + 8.
-  EXPECT_EQ(plan.bytes("weights_Q6_K"), 25 * 4096LL * 4416 + 30 * 5376LL * 17648);
+  // Rows of 5376 take 4410 + 6 bytes; rows of 21504 are four such chunks.
+  EXPECT_EQ(plan.bytes("weights_Q6_K"), 25 * 4096LL * 4416 + 30 * 5376LL * 4 * 4416);
   EXPECT_EQ(plan.bytes("weights_token_embd"), 262144LL * 4416);
   EXPECT_NEAR(static_cast<double>(plan.bytes("weights_Q4_K")) / 1e9, 14.213, 0.0005);
-  EXPECT_NEAR(static_cast<double>(plan.bytes("weights_Q6_K")) / 1e9, 3.298, 0.0005);
+  EXPECT_NEAR(static_cast<double>(plan.bytes("weights_Q6_K")) / 1e9, 3.301, 0.0005);
   EXPECT_NEAR(static_cast<double>(gemma4::total_bytes(gemma4::model_tensors(gemma4::gemma4_31b()))) / 1e9, 18.67,
               0.005);
 }
@@ -101,7 +101,7 @@ TEST(MemoryPlan, CachesOf31BAt131072) {
   MemoryPlanOptions options;
   EXPECT_EQ(plan_31b(options).bytes("cache_full"), 10LL * 4 * 131072 * (512 + 4)) << "codes of K and V, two norms";
   EXPECT_NEAR(static_cast<double>(plan_31b(options).bytes("cache_full")) / kGiB, 2.520, 0.0005);
-  EXPECT_EQ(plan_31b(options).bytes("cache_sliding"), 50LL * 16 * 1024 * 256 * 2 * 2);
+  EXPECT_EQ(plan_31b(options).bytes("cache_sliding"), 50LL * 16 * (1024 + 64) * 256 * 2 * 2) << "64 to go back";
   options.cache.kind = CacheKind::kBf16;
   EXPECT_EQ(plan_31b(options).bytes("cache_full"), 10 * kGiB);
   options.cache.kind = CacheKind::kF32;
@@ -119,9 +119,9 @@ TEST(MemoryPlan, Tq4CacheOnTheDeviceIsWholeRecordsOf16) {
   }
 }
 
-TEST(MemoryPlan, CudaRunOf31BAt131072FitsIn23GiB) {
+TEST(MemoryPlan, CudaRunOf31BAt131072FitsIn22GiB) {
   const auto plan = plan_31b({});
-  EXPECT_TRUE(plan.fits(23 * kGiB)) << plan.total_bytes();
+  EXPECT_TRUE(plan.fits(22 * kGiB)) << plan.total_bytes();
   EXPECT_FALSE(plan.fits(21 * kGiB)) << "the weights and caches alone exceed it";
   std::int64_t sum = 0;
   for (const auto& buffer : plan.buffers) sum += buffer.bytes;
