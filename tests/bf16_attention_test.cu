@@ -7,31 +7,12 @@
 #include "cuda/stream.cuh"
 #include "reference/bf16_attention.hpp"
 #include "tests/support/attention_promises.hpp"
+#include "tests/support/bf16_values.hpp"
 
 namespace gemma4::cuda {
 namespace {
 
 using namespace gemma4::testkit;
-
-std::vector<Bf16> narrow(const std::vector<float>& values) {
-  std::vector<Bf16> out(values.size());
-  std::transform(values.begin(), values.end(), out.begin(), [](float value) { return to_bf16(value); });
-  return out;
-}
-
-std::vector<float> widen(const std::vector<Bf16>& values) {
-  std::vector<float> out(values.size());
-  std::transform(values.begin(), values.end(), out.begin(), [](Bf16 value) { return to_float(value); });
-  return out;
-}
-
-double cosine(const std::vector<float>& a, const std::vector<double>& b) {
-  double ab = 0, aa = 0, bb = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    ab += a[i] * b[i], aa += static_cast<double>(a[i]) * a[i], bb += b[i] * b[i];
-  }
-  return ab / std::sqrt(aa * bb);
-}
 
 /// bf16 in and out, float32 sums, probabilities in bf16. The tensor cores and ex2.approx are allowed two bits more than
 /// one rounding an operation.
@@ -366,7 +347,7 @@ TEST(Bf16AttentionGpu, RealShapes) {
     // |q_i k_ji| <= 1.7^2 and |v| <= 1.7 bound the magnitudes of every row.
     const double bound = attention_bound(device_rounding(256, 140), r.head_dim, c.scale * r.head_dim * 2.89, 1.7);
     EXPECT_TRUE(close(out, expected, bound)) << c;
-    EXPECT_GE(cosine(out, {expected.begin(), expected.end()}), 0.9999) << c;
+    EXPECT_GE(cosine(out, expected), 0.9999) << c;
   }
 }
 

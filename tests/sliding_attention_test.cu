@@ -10,6 +10,7 @@
 #include "cuda/stream.cuh"
 #include "reference/sliding_attention.hpp"
 #include "tests/support/attention_case.hpp"
+#include "tests/support/bf16_values.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
@@ -19,14 +20,9 @@ namespace {
 
 using testkit::close;
 using testkit::NaiveAttention;
+using testkit::narrow;
 using testkit::rc_require;
 using testkit::refuses;
-
-std::vector<Bf16> narrow(const std::vector<float>& values) {
-  std::vector<Bf16> out(values.size());
-  std::transform(values.begin(), values.end(), out.begin(), [](float value) { return to_bf16(value); });
-  return out;
-}
 
 /// A whole sequence: q [n_token, n_head, head_dim], k and v [n_token, n_head_kv, head_dim].
 struct Sequence {

@@ -4,15 +4,15 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <map>
-#include <memory>
 #include <numeric>
 
 #include "cuda/device_buffer.cuh"
 #include "reference/tq4_attention.hpp"
 #include "tests/support/attention_case.hpp"
+#include "tests/support/bf16_values.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
+#include "tests/support/tq4_device.cuh"
 
 namespace gemma4::cuda {
 namespace {
@@ -21,27 +21,6 @@ using namespace gemma4::testkit;
 using reference::CacheSide;
 using reference::Matrix;
 using reference::Tq4CacheBuffer;
-
-/// Codecs are drawn once: solving a codebook costs more than a small attention.
-template <class TCodec>
-const TCodec& codec_of(std::int64_t head_dim) {
-  static std::map<std::int64_t, std::unique_ptr<TCodec>> codecs;
-  auto& codec = codecs[head_dim];
-  if (!codec) codec = std::make_unique<TCodec>(head_dim, Tq4Options{});
-  return *codec;
-}
-
-std::vector<Bf16> narrow(const float* values, std::int64_t count) {
-  std::vector<Bf16> out(static_cast<std::size_t>(count));
-  std::transform(values, values + count, out.begin(), [](float value) { return to_bf16(value); });
-  return out;
-}
-
-std::vector<float> widen(const std::vector<Bf16>& values) {
-  std::vector<float> out(values.size());
-  std::transform(values.begin(), values.end(), out.begin(), [](Bf16 value) { return to_float(value); });
-  return out;
-}
 
 /// A cache that the reference compressed, its rows in records on the device.
 struct Fixture {
@@ -71,33 +50,13 @@ struct Fixture {
     }
   }
 
-  [[nodiscard]] DeviceBuffer<std::byte> records() const {
-    const AttentionShape& s = c.shape;
-    const auto copy = [](const auto& view) {
-      using T = std::remove_cvref_t<decltype(*view.data)>;
-      return DeviceBuffer<T>(std::span<const T>(view.data, static_cast<std::size_t>(view.size())));
-    };
-    const ConstTq4CacheView host = rows.view();
-    const auto k_codes = copy(host.k_codes), v_codes = copy(host.v_codes);
-    const auto k_norm = copy(host.k_norm), v_norm = copy(host.v_norm);
-    ConstTq4CacheView device = host;
-    device.k_codes.data = k_codes.data(), device.v_codes.data = v_codes.data();
-    device.k_norm.data = k_norm.data(), device.v_norm.data = v_norm.data();
-    DeviceBuffer<std::byte> memory(tq4_cache_bytes(s.batch, s.n_head_kv, s.buffer_len, s.head_dim));
-    memory.fill_bytes(0xFF);
-    tq4_rows_to_records(device, {memory.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim}, nullptr);
-    check(cudaDeviceSynchronize(), "conversion to records");
-    return memory;
-  }
-
   [[nodiscard]] std::vector<float> run(const AttentionOptions& options, std::int64_t kv_len, std::int64_t scratch_limit,
                                        const FlashChoice& choice) const {
     const AttentionShape& s = c.shape;
-    const std::vector<float> values = c.q();
-    const DeviceBuffer<Bf16> q(narrow(values.data(), c.q_size()));
+    const DeviceBuffer<Bf16> q(narrow(c.q()));
     DeviceBuffer<Bf16> out(c.q_size());
     out.fill_bytes(0xFF);
-    const DeviceBuffer<std::byte> memory = records();
+    const DeviceBuffer<std::byte> memory = records_of(rows);
     const Tq4PrefillPlan plan =
         plan_tq4_attention_prefill(s, options, current_device(), s.buffer_len, scratch_limit, choice);
     DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
@@ -115,8 +74,7 @@ struct Fixture {
   [[nodiscard]] std::vector<float> from_parts(const AttentionOptions& options, std::int64_t kv_len,
                                               const FlashChoice& choice) const {
     const AttentionShape& s = c.shape;
-    const std::vector<float> values = c.q();
-    const DeviceBuffer<Bf16> q(narrow(values.data(), c.q_size()));
+    const DeviceBuffer<Bf16> q(narrow(c.q()));
     DeviceBuffer<Bf16> out(c.q_size());
     const auto read = [&](CacheSide side) {
       const ConstTq4CacheView view = rows.view();
@@ -131,7 +89,7 @@ struct Fixture {
                                   decoded.middleRows((b * s.n_head_kv + h) * s.buffer_len, s.buffer_len));
         }
       }
-      return DeviceBuffer<Bf16>(narrow(decoded.data(), decoded.size()));
+      return DeviceBuffer<Bf16>(narrow({decoded.data(), static_cast<std::size_t>(decoded.size())}));
     };
     const DeviceBuffer<Bf16> k = read(CacheSide::kKey), v = read(CacheSide::kValue);
     const auto out_view = make_view(out.data(), s.batch, s.n_query, s.n_head, s.head_dim);
@@ -192,18 +150,10 @@ TEST(Tq4AttentionPrefillGpu, RealShapesAgreeWithTheReference) {
     reference::tq4_attention<float>(make_view(values.data(), 1, r.n_query, 32, 512), fixture.rows.view(),
                                     codec_of<reference::Tq4Codec<float>>(512), c.options(), c.kv_len,
                                     make_view(expected.data(), 1, r.n_query, 32, 512));
-    const auto cosine = [&](const std::vector<float>& a) {
-      double ab = 0, aa = 0, bb = 0;
-      for (std::size_t i = 0; i < a.size(); ++i) {
-        ab += static_cast<double>(a[i]) * expected[i];
-        aa += static_cast<double>(a[i]) * a[i];
-        bb += static_cast<double>(expected[i]) * expected[i];
-      }
-      return ab / std::sqrt(aa * bb);
-    };
-    EXPECT_GE(cosine(out), 0.9999) << c;
+    EXPECT_GE(cosine(out, expected), 0.9999) << c;
     if (r.kv_len > r.n_query) {
-      EXPECT_LT(cosine(fixture.run(c.options(), c.kv_len - c.kv_len / 7, kTq4PrefillScratch, {})), 0.9999) << c;
+      EXPECT_LT(cosine(fixture.run(c.options(), c.kv_len - c.kv_len / 7, kTq4PrefillScratch, {}), expected), 0.9999)
+          << c;
     }
   }
 }
