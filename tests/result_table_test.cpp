@@ -92,17 +92,19 @@ TEST(ResultTable, HeaderIsRunThenParametersThenMeasuresThenStatus) {
   table.row().set("cache", "tq4").set("context", 8192).set("nll", 1.25).commit();
   const auto rows = parse_csv(read_text(folder / "a/b/t.csv"));
   ASSERT_EQ(rows.size(), 2u);
-  const std::vector<std::string> header = {"schema", "experiment", "git_sha",  "git_dirty", "utc",   "gpu",  "sm_count",
-                                           "driver", "cuda",       "compiler", "build",     "flags", "seed", "argv",
-                                           "cache",  "context",    "nll",      "kl_mean",   "status"};
+  const std::vector<std::string> header = {"schema",   "experiment", "git_sha",    "git_dirty", "utc",   "gpu",
+                                           "sm_count", "sm_mhz",     "memory_mhz", "driver",    "cuda",  "compiler",
+                                           "build",    "flags",      "seed",       "argv",      "cache", "context",
+                                           "nll",      "kl_mean",    "status"};
   EXPECT_EQ(rows[0], header);
   ASSERT_EQ(rows[1].size(), header.size());
   EXPECT_EQ(rows[1][1], "accuracy");
   EXPECT_EQ(rows[1][2], "0123456789abcdef");
   EXPECT_TRUE(rows[1][5].starts_with("cpu: ")) << rows[1][5];
-  EXPECT_EQ(rows[1][12], "7");
-  EXPECT_EQ(rows[1][13], "accuracy --cache bf16,tq4 --prompt 'it'\\''s, \"so\"'") << "the command, as a shell takes it";
-  const std::vector<std::string> values(rows[1].begin() + 14, rows[1].end());
+  EXPECT_EQ(rows[1][7] + rows[1][8], "") << "no clocks without a GPU";
+  EXPECT_EQ(rows[1][14], "7");
+  EXPECT_EQ(rows[1][15], "accuracy --cache bf16,tq4 --prompt 'it'\\''s, \"so\"'") << "the command, as a shell takes it";
+  const std::vector<std::string> values(rows[1].begin() + gemma4::kRunColumns.size(), rows[1].end());
   EXPECT_EQ(values, (std::vector<std::string>{"tq4", "8192", "1.25", "", "ok"})) << "not measured is an empty cell";
 }
 
@@ -207,8 +209,8 @@ TEST(ResultTable, NumbersUseADotWhateverTheLocale) {
   EXPECT_NE(control.str().find(','), std::string::npos) << "the locale must be one that would show";
   const auto rows = parse_csv(read_text(folder / "t.csv"));
   ASSERT_EQ(rows.size(), 2u);
-  EXPECT_EQ(rows[1][14], "1234567");
-  EXPECT_EQ(rows[1][15], "1234567.5");
+  EXPECT_EQ(rows[1][gemma4::kRunColumns.size()], "1234567");
+  EXPECT_EQ(rows[1][gemma4::kRunColumns.size() + 1], "1234567.5");
 }
 
 RC_GTEST_PROP(ResultTable, AnyTextComesBackAsOneLine, (const std::vector<std::string>& texts)) {
@@ -222,7 +224,7 @@ RC_GTEST_PROP(ResultTable, AnyTextComesBackAsOneLine, (const std::vector<std::st
     std::string expected = texts[i];
     for (char& c : expected) c = (c == '\n' || c == '\r' || c == '\0') ? ' ' : c;
     RC_ASSERT(rows[i + 1].size() == rows[0].size());
-    RC_ASSERT(rows[i + 1][14] == expected);
+    RC_ASSERT(rows[i + 1][gemma4::kRunColumns.size()] == expected);
   }
 }
 

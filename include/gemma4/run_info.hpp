@@ -31,11 +31,13 @@ struct RunInfo {
   std::string experiment;
   std::string git_sha;
   std::string git_dirty;
-  std::string utc;       ///< start of the run, ISO 8601
-  std::string gpu;       ///< device name; a run without a GPU says "cpu: <model>"
-  std::string sm_count;  ///< multiprocessors of the GPU; hardware threads for a CPU
-  std::string driver;    ///< empty without a GPU
-  std::string cuda;      ///< empty without a GPU
+  std::string utc;         ///< start of the run, ISO 8601
+  std::string gpu;         ///< device name; a run without a GPU says "cpu: <model>"
+  std::string sm_count;    ///< multiprocessors of the GPU; hardware threads for a CPU
+  std::string sm_mhz;      ///< clock of the multiprocessors, measured at the start of the run; empty without a GPU
+  std::string memory_mhz;  ///< clock of the GPU's memory as the driver names it; empty without a GPU
+  std::string driver;      ///< empty without a GPU
+  std::string cuda;        ///< empty without a GPU
   std::string compiler;
   std::string build;
   std::string flags;
@@ -97,7 +99,7 @@ struct RunInfo {
   return text;
 }
 
-/// Describes a run on this processor. A driver that uses a GPU overwrites gpu, sm_count, driver and cuda.
+/// Describes a run on this processor. A driver that uses a GPU overwrites what describes the device.
 /// argv[0] is shortened to the program's name, so that a row does not depend on where it was built.
 [[nodiscard]] inline RunInfo run_info(std::string experiment, int argc, const char* const* argv, std::uint64_t seed,
                                       const BuildInfo& build = {}) {
