@@ -29,6 +29,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/qkv_prologue.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/quantized_linear.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/record_ring.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/residual_norm.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/ring_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/rms_norm.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/rope.cuh"

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cuda_runtime_api.h>
+
+#include "cuda/check.cuh"
+
 /// The two instructions by which consecutive kernels of a stream overlap, when the later one is launched with the
 /// attribute "programmatic stream serialization". Nothing before sm_90, where kernels then run one after another.
 /// Source: the PTX ISA, "griddepcontrol".
@@ -18,6 +22,23 @@ __device__ __forceinline__ void allow_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+/// Launches `kernel`; with `overlap` it may be set up while the kernel before it in the stream still runs, and has to
+/// wait for it itself. `overlap` is for sm_90 and later.
+template <class... TParams, class... TArgs>
+void launch_in_chain(const char* what, void (*kernel)(TParams...), dim3 grid, dim3 block, cudaStream_t stream,
+                     bool overlap, const TArgs&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, TParams(arguments)...), what);
 }
 
 }  // namespace gemma4::cuda::detail
