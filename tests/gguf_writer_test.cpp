@@ -282,6 +282,46 @@ TEST(GgufWriter, RefusesDataOutOfOrderOrOfAnotherSize) {
   EXPECT_EQ(GgufFile::open(dir.file("f.gguf")).tensor("b").data[0], std::byte{2});
 }
 
+RC_GTEST_PROP(GgufWriter, PiecesInAnyOrderGiveTheFileOfTheStream, ()) {
+  const TempDir dir;
+  const auto n_tensor = *rc::gen::inRange(1, 4);
+  std::vector<std::vector<std::byte>> data;
+  for (int t = 0; t < n_tensor; ++t) data.push_back(filled(static_cast<std::size_t>(*rc::gen::inRange(1, 100)), t + 1));
+  GgufWriter stream(dir.file("stream.gguf")), placed(dir.file("placed.gguf"));
+  for (GgufWriter* writer : {&stream, &placed}) {
+    writer->set("general.architecture", "golden");
+    for (std::size_t t = 0; t < data.size(); ++t) {
+      writer->add_tensor(std::to_string(t), TensorType::kI8, {static_cast<std::int64_t>(data[t].size())});
+    }
+  }
+  placed.place();
+  for (std::size_t t = data.size(); t-- > 0;) {  // from the last byte to the first
+    const auto cut = static_cast<std::size_t>(*rc::gen::inRange<int>(0, static_cast<int>(data[t].size()) + 1));
+    placed.write_at(t, cut, std::span(data[t]).subspan(cut));
+    placed.write_at(t, 0, std::span(data[t]).first(cut));
+  }
+  for (std::size_t t = 0; t < data.size(); ++t) stream.append(std::to_string(t), data[t]);
+  stream.finish();
+  placed.finish();
+  RC_ASSERT(contents(dir.file("stream.gguf")) == contents(dir.file("placed.gguf")));
+}
+
+TEST(GgufWriter, RefusesAPlacedFileWithAHole) {
+  const TempDir dir;
+  GgufWriter writer(dir.file("f.gguf"));
+  writer.add_tensor("a", TensorType::kI8, {4});
+  EXPECT_NE(refusal([&] { writer.write_at(0, 0, filled(4, 1)); }), "");
+  writer.place();
+  EXPECT_NE(refusal([&] { writer.append("a", filled(4, 1)); }), "");
+  EXPECT_EQ(refusal([&] { writer.write_at(0, 2, filled(3, 1)); }), "tensor 'a': bytes 2 to 5, it has 4");
+  EXPECT_NE(refusal([&] { writer.write_at(1, 0, filled(1, 1)); }), "");
+  writer.write_at(0, 1, filled(3, 1));
+  EXPECT_NE(refusal([&] { writer.finish(); }).find("3 bytes of tensors written, expected 4"), std::string::npos);
+  writer.write_at(0, 0, filled(1, 1));
+  writer.finish();
+  EXPECT_EQ(GgufFile::open(dir.file("f.gguf")).tensor("a").data[3], std::byte{1});
+}
+
 TEST(GgufWriter, RefusesATargetThatIsNoFile) {
   const TempDir dir;
   EXPECT_NE(refusal([&] { GgufWriter writer(dir.file(".")); }).find("expected a regular file or none"),

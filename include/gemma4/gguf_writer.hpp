@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -35,6 +36,8 @@ namespace gemma4 {
 ///   writer.add_tensor("ids", TensorType::kI32, {4096});
 ///   writer.append("ids", std::as_bytes(std::span(ids)));
 ///   writer.finish();
+///
+/// A model that threads make piece by piece in any order is written by place() and write_at() in place of append().
 ///
 /// Errors: std::invalid_argument for what the caller did wrong, std::system_error naming the path when the system
 /// refuses a write; after the latter the file can only be abandoned.
@@ -105,6 +108,7 @@ class GgufWriter {
   /// Appends a piece of the tensor `name`, which must be the first one that is not yet complete.
   void append(std::string_view name, std::span<const std::byte> bytes) {
     require(!failed_, path_.string(), ": an earlier write failed");
+    require(!is_placed_, "tensor '", name, "': appended after place(), which leaves write_at() alone");
     if (!header_written_) write_header();
     require(current_ < tensors_.size(), "tensor '", name, "': all ", tensors_.size(), " tensors are complete already");
     const Tensor& tensor = tensors_[current_];
@@ -120,12 +124,46 @@ class GgufWriter {
     current_bytes_ = 0;
   }
 
+  /// Gives every tensor its place in the file, at the full length of the file; from here on write_at() alone.
+  void place() {
+    require(!header_written_, path_.string(), ": placed after the first data");
+    write_header();
+    flush();
+    is_placed_ = true;
+    if (::ftruncate(descriptor_, static_cast<off_t>(data_begin_ + data_bytes_)) != 0) fail("extend");
+  }
+
+  /// Writes bytes of the tensor declared as number `index`, from its byte `offset` on. Any thread may call this at any
+  /// time; the caller sees to it that each byte is written once, finish() only counts them.
+  void write_at(std::size_t index, std::uint64_t offset, std::span<const std::byte> bytes) {
+    require(is_placed_, path_.string(), ": write_at() before place()");
+    require(!failed_, path_.string(), ": an earlier write failed");
+    require(index < tensors_.size(), "tensor number ", index, ": there are ", tensors_.size());
+    const Tensor& tensor = tensors_[index];
+    require(offset <= tensor.bytes && bytes.size() <= tensor.bytes - offset, "tensor '", tensor.name, "': bytes ",
+            offset, " to ", offset + bytes.size(), ", it has ", tensor.bytes);
+    std::uint64_t at = data_begin_ + tensor.offset + offset;
+    placed_bytes_ += bytes.size();
+    while (!bytes.empty()) {
+      const ssize_t written = ::pwrite(descriptor_, bytes.data(), bytes.size(), static_cast<off_t>(at));
+      if (written < 0 && errno == EINTR) continue;
+      if (written < 0) fail("write");
+      at += static_cast<std::uint64_t>(written);
+      bytes = bytes.subspan(static_cast<std::size_t>(written));
+    }
+  }
+
   /// Completes the file under its own name.
   void finish() {
     require(!finished_, path_.string(), ": finished twice");
     require(!failed_, path_.string(), ": an earlier write failed");
     if (!header_written_) write_header();
-    if (current_ < tensors_.size()) {
+    if (is_placed_) {
+      std::uint64_t expected = 0;
+      for (const Tensor& tensor : tensors_) expected += tensor.bytes;
+      require(placed_bytes_ == expected, path_.string(), ": ", placed_bytes_.load(),
+              " bytes of tensors written, expected ", expected);
+    } else if (current_ < tensors_.size()) {
       const Tensor& tensor = tensors_[current_];
       require(false, "tensor '", tensor.name, "': ", current_bytes_, " bytes appended, expected ", tensor.bytes);
     }
@@ -200,6 +238,7 @@ class GgufWriter {
       put(header, tensor.offset);
     }
     header.resize(padded(header.size()), '\0');
+    data_begin_ = header.size();
     write(std::as_bytes(std::span(header)));
   }
 
@@ -239,14 +278,17 @@ class GgufWriter {
   int descriptor_ = -1;
   bool header_written_ = false;
   bool finished_ = false;
-  bool failed_ = false;
+  std::atomic<bool> failed_ = false;
+  bool is_placed_ = false;
   std::string keys_;  ///< encoded
   std::set<std::string, std::less<>> key_names_;
   std::vector<Tensor> tensors_;
   std::set<std::string, std::less<>> tensor_names_;
   std::uint64_t data_bytes_ = 0;
-  std::size_t current_ = 0;          ///< tensor that is being written
-  std::uint64_t current_bytes_ = 0;  ///< of it
+  std::size_t current_ = 0;                      ///< tensor that is being written
+  std::uint64_t current_bytes_ = 0;              ///< of it
+  std::uint64_t data_begin_ = 0;                 ///< in the file
+  std::atomic<std::uint64_t> placed_bytes_ = 0;  ///< by write_at()
   std::vector<std::byte> buffer_;
 };
 

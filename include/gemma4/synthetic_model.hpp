@@ -2,11 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <filesystem>
 #include <functional>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -174,18 +177,64 @@ inline void set_vocabulary_keys(GgufWriter& writer, std::int64_t vocab) {
   writer.set("tokenizer.ggml.add_space_prefix", false);
 }
 
+/// Runs body(i) for i in [0, count) on all threads, in no particular order; where the compiler has no OpenMP, on one.
+/// The first exception ends the loop and is thrown on.
+template <class TBody>
+void for_each_in_parallel(std::int64_t count, TBody&& body) {
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  std::atomic<bool> failed = false;
+  const auto guarded = [&](std::int64_t i) {
+    if (failed) return;
+    try {
+      body(i);
+    } catch (...) {
+      const std::scoped_lock lock(error_mutex);
+      if (!error) error = std::current_exception();
+      failed = true;
+    }
+  };
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic)
+#endif
+  for (std::int64_t i = 0; i < count; ++i) guarded(i);
+  if (error) std::rethrow_exception(error);
+}
+
+/// Rows of a tensor that one thread makes at a time.
+struct SyntheticPiece {
+  std::size_t tensor = 0;
+  std::int64_t first_row = 0;
+  std::int64_t n_row = 0;
+};
+
+/// Pieces of about `piece_bytes`, at least one row each.
+[[nodiscard]] inline std::vector<SyntheticPiece> synthetic_pieces(const std::vector<ModelTensor>& tensors,
+                                                                  std::int64_t piece_bytes) {
+  std::vector<SyntheticPiece> pieces;
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    const std::int64_t rows = tensors[t].rows();
+    const std::int64_t step = std::max<std::int64_t>(1, piece_bytes / row_bytes(tensors[t].type, tensors[t].row_len()));
+    for (std::int64_t first = 0; first < rows; first += step) {
+      pieces.push_back({.tensor = t, .first_row = first, .n_row = std::min(step, rows - first)});
+    }
+  }
+  return pieces;
+}
+
 }  // namespace detail
 
 /// Writes the model to `path`: all of it or nothing. The file depends on config and options alone, not on the number of
-/// threads. Holds one piece of 16 MiB (at least one row) whatever the size of the model.
-/// @param on_progress called with the bytes of tensor data written so far, of total_bytes(model_tensors(config, only))
+/// threads, which make and write pieces of 1 MiB (at least one row) side by side: a thread's piece is all that it
+/// holds, and the rate grows with the cores as long as the file system takes it.
+/// @param on_progress called with the bytes of tensor data written so far, of total_bytes(model_tensors(config, only));
+///        by one thread at a time
 /// @throws std::invalid_argument for a config that no backend can run, rows that do not divide into blocks, a
 ///         vocabulary too small for its control tokens, or too little free space
 inline void write_synthetic_model(const std::filesystem::path& path, const ModelConfig& config,
                                   const SyntheticOptions& options = {},
                                   const std::function<void(std::int64_t)>& on_progress = {}) {
-  constexpr std::int64_t kPieceBytes = std::int64_t{16} << 20;
-  [[maybe_unused]] constexpr std::size_t kParallelBytes = std::size_t{1} << 20;  // less is done before threads wake
+  constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
   const std::vector<ModelTensor> tensors = model_tensors(config, options.only);
   const std::uint32_t file_type = detail::file_type_number(options.only);
   const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
@@ -197,29 +246,28 @@ inline void write_synthetic_model(const std::filesystem::path& path, const Model
   detail::set_model_keys(writer, config, file_type);
   detail::set_vocabulary_keys(writer, config.vocab);
   for (const ModelTensor& tensor : tensors) writer.add_tensor(tensor.name, tensor.type, tensor.dims);
+  writer.place();
 
   const detail::SyntheticModel model(config, options);
-  std::vector<std::byte> piece;
+  const std::vector<detail::SyntheticPiece> pieces = detail::synthetic_pieces(tensors, kPieceBytes);
+  std::mutex progress_mutex;
   std::int64_t n_written = 0;
-  for (const ModelTensor& tensor : tensors) {
+  detail::for_each_in_parallel(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i) {
+    const detail::SyntheticPiece& piece = pieces[static_cast<std::size_t>(i)];
+    const ModelTensor& tensor = tensors[piece.tensor];
     const std::int64_t bytes_a_row = row_bytes(tensor.type, tensor.row_len());
-    const std::int64_t piece_rows = std::max<std::int64_t>(1, kPieceBytes / bytes_a_row);
-    for (std::int64_t first = 0; first < tensor.rows(); first += piece_rows) {
-      const std::int64_t count = std::min(piece_rows, tensor.rows() - first);
-      piece.resize(static_cast<std::size_t>(count * bytes_a_row));
-#if defined(_OPENMP)  // one thread where the compiler has no OpenMP: the same bytes, later
-#pragma omp parallel for schedule(static) if (piece.size() >= kParallelBytes)
-#endif
-      for (std::int64_t row = 0; row < count; ++row) {
-        model.fill_row(tensor, first + row,
-                       std::span(piece).subspan(static_cast<std::size_t>(row * bytes_a_row),
-                                                static_cast<std::size_t>(bytes_a_row)));
-      }
-      writer.append(tensor.name, piece);
-      n_written += static_cast<std::int64_t>(piece.size());
-      if (on_progress) on_progress(n_written);
+    thread_local std::vector<std::byte> bytes;
+    bytes.resize(static_cast<std::size_t>(piece.n_row * bytes_a_row));
+    for (std::int64_t row = 0; row < piece.n_row; ++row) {
+      model.fill_row(
+          tensor, piece.first_row + row,
+          std::span(bytes).subspan(static_cast<std::size_t>(row * bytes_a_row), static_cast<std::size_t>(bytes_a_row)));
     }
-  }
+    writer.write_at(piece.tensor, static_cast<std::uint64_t>(piece.first_row * bytes_a_row), bytes);
+    const std::scoped_lock lock(progress_mutex);
+    n_written += static_cast<std::int64_t>(bytes.size());
+    if (on_progress) on_progress(n_written);
+  });
   writer.finish();
 }
 
