@@ -49,11 +49,14 @@ inline void require_logits(std::span<const float> logits) {
 
   const double temperature = settings.temperature;
   const auto scaled = [&](std::int32_t i) { return static_cast<double>(logit(i)) / temperature; };
-  std::vector<double> sums;
-  double sum = 0;
-  for (const std::int32_t i : kept) sums.push_back(sum += std::exp(scaled(i) - scaled(kept.front())));
-  const double wanted = static_cast<double>(settings.top_p) * sum;
-  const auto enough = std::find_if(sums.begin(), sums.end(), [&](double reached) { return reached >= wanted; });
+  std::vector<std::uint64_t> sums;
+  std::uint64_t sum = 0;
+  for (const std::int32_t i : kept) {
+    sums.push_back(sum += sampler_mass(scaled(i), scaled(kept.front()), static_cast<std::int64_t>(logits.size())));
+  }
+  const double wanted = static_cast<double>(settings.top_p) * static_cast<double>(sum);
+  const auto enough = std::find_if(sums.begin(), sums.end(),
+                                   [&](std::uint64_t reached) { return static_cast<double>(reached) >= wanted; });
   kept.resize(static_cast<std::size_t>(enough - sums.begin()) + 1);
   return kept;
 }
