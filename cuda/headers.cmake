@@ -35,6 +35,8 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/rope.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/rotation.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/row_norm.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/sampler.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/sampler_select.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/stream.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tensor_copy.cuh"
