@@ -2,6 +2,7 @@
 # Written by .ci/list-headers and held against the folder by .ci/check-rooms.
 set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/activation_blocks.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/backend.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/check.cuh"
@@ -17,6 +18,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/flash_wgmma_512.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/fused_mlp.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/kernel_chain.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/layer_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/linear_decode.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/linear_dot.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/linear_prefill.cuh"
@@ -26,6 +28,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/nvtx.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/pinned_buffer.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/plain_linear.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/profile.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/qkv_prologue.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/quantized_linear.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/record_ring.cuh"
@@ -37,6 +40,8 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/row_norm.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sampler.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sampler_select.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/sequence_state.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/session.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/stream.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tensor_copy.cuh"

@@ -83,6 +83,17 @@ class Backend {
                    [](Scalar logit) { return static_cast<float>(logit); });
   }
 
+  /// The residual stream [n_token, hidden] as it stands after the last step, with what is pending added; between two
+  /// layers, for comparisons.
+  void copy_residual(std::span<float> out) const {
+    require(static_cast<Eigen::Index>(out.size()) == x_.size(), "backend: room for ", out.size(),
+            " values of the residual stream, need ", x_.size());
+    Matrix<Scalar> x = x_;
+    Pending<Scalar> pending = pending_;
+    finish_residual(x, pending, config().rms_epsilon);
+    std::transform(x.data(), x.data() + x.size(), out.begin(), [](Scalar value) { return static_cast<float>(value); });
+  }
+
   void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context); }
 
   /// The reference is not profiled.

@@ -100,7 +100,6 @@ namespace detail {
 /// The activations of a chunk that takes the path of decoding, in bytes; each begins at kDeviceAlignment.
 struct DecodeActivations {
   std::int64_t residual_out = 0;  ///< f32, the residual stream that a fused prologue writes beside the one it reads
-  std::int64_t normed = 0;        ///< f32
   std::int64_t pending = 0;       ///< f32
   std::int64_t qkv = 0;           ///< f32, as projected
   std::int64_t attended = 0;      ///< bf16: q, then the result of attention
@@ -109,7 +108,7 @@ struct DecodeActivations {
   std::int64_t gate_up = 0;       ///< f32, for layers whose gate and up have different types
 
   [[nodiscard]] std::int64_t total() const {
-    return residual_out + normed + pending + qkv + attended + fresh + activation + gate_up;
+    return residual_out + pending + qkv + attended + fresh + activation + gate_up;
   }
 };
 
@@ -126,9 +125,7 @@ struct QkvWidths {
     const AttentionConfig& attention = config.attention(layer);
     widths.q = std::max(widths.q, config.n_head * attention.head_dim);
     widths.kv = std::max(widths.kv, attention.n_head_kv * attention.head_dim);
-    // A full layer has no V projection: its V is its K, once more.
-    const std::int64_t n_kv_matrix = config.sliding_layer(layer) ? 2 : 1;
-    widths.all = std::max(widths.all, (config.n_head + n_kv_matrix * attention.n_head_kv) * attention.head_dim);
+    widths.all = std::max(widths.all, (config.n_head + 2 * attention.n_head_kv) * attention.head_dim);
   }
   return widths;
 }
@@ -144,7 +141,6 @@ struct QkvWidths {
     return detail::round_up(n_token * width * size, kDeviceAlignment);
   };
   return {.residual_out = bytes(config.hidden, kF32),
-          .normed = bytes(config.hidden, kF32),
           .pending = bytes(config.hidden, kF32),
           .qkv = bytes(widths.all, kF32),
           .attended = bytes(widths.q, kBf16),
@@ -240,13 +236,16 @@ class MemoryPlanner {
                "max(largest matrix of a layer, K and V of one full-attention head) x bf16, decoded for a chunk");
     add("attention_partials", 16 * kMiB, "of keys that are split over blocks");
     add_device("logits", rows * config_.vocab * kF32, concat(rows, " rows x vocab x f32"));
-    add_device("logit_rows", rows * hidden * kF32, concat(rows, " rows x hidden x f32"));
+    add_device("logit_rows", rows * hidden * kBf16, concat(rows, " rows x hidden x bf16"));
     add("decode_activations", decode_activations(config_, options_.chunk).total(),
         concat("of up to ", kDecodeChunk, " tokens that take the path of decoding"));
-    add_device("tokens", t * 4 + kDeviceAlignment + options_.context,
-               "ids of a chunk, the state of decoding, and a mask of the context for runs without kv_len");
+    add_device("tokens", 2 * round_up(t * 4, kDeviceAlignment) + kDeviceAlignment + options_.context,
+               "ids and positions of a chunk, the state of decoding, a mask of the context for runs without kv_len");
     add("sampler_workspace", kMiB, "candidates of the sampler");
     add("gemm_workspace", 32 * kMiB, "of the GEMM library");
+    if (is_tq4 && options_.cache.tq4.rotation == RotationKind::kDenseHaar && config_.n_full_layer() > 0) {
+      add("rotation", 2 * config_.full.head_dim * config_.full.head_dim * kF32, "dense, and its transpose, f32");
+    }
     add("cuda_context", 460 * kMiB, "driver, modules and graphs; assumed, measure it");
   }
 

@@ -66,8 +66,10 @@ class Model {
   }
 
   /// One chunk through the model. Logits of rows `logit_rows` (indices into the chunk) are the backend's afterwards.
+  /// `on_layer(layer)` is called after each layer.
   /// @throws std::invalid_argument before any work when the chunk is empty, too long, or does not fit the context
-  void forward(std::span<const std::int32_t> tokens, std::span<const std::int64_t> logit_rows) {
+  template <class TOnLayer>
+  void forward(std::span<const std::int32_t> tokens, std::span<const std::int64_t> logit_rows, TOnLayer&& on_layer) {
     const auto n_token = static_cast<std::int64_t>(tokens.size());
     require(n_token >= 1 && n_token <= backend_.max_chunk(), "model: a chunk of ", n_token, " tokens, need 1 to ",
             backend_.max_chunk());
@@ -81,8 +83,11 @@ class Model {
     for (const std::int64_t row : logit_rows) {
       require(row >= 0 && row < n_token, "model: logits of row ", row, ", the chunk has ", n_token);
     }
-    run_graph([&] { backend_.embed(tokens, position_); }, logit_rows);
+    run_graph([&] { backend_.embed(tokens, position_); }, logit_rows, on_layer);
     position_ += n_token;
+  }
+  void forward(std::span<const std::int32_t> tokens, std::span<const std::int64_t> logit_rows) {
+    forward(tokens, logit_rows, nothing);
   }
 
   /// A prompt of any length in chunks of at most `chunk` tokens, the last one ragged; with logits of its last token.
@@ -118,7 +123,7 @@ class Model {
   void enqueue_step(const SamplerSettings& settings) requires SelfFeedingBackend<TBackend> {
     [[maybe_unused]] const auto range = backend_.range("decode");
     step("sample", [&] { backend_.sample(settings); });
-    run_graph([&] { backend_.embed_sampled(); }, kFirstRow);
+    run_graph([&] { backend_.embed_sampled(); }, kFirstRow, nothing);
   }
 
   /// `n_token` tokens went through the backend by enqueue_step().
@@ -141,12 +146,16 @@ class Model {
 
  private:
   static constexpr std::array<std::int64_t, 1> kFirstRow = {0};
+  static void nothing(std::int64_t /*layer*/) {}
 
   /// The steps of a forward pass, whoever knows its tokens.
-  template <class TEmbed>
-  void run_graph(TEmbed&& embed, std::span<const std::int64_t> logit_rows) {
+  template <class TEmbed, class TOnLayer>
+  void run_graph(TEmbed&& embed, std::span<const std::int64_t> logit_rows, TOnLayer&& on_layer) {
     step("embed", embed);
-    for (std::int64_t layer = 0; layer < backend_.config().n_layer(); ++layer) run_layer(layer);
+    for (std::int64_t layer = 0; layer < backend_.config().n_layer(); ++layer) {
+      run_layer(layer);
+      on_layer(layer);
+    }
     if (!logit_rows.empty()) step("lm_head", [&] { backend_.lm_head(logit_rows); });
   }
 
