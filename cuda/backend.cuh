@@ -95,10 +95,9 @@ class Backend {
   Backend(const PackedModel& model, const BackendOptions& options)
       : model_(model), options_(options), device_(current_device()), plan_(checked_plan()) {
     arena_ = DeviceArena(plan_, is_run_buffer);
-    decode_device_ = device_;
-    if (!options.switches.overlap) decode_device_.compute_capability = std::min(device_.compute_capability, 80);
     check(cudaMemsetAsync(arena_.all().data(), 0, arena_.all().size(), stream_), "fill of the arena");
-    caches_.emplace(config(), options.cache, options.context, device_, options.switches, arena_);
+    caches_.emplace(config(), options.cache, options.context, device_, arena_);
+    set_switches(options.switches);
     gemm_.emplace();
     history_ = PinnedBuffer<std::int32_t>(options.context + 1);
     place_activations();
@@ -116,6 +115,14 @@ class Backend {
   /// What this backend has allocated itself: the plan without the weights and the context.
   [[nodiscard]] std::int64_t device_bytes() const { return arena_.bytes(); }
   [[nodiscard]] const Stream& stream() const { return stream_; }
+
+  /// From the next step on; a step that was captured before keeps those it was captured with.
+  void set_switches(const BackendSwitches& switches) {
+    options_.switches = switches;
+    decode_device_ = device_;
+    if (!switches.overlap) decode_device_.compute_capability = std::min(device_.compute_capability, 80);
+    caches_->set_switches(switches);
+  }
 
   // ---- the steps of the graph
 

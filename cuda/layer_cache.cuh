@@ -62,10 +62,9 @@ class LayerCaches {
   /// @param arena of a memory plan of this config, spec and context
   /// @throws std::invalid_argument for a spec that the device has not
   LayerCaches(const ModelConfig& config, const CacheSpec& spec, std::int64_t context, const DeviceInfo& device,
-              const BackendSwitches& switches, DeviceArena& arena)
-      : config_(config), context_(context), device_(device), decode_device_(device), switches_(switches) {
+              DeviceArena& arena)
+      : config_(config), context_(context), device_(device), decode_device_(device) {
     require(spec.kind != CacheKind::kF32, "backend: an f32 cache exists in the reference alone; choose bf16 or tq4");
-    if (!switches.overlap) decode_device_.compute_capability = std::min(device.compute_capability, 80);
     if (config.n_full_layer() > 0) {
       if (spec.kind == CacheKind::kTq4) codec_.emplace(config.full.head_dim, spec.tq4);
       full_rope_ = rope_params(config.full);
@@ -96,6 +95,12 @@ class LayerCaches {
     workspace_ = {scratch.data(), scratch.size() + partials.size()};
     require(scratch.data() + scratch.size() == partials.data(), "backend: scratch and attention_partials are apart");
     partials_ = partials;
+  }
+
+  void set_switches(const BackendSwitches& switches) {
+    switches_ = switches;
+    decode_device_ = device_;
+    if (!switches.overlap) decode_device_.compute_capability = std::min(device_.compute_capability, 80);
   }
 
   /// Every byte of every cache becomes `value`, in stream order. Zeros to begin with; a test fills in garbage between
@@ -169,7 +174,9 @@ class LayerCaches {
       kv_len = {};
     }
     if (codec_) {
-      Tq4AttentionChoice tq4{.prefill = choice, .scratch_limit = scratch_bytes_};
+      Tq4AttentionChoice tq4;
+      tq4.prefill = choice;
+      tq4.scratch_limit = scratch_bytes_;
       if (!switches_.split_k) tq4.decode.n_split = 1;
       if (kv_len.known()) tq4.max_kv_len = kv_len.host;
       tq4_attention(with_batch(q), records(layer), *codec_, options, kv_len, with_batch(q),

@@ -57,6 +57,16 @@ class Session {
   /// Kernels and copies of the captured step; 0 before the first.
   [[nodiscard]] std::size_t n_graph_node() const { return step_ ? step_->graph.n_node() : 0; }
 
+  /// From the next step on. The captured step is kept, and good for later.
+  void set_use_graph(bool use_graph) { options_.use_graph = use_graph; }
+
+  /// Other ways to the same tokens, from here on: the sequence and its caches stay, the step is captured anew.
+  void set_switches(const BackendSwitches& switches) {
+    stream().synchronize();
+    step_.reset();
+    backend().set_switches(switches);
+  }
+
   void reset() {
     model_.reset();
     tokens_.clear();
