@@ -157,11 +157,15 @@ class Uploader {
     std::sort(tasks_.begin(), tasks_.end(),
               [](const UploadTask& a, const UploadTask& b) { return a.from.data.data() < b.from.data.data(); });
     batches_ = plan_upload(tasks_, options.slot_bytes);
+    options_.n_slot =
+        static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(options.n_slot), batches_.size()));
+    options_.slot_bytes = 0;
+    for (const UploadBatch& batch : batches_) options_.slot_bytes = std::max(options_.slot_bytes, batch.bytes);
     filled_.resize(batches_.size());
-    pinned_ = PinnedBuffer<std::byte>(options.n_slot * options.slot_bytes);
-    staging_ = DeviceBuffer<std::byte>(options.n_slot * options.slot_bytes);
+    pinned_ = PinnedBuffer<std::byte>(options_.n_slot * options_.slot_bytes);
+    staging_ = DeviceBuffer<std::byte>(options_.n_slot * options_.slot_bytes);
     first_bad_ = DeviceBuffer<int>(std::vector<int>{std::numeric_limits<int>::max()});
-    emptied_ = std::vector<Event>(static_cast<std::size_t>(options.n_slot));
+    emptied_ = std::vector<Event>(static_cast<std::size_t>(options_.n_slot));
     check(cudaGetDevice(&device_), "question for the current device");
   }
 

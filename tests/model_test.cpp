@@ -5,57 +5,22 @@
 
 #include <algorithm>
 #include <numeric>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "gemma4/synthetic_model.hpp"
 #include "reference/backend.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
-#include "tests/support/temp_dir.hpp"
+#include "tests/support/small_model.hpp"
 
 /// The graph on small random models: what must not depend on how a sequence is cut, and what is refused.
 namespace {
 
 using namespace gemma4;
 
-/// A random config with every structural freedom: layer pattern, heads, head_dim, window.
-ModelConfig any_config() {
-  const auto head_dim = [] { return *rc::gen::element<std::int64_t>(64, 128, 256); };
-  ModelConfig config = gemma4_tiny();
-  config.vocab = 300;
-  config.context = 4096;
-  config.hidden = 256;
-  config.ffn_hidden = 256;
-  config.n_head = 4;
-  config.window = *rc::gen::inRange<std::int64_t>(1, 40);
-  config.is_sliding = *rc::gen::container<std::vector<std::uint8_t>>(3, rc::gen::element<std::uint8_t>(0, 1));
-  config.sliding.head_dim = head_dim();
-  config.sliding.n_head_kv = *rc::gen::element<std::int64_t>(1, 2, 4);
-  config.sliding.rope_pairs = config.sliding.head_dim / 2;
-  config.full.head_dim = head_dim();
-  config.full.n_head_kv = *rc::gen::element<std::int64_t>(1, 2, 4);
-  config.full.rope_pairs = config.full.head_dim / 8;
-  return config;
-}
-
-/// A model file of that config with seeded random weights, bound.
-struct SmallModel {
-  explicit SmallModel(const ModelConfig& config, std::uint64_t seed) {
-    write_synthetic_model(directory.file("model.gguf"), config, {.seed = seed});
-    file.emplace(GgufFile::open(directory.file("model.gguf")));
-    weights = weights_from_gguf(*file);
-  }
-  testkit::TempDir directory;
-  std::optional<GgufFile> file;
-  ModelWeights weights;
-};
-
-std::vector<std::int32_t> any_tokens(const ModelConfig& config, int count) {
-  return *rc::gen::container<std::vector<std::int32_t>>(
-      static_cast<std::size_t>(count), rc::gen::inRange<std::int32_t>(0, static_cast<std::int32_t>(config.vocab)));
-}
+using testkit::any_config;
+using testkit::any_tokens;
+using testkit::SmallModel;
 
 /// Logits of every position, the sequence cut into chunks of the given lengths.
 std::vector<double> logits_of(reference::Backend<double>& backend, std::span<const std::int32_t> tokens,

@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/backend.cuh"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <iostream>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "gemma4/model/golden.hpp"
+#include "reference/backend.hpp"
+#include "tests/support/model_logits.hpp"
+#include "tests/support/property.hpp"
+#include "tests/support/refuses.hpp"
+#include "tests/support/small_model.hpp"
+
+/// The whole model on the device against the reference on small random models, and what must not depend on how a
+/// sequence is cut, on what was there before, or on a switch.
+namespace {
+
+using namespace gemma4;
+using testkit::any_config;
+using testkit::any_tokens;
+using testkit::logits_of;
+using testkit::rows_close;
+using testkit::SmallModel;
+
+const std::filesystem::path kData = GEMMA4_TEST_DATA;
+
+/// How far logits may be apart, relative to their length. A product with 8-bit activations adds an error of s /
+/// sqrt(12) with s = max / 127 of 32 values, max about 2.5 of their deviation: 0.6 % of the product. bf16 adds 0.2 % a
+/// rounding. Norms keep relative errors; a branch of the residual stream has three products and some six roundings on
+/// its way, sqrt(3 * 0.6^2 + 6 * 0.2^2) = 1.1 %. Scores deviate by s = 2.5: an error of 1 % in q and in k moves them by
+/// 0.035, and with them the weights by 3.5 % each, the attended value by at most as much. Three to six layers of two
+/// branches, each 1 / sqrt(n) of the stream, then come to some 4 %; logits have one product more. The worst of some
+/// 10000 rows lies at four deviations or less of its own error, which is a sum of hundreds of terms: 10 %.
+constexpr double kRounding = 0.10;
+
+/// A model of the host on the device, and a backend of each room over it.
+struct BothRooms {
+  BothRooms(const ModelWeights& weights, const GgufFile& file, const cuda::BackendOptions& options,
+            const cuda::LoadOptions& load = {})
+      : packed(weights, model_tensors(file), load),
+        device(packed, options),
+        reference(weights, {.cache = options.cache, .context = options.context, .max_chunk = options.max_chunk}) {}
+  cuda::PackedModel packed;
+  cuda::Backend device;
+  reference::Backend<float> reference;
+};
+
+cuda::BackendOptions small_options(const std::string& cache, std::int64_t context = 128) {
+  return {.cache = parse_cache_spec(cache), .context = context, .max_chunk = 100, .n_logit_row = 100};
+}
+
+std::string any_cache() {
+  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-k3v2", "tq4-haar");
+}
+
+RC_GTEST_PROP(CudaBackend, LogitsAreThoseOfTheReference, ()) {
+  const SmallModel small(any_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
+  const auto tokens = any_tokens(small.weights.config, *rc::gen::inRange(1, 90));
+  BothRooms both(small.weights, *small.file, small_options(any_cache()));
+  const std::vector<float> expected = logits_of(both.reference, tokens, {100});
+  const std::int64_t vocab = small.weights.config.vocab;
+  testkit::rc_require(rows_close(logits_of(both.device, tokens, {100}), expected, vocab, kRounding), "one chunk");
+  testkit::rc_require(rows_close(logits_of(both.device, tokens, {1}), expected, vocab, kRounding), "token by token");
+}
+
+RC_GTEST_PROP(CudaBackend, ChunkLengthsDoNotChangeTheResult, ()) {
+  const SmallModel small(any_config(), 7);
+  const auto tokens = any_tokens(small.weights.config, *rc::gen::inRange(1, 100));
+  const auto chunks =
+      *rc::gen::nonEmpty(rc::gen::container<std::vector<std::int64_t>>(rc::gen::inRange<std::int64_t>(1, 60)));
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  cuda::Backend backend(packed, small_options(any_cache()));
+  const std::vector<float> whole = logits_of(backend, tokens, {100});
+  testkit::rc_require(rows_close(logits_of(backend, tokens, chunks), whole, small.weights.config.vocab, kRounding));
+  RC_ASSERT(logits_of(backend, tokens, chunks) == logits_of(backend, tokens, chunks));
+}
+
+TEST(CudaBackend, AWindowShortByOneKeyExceedsTheRounding) {  // the control of the properties above
+  ModelConfig config = gemma4_tiny();
+  config.window = 5;
+  SmallModel small(config, 3);
+  std::vector<std::int32_t> tokens(30);
+  std::iota(tokens.begin(), tokens.end(), 100);
+  reference::Backend<float> right(small.weights, {.cache = parse_cache_spec("bf16"), .context = 30, .max_chunk = 30});
+  const std::vector<float> expected = logits_of(right, tokens, {30});
+  const cuda::PackedModel packed(small.weights, model_tensors(*small.file));
+  cuda::Backend same(packed, small_options("bf16"));
+  EXPECT_TRUE(rows_close(logits_of(same, tokens, {30}), expected, config.vocab, kRounding));
+  small.weights.config.window = 4;
+  const cuda::PackedModel shorter(small.weights, model_tensors(*small.file));
+  cuda::Backend wrong(shorter, small_options("bf16"));
+  EXPECT_FALSE(rows_close(logits_of(wrong, tokens, {30}), expected, config.vocab, 2 * kRounding));
+}
+
+RC_GTEST_PROP(CudaBackend, EveryLayersOutputIsThatOfTheReference, ()) {
+  const SmallModel small(any_config(), 11);
+  const ModelConfig& config = small.weights.config;
+  const auto tokens = any_tokens(config, *rc::gen::element(1, 5, 40));
+  BothRooms both(small.weights, *small.file, small_options("bf16"));
+  const auto residuals = [&](auto& backend) {
+    Model model(backend);
+    std::vector<std::vector<float>> all;
+    model.forward(tokens, {}, [&](std::int64_t) {
+      backend.copy_residual(all.emplace_back(tokens.size() * static_cast<std::size_t>(config.hidden)));
+    });
+    return all;
+  };
+  const auto actual = residuals(both.device), expected = residuals(both.reference);
+  RC_ASSERT(actual.size() == expected.size());
+  for (std::size_t layer = 0; layer < actual.size(); ++layer) {
+    testkit::rc_require(rows_close(actual[layer], expected[layer], config.hidden, kRounding),
+                        "layer " + std::to_string(layer));
+  }
+  // Looking leaves no trace.
+  const std::vector<float> logits = logits_of(both.device, tokens, {100});
+  Model<cuda::Backend> model(both.device);
+  std::vector<std::int64_t> rows(tokens.size());
+  std::iota(rows.begin(), rows.end(), 0);
+  std::vector<float> residual(tokens.size() * static_cast<std::size_t>(config.hidden));
+  model.forward(tokens, rows, [&](std::int64_t) { both.device.copy_residual(residual); });
+  std::vector<float> row(static_cast<std::size_t>(config.vocab));
+  both.device.copy_logits(0, row);
+  RC_ASSERT(std::equal(row.begin(), row.end(), logits.begin()));
+}
+
+RC_GTEST_PROP(CudaBackend, ASecondSequenceSeesNothingOfTheFirst, ()) {
+  const SmallModel small(any_config(), 9);
+  const auto first = any_tokens(small.weights.config, 100), second = any_tokens(small.weights.config, 70);
+  const std::vector<std::int64_t> chunks = {*rc::gen::inRange<std::int64_t>(1, 70), 1};
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  const cuda::BackendOptions options = small_options(any_cache());
+  cuda::Backend used(packed, options), fresh(packed, options);
+  (void)logits_of(used, first, {100});
+  used.poison(*rc::gen::element(0xFF, 0x7F, 0x5A));  // 0xFFFF is a NaN in bf16 and f16, 0x7F7F a huge number
+  RC_ASSERT(logits_of(used, second, chunks) == logits_of(fresh, second, chunks));
+}
+
+TEST(CudaBackend, PoisonWouldShowWhereItIsRead) {  // the control of the property above
+  const SmallModel small(gemma4_tiny(), 9);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  cuda::Backend clean(packed, small_options("bf16")), poisoned(packed, small_options("bf16"));
+  const std::vector<std::int32_t> tokens(20, 5);
+  const auto after = [&](cuda::Backend& backend, bool poison) {
+    Model<cuda::Backend> model(backend);
+    model.reset();
+    (void)logits_of(model, tokens, {20});
+    if (poison) backend.poison(0x3F);
+    return logits_of(model, std::span(tokens).first(1), {1});
+  };
+  EXPECT_NE(after(clean, false), after(poisoned, true)) << "what the sequence itself left is read";
+}
+
+struct Golden {
+  std::string name, cache;
+  double max_kl;
+};
+
+/// Logits of another implementation in float32 arithmetic; here activations are 8 or 16 bits.
+double mean_kl(const std::string& name, const std::string& cache, std::int64_t chunk, std::int64_t& n_same) {
+  const GgufFile file = GgufFile::open(kData / (name + ".gguf"));
+  const GoldenLogits golden = read_golden_logits(kData / (name + "-logits.gguf"));
+  const cuda::PackedModel packed = cuda::load_model(file);
+  cuda::Backend backend(packed, {.cache = parse_cache_spec(cache),
+                                 .context = static_cast<std::int64_t>(golden.ids.size()),
+                                 .max_chunk = chunk,
+                                 .n_logit_row = chunk});
+  const auto vocab = static_cast<std::size_t>(golden.vocab);
+  double sum = 0;
+  n_same = 0;
+  const std::vector<float> logits = logits_of(backend, golden.ids, {chunk});
+  for (std::size_t i = 0; i < golden.positions.size(); ++i) {
+    const auto row = std::span(logits).subspan(static_cast<std::size_t>(golden.positions[i]) * vocab, vocab);
+    const PositionAccuracy accuracy = compare_logits(row, golden.row(i), 0);
+    sum += accuracy.kl;
+    n_same += accuracy.same_top;
+  }
+  std::cout << name << " " << cache << " chunk " << chunk << ": mean KL "
+            << sum / static_cast<double>(golden.positions.size()) << ", same top " << n_same << " of "
+            << golden.positions.size() << "\n";
+  return sum / static_cast<double>(golden.positions.size());
+}
+
+TEST(CudaBackend, GoldenLogitsOfTiny) {
+  for (const char* name : {"tiny/tiny-a-Q4_K_M", "tiny/tiny-a-Q6_K"}) {
+    for (const std::int64_t chunk : {256, 1}) {
+      std::int64_t n_same = 0;
+      EXPECT_LE(mean_kl(name, "bf16", chunk, n_same), 5e-3) << name << " in chunks of " << chunk;
+      EXPECT_LE(mean_kl(name, "tq4", chunk, n_same), 2e-2) << name << " in chunks of " << chunk;
+    }
+  }
+}
+
+TEST(CudaBackend, GoldenLogitsOfNano) {
+  for (const std::int64_t chunk : {2048, 1}) {
+    std::int64_t n_same = 0;
+    EXPECT_LE(mean_kl("nano/nano-Q4_K_M", "bf16", chunk, n_same), 5e-3) << "in chunks of " << chunk;
+    EXPECT_GE(n_same, 15);
+    EXPECT_LE(mean_kl("nano/nano-Q4_K_M", "tq4", chunk, n_same), 1e-2) << "in chunks of " << chunk;
+    EXPECT_GE(n_same, 15);
+  }
+}
+
+RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
+  const SmallModel small(any_config(), 13);
+  const auto tokens = any_tokens(small.weights.config, 60);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  const cuda::BackendOptions options = small_options(any_cache());
+  cuda::Backend plain(packed, options);
+  const std::vector<std::int64_t> chunks = {40, 3, 1};
+  const std::vector<float> expected = logits_of(plain, tokens, chunks);
+  using Switch = bool cuda::BackendSwitches::*;
+  for (const Switch off : {&cuda::BackendSwitches::kv_len_clamp, &cuda::BackendSwitches::causal_skip,
+                           &cuda::BackendSwitches::split_k, &cuda::BackendSwitches::fuse_qkv_prologue,
+                           &cuda::BackendSwitches::fuse_norms, &cuda::BackendSwitches::overlap}) {
+    cuda::BackendOptions other = options;
+    other.switches.*off = false;
+    cuda::Backend backend(packed, other);
+    const std::vector<float> actual = logits_of(backend, tokens, chunks);
+    testkit::rc_require(rows_close(actual, expected, small.weights.config.vocab, kRounding));
+    const bool has_same_bits = off == &cuda::BackendSwitches::overlap || off == &cuda::BackendSwitches::causal_skip ||
+                               off == &cuda::BackendSwitches::fuse_norms;
+    RC_ASSERT(!has_same_bits || actual == expected);
+  }
+  const cuda::PackedModel apart = cuda::load_model(*small.file, {.join_gate_up = false});
+  cuda::Backend unfused(apart, options);
+  RC_ASSERT(logits_of(unfused, tokens, chunks) == expected);
+}
+
+class CudaBackendRefuses : public testing::Test {
+ protected:
+  CudaBackendRefuses() : small_(gemma4_tiny(), 1), packed_(cuda::load_model(*small_.file)) {}
+
+  testing::AssertionResult refuses(const cuda::BackendOptions& options, const std::vector<std::string>& parts) {
+    const std::int64_t before = cuda::device_bytes_in_use();
+    const testing::AssertionResult result =
+        testkit::refuses([&] { const cuda::Backend backend(packed_, options); }, parts);
+    EXPECT_EQ(cuda::device_bytes_in_use(), before) << "memory was kept";
+    return result;
+  }
+
+  SmallModel small_;
+  cuda::PackedModel packed_;
+};
+
+TEST_F(CudaBackendRefuses, WhatItHasNot) {
+  EXPECT_TRUE(refuses({.context = 131073}, {"context 131073", "131072"}));
+  EXPECT_TRUE(refuses({.context = 0}, {"context 0"}));
+  EXPECT_TRUE(refuses({.context = 64, .max_chunk = 0}, {"max_chunk 0"}));
+  EXPECT_TRUE(refuses({.context = 64, .n_logit_row = 0}, {"n_logit_row 0"}));
+  EXPECT_TRUE(refuses({.cache = parse_cache_spec("f32"), .context = 64}, {"f32", "bf16 or tq4"}));
+}
+
+TEST_F(CudaBackendRefuses, MoreMemoryThanThereIsAndSaysWhatWouldFit) {
+  const cuda::BackendOptions wanted{.context = 131072, .max_chunk = 2048};
+  const std::int64_t need = plan_backend(packed_.config(), packed_.tensors(), wanted).total_bytes();
+  cuda::BackendOptions limited = wanted;
+  limited.memory_limit_bytes = need - 1;
+  EXPECT_TRUE(refuses(limited, {"a context of 131072", "a chunk of"}));
+  // What it says fits does.
+  const MemoryPlanOptions plan{.context = 131072, .chunk = 2048, .cache = wanted.cache};
+  limited.context = *largest_context(packed_.config(), packed_.tensors(), plan, need - 1);
+  EXPECT_LT(limited.context, 131072);
+  EXPECT_NO_THROW({ const cuda::Backend backend(packed_, limited); });
+  limited.memory_limit_bytes = 1 << 20;
+  EXPECT_TRUE(refuses(limited, {"no context and no chunk"}));
+  limited.memory_limit_bytes = 0;
+  limited.context = 64;
+  cuda::Backend works(packed_, limited);
+  EXPECT_EQ(logits_of(works, std::vector<std::int32_t>{1, 2, 3}, {1}).size(), 3u * 1024);
+}
+
+TEST_F(CudaBackendRefuses, AFullContextAndTooManyLogits) {
+  cuda::Backend backend(packed_, {.context = 10, .max_chunk = 8, .n_logit_row = 2});
+  Model<cuda::Backend> model(backend);
+  const std::vector<std::int32_t> tokens(11, 7);
+  EXPECT_TRUE(testkit::refuses([&] { model.prefill(tokens, 4, [](std::int64_t) {}); }, {"position 0 + 11 tokens"}));
+  EXPECT_EQ(model.position(), 0);
+  model.prefill(std::span(tokens).first(10), 4, [](std::int64_t) {});
+  EXPECT_TRUE(testkit::refuses([&] { model.decode(7); }, {"the caches hold 10"}));
+  model.reset();
+  const std::vector<std::int64_t> rows = {0, 1, 2};
+  EXPECT_TRUE(testkit::refuses([&] { model.forward(std::span(tokens).first(4), rows); }, {"n_logit_row"}));
+  const std::vector<std::int32_t> bad = {1, 2, 1024};
+  model.reset();
+  EXPECT_TRUE(testkit::refuses([&] { model.forward(bad, {}); }, {"token 1024 at position 2"}));
+  std::vector<float> logits(1024);
+  EXPECT_TRUE(testkit::refuses([&] { backend.copy_logits(0, logits); }, {"logits of row 0, there are 0"}));
+}
+
+TEST(CudaBackendMemory, PlannedIsAllocatedAndGivenBack) {
+  const SmallModel small(gemma4_tiny(), 1);
+  {
+    const cuda::PackedModel warm = cuda::load_model(*small.file);
+    cuda::Backend backend(warm, small_options("tq4"));
+  }
+  const std::int64_t before = cuda::device_bytes_in_use();
+  for (const char* cache : {"tq4", "bf16", "tq4-haar"}) {
+    const cuda::PackedModel packed = cuda::load_model(*small.file);
+    const cuda::BackendOptions options{.cache = parse_cache_spec(cache), .context = 65536, .max_chunk = 512};
+    cuda::Backend backend(packed, options);
+    std::int64_t planned = 0, weights = 0;
+    for (const PlannedBuffer& buffer : backend.plan().buffers) {
+      if (buffer.name == "cuda_context") continue;
+      planned += buffer.bytes;
+      weights += buffer.name.starts_with("weights_") ? buffer.bytes : 0;
+    }
+    EXPECT_EQ(packed.bytes(), weights);
+    const std::int64_t rotation = std::string(cache) == "tq4-haar" ? backend.plan().bytes("rotation") : 0;
+    EXPECT_EQ(packed.bytes() + backend.device_bytes() + rotation, planned);
+    std::vector<std::int32_t> tokens(1000, 3);
+    Model<cuda::Backend> model(backend);
+    model.prefill(tokens, 512, [](std::int64_t) {});
+    model.decode(5);
+    // The driver rounds each allocation up to 2 MiB; kernels that are loaded late take some, once.
+    EXPECT_NEAR(static_cast<double>(cuda::device_bytes_in_use() - before), static_cast<double>(planned),
+                3.0 * (2 << 20))
+        << cache;
+  }
+  EXPECT_LE(cuda::device_bytes_in_use() - before, 2 << 20);
+}
+
+}  // namespace
