@@ -6,12 +6,12 @@
 #include <iostream>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "experiments/driver.hpp"
-#include "experiments/reference_only.hpp"
-#include "gemma4/id_file.hpp"
-#include "reference/backend.hpp"
+#include "experiments/support/model_source.hpp"
+#include "experiments/support/run_text.hpp"
 
 /// What does a cache format cost in accuracy?
 namespace {
@@ -26,44 +26,46 @@ struct Options : DriverOptions {
   }
   std::string base = "bf16";
   std::int64_t chunk = 512;
+  std::vector<std::int64_t> depths;
+  std::int64_t window = 32;
 };
 
 const std::vector<std::string> kParameters = {"model", "backend", "text", "cache", "base", "chunk", "context", "range"};
-const std::vector<std::string> kMeasures = {"n_position",  "nll",    "kl_mean", "kl_p99",  "kl_max",
-                                            "same_top",    "dp_rms", "cosine",  "seconds", "recall_correct",
-                                            "recall_total"};
+const std::vector<std::string> kMeasures = {"n_position", "nll",      "kl_mean",        "kl_p99",
+                                            "kl_max",     "same_top", "dp_rms",         "cosine",
+                                            "cosine_min", "seconds",  "recall_correct", "recall_total"};
 
 class Accuracy {
  public:
   Accuracy(const Options& options, ResultTable& table)
-      : options_(options), table_(table), file_(GgufFile::open(options.model)), weights_(weights_from_gguf(file_)) {}
+      : options_(options), table_(table), source_(options, first_wish(options)) {}
 
   /// One pass over the longest context serves all: a position's prediction does not depend on what follows it.
   void run_text() {
-    const std::int64_t longest = *std::max_element(options_.contexts.begin(), options_.contexts.end());
-    const std::vector<std::int32_t> ids = read_ids(options_.ids, weights_.config.vocab, longest + 1);
-    require(static_cast<std::int64_t>(ids.size()) > longest, "--ids ", options_.ids.string(), ": ", ids.size(),
-            " ids, context ", longest, " needs ", longest + 1);
-    std::vector<std::string> caches = {options_.base};
-    for (const std::string& cache : options_.caches) {
-      if (std::find(caches.begin(), caches.end(), cache) == caches.end()) caches.push_back(cache);
+    const std::int64_t longest = *std::ranges::max_element(options_.contexts);
+    const auto traces = run(longest, options_.chunk, [&](auto& backends, auto& ids, auto&& on_chunk) {
+      return measure_accuracy<AnyBackend>(backends, ids, longest, options_.chunk, on_chunk);
+    });
+    for (const auto& [cache, trace] : traces) {
+      for (const std::int64_t context : options_.contexts) write_context(cache, context, trace);
     }
-    std::vector<std::unique_ptr<reference::Backend<float>>> backends;
-    std::vector<reference::Backend<float>*> borrowed;
-    for (const std::string& cache : caches) {
-      backends.push_back(make_backend(cache, longest));
-      borrowed.push_back(backends.back().get());
-    }
-    Progress progress("accuracy", longest * static_cast<std::int64_t>(caches.size()),
-                      progress_options(options_, "tokens"));
-    const auto traces = measure_accuracy<reference::Backend<float>>(borrowed, ids, longest, options_.chunk,
-                                                                    [&](std::int64_t done) { progress.update(done); });
-    progress.finish();
-    for (std::size_t b = 0; b < caches.size(); ++b) {
-      const bool is_wanted =
-          std::find(options_.caches.begin(), options_.caches.end(), caches[b]) != options_.caches.end();
-      for (const std::int64_t context : options_.contexts) {
-        if (is_wanted) write_context(caches[b], context, traces[b]);
+  }
+
+  /// The last positions before each depth, for a model whose logits are too wide to look at all of them.
+  void run_depths() {
+    const std::vector<std::int64_t> positions = positions_before(options_.depths, options_.window);
+    const auto n_row = static_cast<std::int64_t>(positions.size());
+    const auto traces = run(options_.depths.back(), n_row, [&](auto& backends, auto& ids, auto&& on_chunk) {
+      return measure_positions<AnyBackend>(backends, ids, positions, options_.chunk, on_chunk);
+    });
+    for (const auto& [cache, trace] : traces) {
+      for (const std::int64_t depth : options_.depths) {
+        const auto begin =
+            static_cast<std::size_t>(std::ranges::lower_bound(positions, depth - options_.window) - positions.begin());
+        const auto part = std::span(trace.positions).subspan(begin, static_cast<std::size_t>(options_.window));
+        ResultTable::Row line = row(text_name(), cache, depth, {depth - options_.window, depth});
+        set_measures(line, summarise(part));
+        line.commit();
       }
     }
   }
@@ -72,12 +74,12 @@ class Accuracy {
     const RecallTask task = read_recall_task(path);
     const auto n_document = static_cast<std::int64_t>(task.documents.size());
     for (const std::string& cache : options_.caches) {
-      const auto backend = make_backend(cache, task.document_len);
+      const auto backend = make_backend(cache, task.document_len, options_.chunk);
       Progress progress("recall " + cache, n_document * task.document_len, progress_options(options_, "tokens"));
       const RecallResult result =
           measure_recall(*backend, task, options_.chunk, [&](std::int64_t done) { progress.update(done); });
       progress.finish();
-      row(path, cache, task.document_len, {0, task.document_len})
+      row(path.filename().string(), cache, task.document_len, {0, task.document_len})
           .set("recall_correct", result.correct)
           .set("recall_total", result.total)
           .commit();
@@ -85,20 +87,59 @@ class Accuracy {
   }
 
  private:
-  [[nodiscard]] std::unique_ptr<reference::Backend<float>> make_backend(const std::string& cache,
-                                                                        std::int64_t context) const {
-    CacheSpec spec = parse_cache_spec(cache);
-    spec.tq4.seed = options_.seed;
-    return std::make_unique<reference::Backend<float>>(
-        weights_, reference::BackendOptions{.cache = spec, .context = context, .max_chunk = options_.chunk});
+  using Traces = std::vector<std::pair<std::string, AccuracyTrace>>;
+
+  [[nodiscard]] static BackendWish first_wish(const Options& options) {
+    std::int64_t longest = 1;
+    if (!options.ids.empty() && !options.contexts.empty()) longest = *std::ranges::max_element(options.contexts);
+    if (!options.depths.empty()) longest = std::max(longest, options.depths.back());
+    return {.cache = parse_cache_spec(options.base), .context = longest, .max_chunk = options.chunk};
   }
 
-  ResultTable::Row row(const std::filesystem::path& text, const std::string& cache, std::int64_t context,
+  [[nodiscard]] std::string text_name() const {
+    return options_.ids.empty() ? "random ids" : options_.ids.filename().string();
+  }
+
+  /// Runs base and caches side by side; `measure(backends, ids, on_chunk)`. The caches that were asked for come back.
+  template <class TMeasure>
+  [[nodiscard]] Traces run(std::int64_t longest, std::int64_t n_logit_row, TMeasure&& measure) {
+    const std::vector<std::int32_t> ids = text_ids(options_, source_.config().vocab, longest + 1);
+    std::vector<std::string> caches = {options_.base};
+    for (const std::string& cache : options_.caches) {
+      if (std::ranges::find(caches, cache) == caches.end()) caches.push_back(cache);
+    }
+    std::vector<std::unique_ptr<AnyBackend>> backends;
+    std::vector<AnyBackend*> borrowed;
+    for (const std::string& cache : caches) {
+      backends.push_back(make_backend(cache, longest, n_logit_row));
+      borrowed.push_back(backends.back().get());
+    }
+    Progress progress("accuracy", longest * static_cast<std::int64_t>(caches.size()),
+                      progress_options(options_, "tokens"));
+    const std::vector<AccuracyTrace> traces = measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
+    progress.finish();
+    Traces wanted;
+    for (std::size_t b = 0; b < caches.size(); ++b) {
+      if (std::ranges::find(options_.caches, caches[b]) != options_.caches.end()) {
+        wanted.emplace_back(caches[b], traces[b]);
+      }
+    }
+    return wanted;
+  }
+
+  [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const std::string& cache, std::int64_t context,
+                                                         std::int64_t n_logit_row) const {
+    CacheSpec spec = parse_cache_spec(cache);
+    spec.tq4.seed = options_.seed;
+    return source_.make({.cache = spec, .context = context, .max_chunk = options_.chunk, .n_logit_row = n_logit_row});
+  }
+
+  ResultTable::Row row(const std::string& text, const std::string& cache, std::int64_t context,
                        const PositionRange& range) {
     ResultTable::Row row = table_.row();
     row.set("model", options_.model.filename().string())
         .set("backend", options_.backend)
-        .set("text", text.filename().string())
+        .set("text", text)
         .set("cache", cache)
         .set("base", options_.base)
         .set("chunk", options_.chunk)
@@ -107,20 +148,24 @@ class Accuracy {
     return row;
   }
 
+  static void set_measures(ResultTable::Row& line, const AccuracySummary& summary) {
+    line.set("n_position", summary.count)
+        .set("nll", summary.nll)
+        .set("kl_mean", summary.kl_mean)
+        .set("kl_p99", summary.kl_p99)
+        .set("kl_max", summary.kl_max)
+        .set("same_top", summary.same_top)
+        .set("dp_rms", summary.dp_rms)
+        .set("cosine", summary.cosine)
+        .set("cosine_min", summary.cosine_min);
+  }
+
   void write_context(const std::string& cache, std::int64_t context, const AccuracyTrace& trace) {
     for (const PositionRange& range : position_ranges(context)) {
-      const AccuracySummary summary = summarise(
-          std::span(trace.positions)
-              .subspan(static_cast<std::size_t>(range.begin), static_cast<std::size_t>(range.end - range.begin)));
-      ResultTable::Row line = row(options_.ids, cache, context, range);
-      line.set("n_position", summary.count)
-          .set("nll", summary.nll)
-          .set("kl_mean", summary.kl_mean)
-          .set("kl_p99", summary.kl_p99)
-          .set("kl_max", summary.kl_max)
-          .set("same_top", summary.same_top)
-          .set("dp_rms", summary.dp_rms)
-          .set("cosine", summary.cosine);
+      ResultTable::Row line = row(text_name(), cache, context, range);
+      set_measures(line, summarise(std::span(trace.positions)
+                                       .subspan(static_cast<std::size_t>(range.begin),
+                                                static_cast<std::size_t>(range.end - range.begin))));
       if (range.begin == 0 && range.end == context)
         line.set("seconds", trace.forward_s[static_cast<std::size_t>(context) - 1]);
       line.commit();
@@ -129,8 +174,7 @@ class Accuracy {
 
   const Options& options_;
   ResultTable& table_;
-  GgufFile file_;
-  ModelWeights weights_;
+  ModelSource source_;
 };
 
 int run(int argc, char** argv) {
@@ -150,18 +194,31 @@ int run(int argc, char** argv) {
   app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  app.add_option("--depths", options.depths,
+                 "Look at the last --window positions before each of these depths and at no others; without --ids over "
+                 "random ids")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber);
+  app.add_option("--window", options.window, "Positions before a depth")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   add_seed(app, options);
   add_out(app, options);
   add_quiet(app, options);
   parse(app, argc, argv);
-  require_reference(options.backend);
-  require(!options.ids.empty() || !options.recall.empty(), "nothing to measure: give --ids, --recall or both");
+  require(!options.ids.empty() || !options.recall.empty() || !options.depths.empty(),
+          "nothing to measure: give --ids, --recall or --depths");
   require(!options.contexts.empty(), "--contexts is empty");
+  require(std::ranges::is_sorted(options.depths), "--depths: need increasing depths");
 
-  const RunInfo info = run_info("accuracy", argc, argv, options.seed, build_info());
+  const RunInfo info = backend_run_info(options, "accuracy", argc, argv);
   ResultTable table(result_path(options, info), info, kParameters, kMeasures);
   Accuracy accuracy(options, table);
-  if (!options.ids.empty()) accuracy.run_text();
+  if (!options.depths.empty()) {
+    accuracy.run_depths();
+  } else if (!options.ids.empty()) {
+    accuracy.run_text();
+  }
   for (const std::filesystem::path& path : options.recall) accuracy.run_recall(path);
   table.print(std::cout, {"text", "cache", "context", "range", "nll", "kl_mean", "kl_p99", "same_top", "dp_rms",
                           "cosine", "seconds", "recall_correct", "recall_total"});

@@ -6,12 +6,14 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "experiments/driver.hpp"
-#include "experiments/reference_only.hpp"
+#include "experiments/support/cuda_model.hpp"
 #include "gemma4/chat_template.hpp"
+#include "gemma4/config_from_gguf.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"
 #include "gemma4/tokenizer.hpp"
@@ -79,6 +81,51 @@ template <class TBackend>
   return n_forward;
 }
 
+/// The same text from the device, where the chosen token stays: the host sees it some steps later, and prints.
+void run_cuda(const Options& options, const Tokenizer& tokenizer, std::span<const std::int32_t> ids,
+              const CudaSettings& settings) {
+  const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, settings);
+  const auto session = model->make_session(settings);
+  Stretch prompt;
+  {
+    Progress progress("prompt", static_cast<std::int64_t>(ids.size()), progress_options(options, "tokens"));
+    prompt = session->prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
+  }
+  if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
+  const std::int64_t n_token = std::min(options.max_tokens, settings.context - session->position());
+  Stretch decoded;
+  if (n_token > 0) {
+    decoded = session->decode(n_token, options.sampler, [&](std::int32_t token) {
+      if (tokenizer.is_end(token)) return false;
+      std::cout << tokenizer.decode_piece(token, {.skip_control = true}) << std::flush;
+      return true;
+    });
+  }
+  std::cout << "\n";
+  print_rate("prompt", prompt.n_token, 1e-6 * prompt.us);
+  if (decoded.n_token > 0) print_rate("decode", decoded.n_token, 1e-6 * decoded.us);
+}
+
+void run_reference(const Options& options, const GgufFile& gguf, const Tokenizer& tokenizer,
+                   std::span<const std::int32_t> ids, const CudaSettings& settings) {
+  const ModelWeights weights = weights_from_gguf(gguf);
+  reference::Backend<float> backend(
+      weights, {.cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk});
+  Model<reference::Backend<float>> model(backend);
+  const auto prefill_start = Clock::now();
+  {
+    Progress progress("prompt", static_cast<std::int64_t>(ids.size()), progress_options(options, "tokens"));
+    model.prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
+  }
+  const double prefill_seconds = seconds_since(prefill_start);
+  if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
+  const auto decode_start = Clock::now();
+  const std::int64_t n_forward = decode_loop(model, backend, tokenizer, options);
+  const double decode_seconds = seconds_since(decode_start);
+  print_rate("prompt", static_cast<std::int64_t>(ids.size()), prefill_seconds);
+  if (n_forward > 0) print_rate("decode", n_forward, decode_seconds);
+}
+
 int run(int argc, char** argv) {
   CLI::App app("Continues a prompt, a file or a chat message. The text goes to stdout, progress and rates to stderr.");
   Options options;
@@ -111,35 +158,23 @@ int run(int argc, char** argv) {
   add_seed(app, options);
   add_quiet(app, options);
   parse(app, argc, argv);
-  require_reference(options.backend);
   options.sampler.seed = options.seed;
   validate(options.sampler);
 
   const GgufFile gguf = GgufFile::open(options.model);
-  const ModelWeights weights = weights_from_gguf(gguf);
   const Tokenizer tokenizer(gguf);
   const std::vector<std::int32_t> ids = prompt_ids(options, tokenizer);
   require(!ids.empty(), "the prompt has no tokens: give --prompt, --file or --chat");
-  const auto n_prompt = static_cast<std::int64_t>(ids.size());
-  CacheSpec cache = parse_cache_spec(options.caches.front());
-  cache.tq4.seed = options.seed;
-  const std::int64_t context =
-      options.context > 0 ? options.context : std::min(n_prompt + options.max_tokens, weights.config.context);
-  reference::Backend<float> backend(weights, {.cache = cache, .context = context, .max_chunk = options.chunk});
-  Model<reference::Backend<float>> model(backend);
-
-  const auto prefill_start = Clock::now();
-  {
-    Progress progress("prompt", n_prompt, progress_options(options, "tokens"));
-    model.prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
+  CudaSettings settings{.cache = parse_cache_spec(options.caches.front()), .max_chunk = options.chunk};
+  settings.cache.tq4.seed = options.seed;
+  settings.context = options.context > 0 ? options.context
+                                         : std::min(static_cast<std::int64_t>(ids.size()) + options.max_tokens,
+                                                    config_from_gguf(gguf).context);
+  if (options.backend == "cuda") {
+    run_cuda(options, tokenizer, ids, settings);
+  } else {
+    run_reference(options, gguf, tokenizer, ids, settings);
   }
-  const double prefill_seconds = seconds_since(prefill_start);
-  if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
-  const auto decode_start = Clock::now();
-  const std::int64_t n_forward = decode_loop(model, backend, tokenizer, options);
-  const double decode_seconds = seconds_since(decode_start);
-  print_rate("prompt", n_prompt, prefill_seconds);
-  if (n_forward > 0) print_rate("decode", n_forward, decode_seconds);
   return EXIT_SUCCESS;
 }
 

@@ -8,8 +8,7 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
-#include "experiments/reference_only.hpp"
-#include "reference/backend.hpp"
+#include "experiments/support/model_source.hpp"
 #include "reference/golden_check.hpp"
 
 /// Do we compute what other implementations computed?
@@ -38,15 +37,17 @@ class Golden {
   Golden(const Options& options, ResultTable& table) : options_(options), table_(table) {}
 
   void run_logits(const std::filesystem::path& path) {
-    const GgufFile file = GgufFile::open(options_.model);
-    const ModelWeights weights = weights_from_gguf(file);
     const GoldenLogits golden = read_golden_logits(path);
     const auto n_token = static_cast<std::int64_t>(golden.ids.size());
-    reference::Backend<float> backend(
-        weights, {.cache = parse_cache_spec(options_.caches.front()), .context = n_token, .max_chunk = options_.chunk});
+    const BackendWish wish{.cache = parse_cache_spec(options_.caches.front()),
+                           .context = n_token,
+                           .max_chunk = options_.chunk,
+                           .n_logit_row = static_cast<std::int64_t>(golden.positions.size())};
+    const ModelSource source(options_, wish);
+    const auto backend = source.make(wish);
     Progress progress("golden", n_token, progress_options(options_, "tokens"));
     const GoldenComparison result =
-        compare_with_golden(backend, golden, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+        compare_with_golden(*backend, golden, options_.chunk, [&](std::int64_t done) { progress.update(done); });
     progress.finish();
     judge(path, "logits",
           {.n_compared = result.n_position,
@@ -126,10 +127,9 @@ int run(int argc, char** argv) {
   add_out(app, options);
   add_quiet(app, options);
   parse(app, argc, argv);
-  require_reference(options.backend);
   require(!options.logits.empty() || !options.tq4.empty(), "nothing to compare: give --logits with --model, or --tq4");
 
-  const RunInfo info = run_info("golden", argc, argv, options.seed, build_info());
+  const RunInfo info = backend_run_info(options, "golden", argc, argv);
   ResultTable table(result_path(options, info), info, kParameters, kMeasures);
   Golden golden(options, table);
   for (const std::filesystem::path& path : options.logits) golden.run_logits(path);

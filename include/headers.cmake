@@ -40,6 +40,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/rotation.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/run_info.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/sampler.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/statistics.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/synthetic_model.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/synthetic_vocabulary.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/synthetic_weights.hpp"
@@ -48,6 +49,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/tq4_codebook.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/tq4_format.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/tq4_golden.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/vector_compare.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/view.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/vocabulary.hpp"
 )

@@ -67,7 +67,7 @@ struct PositionAccuracy {
 /// The summary of a range of positions.
 struct AccuracySummary {
   std::int64_t count = 0;
-  double nll = 0, kl_mean = 0, kl_p99 = 0, kl_max = 0, same_top = 0, dp_rms = 0, cosine = 0;
+  double nll = 0, kl_mean = 0, kl_p99 = 0, kl_max = 0, same_top = 0, dp_rms = 0, cosine = 0, cosine_min = 0;
 };
 
 /// Positions [begin, end) of `positions`. kl_p99 is the smallest value that at least 99 % of the positions do not
@@ -78,9 +78,10 @@ struct AccuracySummary {
   if (positions.empty()) {
     constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
     summary.nll = summary.kl_mean = summary.kl_p99 = summary.kl_max = kNan;
-    summary.same_top = summary.dp_rms = summary.cosine = kNan;
+    summary.same_top = summary.dp_rms = summary.cosine = summary.cosine_min = kNan;
     return summary;
   }
+  summary.cosine_min = positions.front().cosine;
   std::vector<double> kl;
   kl.reserve(positions.size());
   for (const PositionAccuracy& position : positions) {
@@ -89,6 +90,7 @@ struct AccuracySummary {
     summary.same_top += position.same_top;
     summary.dp_rms += position.probability_delta * position.probability_delta;
     summary.cosine += position.cosine;
+    if (!(position.cosine >= summary.cosine_min)) summary.cosine_min = position.cosine;  // a NaN stays
     kl.push_back(position.kl);
   }
   const auto count = static_cast<double>(positions.size());

@@ -5,7 +5,9 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <numeric>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -40,48 +42,103 @@ struct PositionRange {
 /// One backend's predictions over a text, each beside the base's.
 struct AccuracyTrace {
   std::vector<PositionAccuracy> positions;
-  std::vector<double>
-      forward_s;  ///< after each position: seconds in the model so far, logits of every position included
+  std::vector<double> forward_s;  ///< after each position: seconds in the model so far, the logits asked for included
 };
 
-/// Runs the backends over ids[0 .. n_position) in lockstep, chunk by chunk; position p predicts ids[p + 1]. The first
-/// backend is the base of every comparison, its own included. `on_chunk(n_done)` after each chunk of each backend, in
-/// positions times backends.
+namespace detail {
+
+/// Logits of some rows of a chunk, [n_row, vocab].
+struct LogitRows {
+  std::int64_t vocab = 0;
+  std::vector<float> values;
+  [[nodiscard]] std::span<float> row(std::size_t i) {
+    return std::span(values).subspan(i * static_cast<std::size_t>(vocab), static_cast<std::size_t>(vocab));
+  }
+};
+
+}  // namespace detail
+
+/// Runs the backends over the ids in lockstep, chunk by chunk, and compares their logits at `positions` (increasing);
+/// position p predicts ids[p + 1]. The first backend is the base of every comparison, its own included. Entry i of a
+/// trace is positions[i]. `on_chunk(n_done)` after each chunk of each backend, in positions times backends. The logits
+/// of a position are the same whatever else is asked for, so that few positions of a long text cost little.
+/// @throws std::invalid_argument before any work when ids or positions do not fit
+template <Backend TBackend, class TOnChunk>
+[[nodiscard]] std::vector<AccuracyTrace> measure_positions(std::span<TBackend* const> backends,
+                                                           std::span<const std::int32_t> ids,
+                                                           std::span<const std::int64_t> positions, std::int64_t chunk,
+                                                           TOnChunk&& on_chunk) {
+  using Clock = std::chrono::steady_clock;
+  require(!backends.empty(), "measure_positions: no backend");
+  require(!positions.empty() && positions.front() >= 0 && std::ranges::is_sorted(positions, std::less_equal<>{}),
+          "measure_positions: need increasing positions");
+  const std::int64_t n_position = positions.back() + 1;
+  require(n_position < static_cast<std::int64_t>(ids.size()), "measure_positions: ", n_position, " positions need ",
+          n_position + 1, " ids, there are ", ids.size());
+  const std::int64_t vocab = backends.front()->config().vocab;
+  for (const std::int32_t id : ids) {
+    require(id >= 0 && id < vocab, "measure_positions: id ", id, " is outside the vocabulary [0, ", vocab, ")");
+  }
+  std::vector<Model<TBackend>> models;
+  for (TBackend* backend : backends) models.emplace_back(*backend).reset();
+  std::vector<AccuracyTrace> traces(backends.size());
+  for (AccuracyTrace& trace : traces) trace.positions.resize(positions.size());
+  std::vector<double> seconds(backends.size());
+  detail::LogitRows base{vocab, {}}, test{vocab, {}};
+  std::int64_t n_done = 0;
+  std::size_t first = 0;  // position of the chunk that is compared next
+  for (std::int64_t begin = 0; begin < n_position; begin += chunk) {
+    const std::int64_t count = std::min(chunk, n_position - begin);
+    std::vector<std::int64_t> rows;
+    for (std::size_t i = first; i < positions.size() && positions[i] < begin + count; ++i) {
+      rows.push_back(positions[i] - begin);
+    }
+    for (std::size_t b = 0; b < backends.size(); ++b) {
+      const auto start = Clock::now();
+      models[b].forward(ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)), rows);
+      detail::LogitRows& logits = b == 0 ? base : test;
+      logits.values.resize(std::max(logits.values.size(), rows.size() * static_cast<std::size_t>(vocab)));
+      for (std::size_t r = 0; r < rows.size(); ++r) {
+        backends[b]->copy_logits(static_cast<std::int64_t>(r), logits.row(r));
+      }
+      seconds[b] += std::chrono::duration<double>(Clock::now() - start).count();
+      const auto n_row = static_cast<std::int64_t>(rows.size());
+#if defined(_OPENMP)  // nothing below throws: the ids were looked at
+#pragma omp parallel for schedule(static)
+#endif
+      for (std::int64_t r = 0; r < n_row; ++r) {
+        const auto at = static_cast<std::size_t>(r);
+        const auto target = static_cast<std::size_t>(begin + rows[at] + 1);
+        traces[b].positions[first + at] = compare_logits(logits.row(at), base.row(at), ids[target]);
+      }
+      traces[b].forward_s.insert(traces[b].forward_s.end(), rows.size(), seconds[b]);
+      on_chunk(n_done += count);
+    }
+    first += rows.size();
+  }
+  return traces;
+}
+
+/// The same at every position of ids[0 .. n_position).
 template <Backend TBackend, class TOnChunk>
 [[nodiscard]] std::vector<AccuracyTrace> measure_accuracy(std::span<TBackend* const> backends,
                                                           std::span<const std::int32_t> ids, std::int64_t n_position,
                                                           std::int64_t chunk, TOnChunk&& on_chunk) {
-  using Clock = std::chrono::steady_clock;
-  require(!backends.empty(), "measure_accuracy: no backend");
-  require(n_position >= 1 && n_position < static_cast<std::int64_t>(ids.size()), "measure_accuracy: ", n_position,
-          " positions need ", n_position + 1, " ids, there are ", ids.size());
-  const auto vocab = static_cast<std::size_t>(backends.front()->config().vocab);
-  std::vector<Model<TBackend>> models;
-  for (TBackend* backend : backends) models.emplace_back(*backend).reset();
-  std::vector<AccuracyTrace> traces(backends.size());
-  std::vector<double> seconds(backends.size());
-  std::vector<float> base(static_cast<std::size_t>(chunk) * vocab), test(vocab);
-  std::vector<std::int64_t> rows(static_cast<std::size_t>(chunk));
-  std::iota(rows.begin(), rows.end(), 0);
-  std::int64_t n_done = 0;
-  for (std::int64_t begin = 0; begin < n_position; begin += chunk) {
-    const auto count = static_cast<std::size_t>(std::min(chunk, n_position - begin));
-    const auto tokens = ids.subspan(static_cast<std::size_t>(begin), count);
-    for (std::size_t b = 0; b < backends.size(); ++b) {
-      const auto start = Clock::now();
-      models[b].forward(tokens, std::span(rows).first(count));
-      seconds[b] += std::chrono::duration<double>(Clock::now() - start).count();
-      for (std::size_t t = 0; t < count; ++t) {
-        const auto base_row = std::span(base).subspan(t * vocab, vocab);
-        backends[b]->copy_logits(static_cast<std::int64_t>(t), b == 0 ? base_row : std::span(test));
-        traces[b].positions.push_back(compare_logits(b == 0 ? base_row : std::span(test), base_row,
-                                                     ids[static_cast<std::size_t>(begin) + t + 1]));
-        traces[b].forward_s.push_back(seconds[b]);
-      }
-      on_chunk(n_done += static_cast<std::int64_t>(count));
-    }
+  require(n_position >= 1, "measure_accuracy: ", n_position, " positions, need at least 1");
+  std::vector<std::int64_t> positions(static_cast<std::size_t>(n_position));
+  std::iota(positions.begin(), positions.end(), 0);
+  return measure_positions(backends, ids, positions, chunk, on_chunk);
+}
+
+/// The last `window` positions before each depth; a position that belongs to two of them is there once.
+[[nodiscard]] inline std::vector<std::int64_t> positions_before(std::span<const std::int64_t> depths,
+                                                                std::int64_t window) {
+  std::set<std::int64_t> positions;
+  for (const std::int64_t depth : depths) {
+    require(window >= 1 && depth >= window, "positions_before: a window of ", window, " before depth ", depth);
+    for (std::int64_t position = depth - window; position < depth; ++position) positions.insert(position);
   }
-  return traces;
+  return {positions.begin(), positions.end()};
 }
 
 /// Questions about keys planted far back in long documents. A question is answered when the model, given the document

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <utility>
+
+#include "gemma4/config.hpp"
+#include "gemma4/model/model.hpp"
+#include "gemma4/nvtx.hpp"
+
+namespace gemma4::experiment {
+
+/// A backend of either room behind one type: a driver is compiled once, and takes both.
+class AnyBackend {
+ public:
+  AnyBackend() = default;
+  AnyBackend(const AnyBackend&) = delete;
+  AnyBackend& operator=(const AnyBackend&) = delete;
+  virtual ~AnyBackend() = default;
+
+  [[nodiscard]] virtual const ModelConfig& config() const = 0;
+  [[nodiscard]] virtual std::int64_t context() const = 0;
+  [[nodiscard]] virtual std::int64_t max_chunk() const = 0;
+  virtual void embed(std::span<const std::int32_t> tokens, std::int64_t position) = 0;
+  virtual void project_qkv(std::int64_t layer) = 0;
+  virtual void attend(std::int64_t layer) = 0;
+  virtual void project_output(std::int64_t layer) = 0;
+  virtual void gate_up(std::int64_t layer) = 0;
+  virtual void down(std::int64_t layer) = 0;
+  virtual void lm_head(std::span<const std::int64_t> rows) = 0;
+  virtual void copy_logits(std::int64_t row, std::span<float> out) const = 0;
+  virtual void copy_residual(std::span<float> out) = 0;
+  virtual void reset() = 0;
+  /// The drivers that profile do not come through here.
+  [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }
+};
+static_assert(Backend<AnyBackend>);
+
+/// Holds a `TBackend` made in place from `arguments`.
+template <class TBackend>
+class HeldBackend final : public AnyBackend {
+ public:
+  template <class... TArguments>
+  explicit HeldBackend(TArguments&&... arguments) : backend_(std::forward<TArguments>(arguments)...) {}
+
+  [[nodiscard]] const ModelConfig& config() const override { return backend_.config(); }
+  [[nodiscard]] std::int64_t context() const override { return backend_.context(); }
+  [[nodiscard]] std::int64_t max_chunk() const override { return backend_.max_chunk(); }
+  void embed(std::span<const std::int32_t> tokens, std::int64_t position) override { backend_.embed(tokens, position); }
+  void project_qkv(std::int64_t layer) override { backend_.project_qkv(layer); }
+  void attend(std::int64_t layer) override { backend_.attend(layer); }
+  void project_output(std::int64_t layer) override { backend_.project_output(layer); }
+  void gate_up(std::int64_t layer) override { backend_.gate_up(layer); }
+  void down(std::int64_t layer) override { backend_.down(layer); }
+  void lm_head(std::span<const std::int64_t> rows) override { backend_.lm_head(rows); }
+  void copy_logits(std::int64_t row, std::span<float> out) const override { backend_.copy_logits(row, out); }
+  void copy_residual(std::span<float> out) override { backend_.copy_residual(out); }
+  void reset() override { backend_.reset(); }
+
+ private:
+  TBackend backend_;
+};
+
+}  // namespace gemma4::experiment

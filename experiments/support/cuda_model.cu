@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "experiments/support/cuda_model.hpp"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+#include <utility>
+
+#include "cuda/check.cuh"
+#include "cuda/session.cuh"
+#include "experiments/gpu_run_info.cuh"
+#include "gemma4/gguf_reader.hpp"
+
+namespace gemma4::experiment {
+namespace {
+
+/// The switch of a name; null when there is none.
+bool* find_switch(cuda::BackendSwitches& switches, std::string_view name) {
+  const std::array<std::pair<std::string_view, bool*>, 6> all = {{
+      {"kv_len_clamp", &switches.kv_len_clamp},
+      {"causal_skip", &switches.causal_skip},
+      {"split_k", &switches.split_k},
+      {"qkv_prologue_fusion", &switches.fuse_qkv_prologue},
+      {"norm_fusion", &switches.fuse_norms},
+      {"launch_overlap", &switches.overlap},
+  }};
+  const auto* found = std::find_if(all.begin(), all.end(), [&](const auto& entry) { return entry.first == name; });
+  return found == all.end() ? nullptr : found->second;
+}
+
+cuda::BackendSwitches switches_without(const std::vector<std::string>& off) {
+  cuda::BackendSwitches switches;
+  for (const std::string& name : off) {
+    bool* const found = find_switch(switches, name);
+    require(found != nullptr, "switch '", name, "': there is none of that name");
+    *found = false;
+  }
+  return switches;
+}
+
+cuda::BackendOptions backend_options(const CudaSettings& settings) {
+  return {.cache = settings.cache,
+          .context = settings.context,
+          .max_chunk = settings.max_chunk,
+          .n_logit_row = settings.n_logit_row,
+          .switches = switches_without(settings.off)};
+}
+
+struct MemoryInfo {
+  std::int64_t free = 0;
+  std::int64_t total = 0;
+};
+
+MemoryInfo memory_info() {
+  std::size_t free = 0, total = 0;
+  cuda::check(cudaMemGetInfo(&free, &total), "question for the free memory of the device");
+  return {static_cast<std::int64_t>(free), static_cast<std::int64_t>(total)};
+}
+
+class Session final : public CudaSession {
+ public:
+  Session(const cuda::PackedModel& model, const CudaSettings& settings)
+      : backend_(model, backend_options(settings)), session_(backend_, {.use_graph = settings.use_graph}) {}
+
+  Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
+                  const std::function<void(std::int64_t)>& on_chunk) override {
+    const cuda::Timing timing = session_.prefill(tokens, chunk, [&](std::int64_t done) {
+      if (on_chunk) on_chunk(done);
+    });
+    return {timing.n_token, timing.us};
+  }
+
+  Stretch decode(std::int64_t n_token, const SamplerSettings& sampler,
+                 const std::function<bool(std::int32_t)>& on_token) override {
+    const cuda::DecodeResult result =
+        session_.decode(n_token, sampler, [&](std::int32_t token) { return !on_token || on_token(token); });
+    return {result.timing.n_token, result.timing.us};
+  }
+
+  [[nodiscard]] std::int64_t position() const override { return session_.position(); }
+  void rewind(std::int64_t n_token) override { session_.rewind(n_token); }
+  void reset() override { session_.reset(); }
+  void set_use_graph(bool use_graph) override { session_.set_use_graph(use_graph); }
+  void set_off(const std::vector<std::string>& off) override { session_.set_switches(switches_without(off)); }
+
+  [[nodiscard]] std::vector<ComponentTime> profile(const std::function<void()>& work) override {
+    cuda::Profile profile;
+    backend_.set_profile(&profile);
+    try {
+      work();
+    } catch (...) {
+      backend_.set_profile(nullptr);
+      throw;
+    }
+    backend_.set_profile(nullptr);
+    std::vector<ComponentTime> times;
+    for (const cuda::ProfileRow& row : profile.rows()) times.push_back({std::string(row.name), row.us, row.count});
+    return times;
+  }
+
+  void copy_logits(std::int64_t row, std::span<float> out) const override { backend_.copy_logits(row, out); }
+  [[nodiscard]] const MemoryPlan& plan() const override { return backend_.plan(); }
+
+ private:
+  cuda::Backend backend_;
+  cuda::Session session_;
+};
+
+class Model final : public CudaModel {
+ public:
+  Model(cuda::PackedModel model, std::int64_t load_peak_bytes)
+      : model_(std::move(model)), load_peak_bytes_(load_peak_bytes) {}
+
+  [[nodiscard]] const ModelConfig& config() const override { return model_.config(); }
+  [[nodiscard]] double load_seconds() const override { return model_.load_seconds(); }
+  [[nodiscard]] std::int64_t load_peak_bytes() const override { return load_peak_bytes_; }
+  [[nodiscard]] std::unique_ptr<CudaSession> make_session(const CudaSettings& settings) const override {
+    return std::make_unique<Session>(model_, settings);
+  }
+  [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const CudaSettings& settings) const override {
+    return std::make_unique<HeldBackend<cuda::Backend>>(model_, backend_options(settings));
+  }
+
+ private:
+  cuda::PackedModel model_;
+  std::int64_t load_peak_bytes_;
+};
+
+}  // namespace
+
+std::unique_ptr<CudaModel> load_cuda_model(const std::filesystem::path& path, const CudaLoadSettings& settings,
+                                           const CudaSettings& planned) {
+  if (const auto reason = missing_device()) require(false, *reason);
+  const GgufFile file = GgufFile::open(path);
+  cuda::require_fits(file, backend_options(planned), device_bytes_free());
+  std::int64_t peak = 0;
+  cuda::UploadOptions upload{.progress = settings.progress};
+  upload.on_progress = [&](std::int64_t) { peak = std::max(peak, device_bytes_in_use()); };
+  cuda::PackedModel model = cuda::load_model(file, {.join_gate_up = settings.join_gate_up, .upload = upload});
+  return std::make_unique<Model>(std::move(model), peak);
+}
+
+std::optional<std::string> missing_device() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess && count > 0) return std::nullopt;
+  (void)cudaGetLastError();
+  return concat("this needs a CUDA device, and there is none: ",
+                status == cudaSuccess ? "the driver lists none" : cudaGetErrorString(status));
+}
+
+std::int64_t device_bytes_in_use() {
+  const MemoryInfo info = memory_info();
+  return info.total - info.free;
+}
+
+std::int64_t device_bytes_free() {
+  return memory_info().free;
+}
+
+RunInfo device_run_info(std::string experiment, int argc, const char* const* argv, std::uint64_t seed) {
+  if (const auto reason = missing_device()) require(false, *reason);
+  return gpu_run_info(std::move(experiment), argc, argv, seed);
+}
+
+}  // namespace gemma4::experiment

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "experiments/support/any_backend.hpp"
+#include "gemma4/cache_spec.hpp"
+#include "gemma4/config.hpp"
+#include "gemma4/memory_plan.hpp"
+#include "gemma4/progress.hpp"
+#include "gemma4/run_info.hpp"
+#include "gemma4/sampler.hpp"
+
+/// The CUDA model as drivers use it, without a header of CUDA: it is compiled once for all of them, and a driver is
+/// built with or without nvcc. Where it was built without, whatever needs a device throws and says so.
+namespace gemma4::experiment {
+
+/// Tokens and the time that the device took for them, by events.
+struct Stretch {
+  std::int64_t n_token = 0;
+  double us = 0;
+  [[nodiscard]] double tokens_per_second() const { return 1e6 * static_cast<double>(n_token) / us; }
+};
+
+/// What one component took; a profiled run is eager, and its components do not overlap.
+struct ComponentTime {
+  std::string name;
+  double us = 0;
+  std::int64_t n_call = 0;
+};
+
+struct CudaSettings {
+  CacheSpec cache = {CacheKind::kTq4, {}};
+  std::int64_t context = 131072;
+  std::int64_t max_chunk = 2048;
+  std::int64_t n_logit_row = 1;
+  bool use_graph = true;
+  std::vector<std::string> off = {};  ///< of kSwitchNames
+};
+
+/// What may be switched off on a live sequence. The graph is CudaSettings::use_graph; whether gate and up are one
+/// matrix is decided when the model is loaded.
+inline constexpr std::array<std::string_view, 6> kSwitchNames = {
+    "kv_len_clamp", "causal_skip", "split_k", "qkv_prologue_fusion", "norm_fusion", "launch_overlap"};
+
+/// A sequence on the device.
+class CudaSession {
+ public:
+  CudaSession() = default;
+  CudaSession(const CudaSession&) = delete;
+  CudaSession& operator=(const CudaSession&) = delete;
+  virtual ~CudaSession() = default;
+
+  virtual Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
+                          const std::function<void(std::int64_t)>& on_chunk) = 0;
+  /// @param on_token may be empty; returns false to stop
+  virtual Stretch decode(std::int64_t n_token, const SamplerSettings& sampler,
+                         const std::function<bool(std::int32_t)>& on_token) = 0;
+  [[nodiscard]] virtual std::int64_t position() const = 0;
+  /// The last tokens, fewer than kMaxRewind, never were.
+  virtual void rewind(std::int64_t n_token) = 0;
+  virtual void reset() = 0;
+  virtual void set_use_graph(bool use_graph) = 0;
+  /// The switches that are off from here on; the sequence goes on.
+  virtual void set_off(const std::vector<std::string>& off) = 0;
+  /// Runs `work` with an event around every component.
+  [[nodiscard]] virtual std::vector<ComponentTime> profile(const std::function<void()>& work) = 0;
+  virtual void copy_logits(std::int64_t row, std::span<float> out) const = 0;
+  [[nodiscard]] virtual const MemoryPlan& plan() const = 0;
+};
+
+/// A model in device memory; sessions and backends borrow it.
+class CudaModel {
+ public:
+  CudaModel() = default;
+  CudaModel(const CudaModel&) = delete;
+  CudaModel& operator=(const CudaModel&) = delete;
+  virtual ~CudaModel() = default;
+
+  [[nodiscard]] virtual const ModelConfig& config() const = 0;
+  [[nodiscard]] virtual double load_seconds() const = 0;
+  [[nodiscard]] virtual std::int64_t load_peak_bytes() const = 0;  ///< device_bytes_in_use() at its highest
+  [[nodiscard]] virtual std::unique_ptr<CudaSession> make_session(const CudaSettings& settings) const = 0;
+  [[nodiscard]] virtual std::unique_ptr<AnyBackend> make_backend(const CudaSettings& settings) const = 0;
+};
+
+struct CudaLoadSettings {
+  bool join_gate_up = true;
+  ProgressOptions progress = {};
+};
+
+/// Loads a GGUF file. `planned` are the sequences that will live beside the weights: when they do not fit, this refuses
+/// before it loads, and says what would.
+[[nodiscard]] std::unique_ptr<CudaModel> load_cuda_model(const std::filesystem::path& path,
+                                                         const CudaLoadSettings& settings, const CudaSettings& planned);
+
+/// Why there is no device to run on; nothing when there is one.
+[[nodiscard]] std::optional<std::string> missing_device();
+
+/// Total minus free, as the driver counts: contexts and all, of every process.
+[[nodiscard]] std::int64_t device_bytes_in_use();
+[[nodiscard]] std::int64_t device_bytes_free();
+
+/// run_info() of a run on the current GPU.
+[[nodiscard]] RunInfo device_run_info(std::string experiment, int argc, const char* const* argv, std::uint64_t seed);
+
+}  // namespace gemma4::experiment

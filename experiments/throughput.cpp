@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstdint>
+#include <iostream>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "experiments/driver.hpp"
+#include "experiments/support/cuda_model.hpp"
+#include "experiments/support/run_text.hpp"
+#include "gemma4/statistics.hpp"
+
+/// How fast is the model at a depth, and in how much memory?
+namespace {
+
+using namespace gemma4;
+using namespace gemma4::experiment;
+
+struct Options : DriverOptions {
+  Options() { caches = {"tq4", "bf16"}; }
+  std::vector<std::int64_t> prompts = {512, 2048};
+  std::vector<std::int64_t> depths = {512, 2048, 8192, 32768, 65536, 130048};
+  std::vector<std::string> modes = {"graph", "eager"};
+  std::int64_t context = 131072;
+  std::int64_t chunk = 2048;
+  std::int64_t window = 60;
+  std::int64_t repeat = 4;
+};
+
+const std::vector<std::string> kParameters = {"model",  "model_desc", "text",  "context",  "n_batch", "type_k",
+                                              "type_v", "mode",       "phase", "n_prompt", "n_gen",   "n_depth"};
+const std::vector<std::string> kMeasures = {"avg_ts",        "stddev_ts",         "n_sample",        "us_a_token",
+                                            "planned_bytes", "peak_device_bytes", "load_peak_bytes", "load_s"};
+
+/// One cache format: one sequence that grows from depth to depth, its cache filled by prefill alone. What is decoded at
+/// a depth is taken back before the prompt goes on.
+class Run {
+ public:
+  Run(const Options& options, ResultTable& table, const CudaModel& model, std::string cache, std::string desc)
+      : options_(options), table_(table), model_(model), cache_(std::move(cache)), desc_(std::move(desc)) {
+    const std::int64_t deepest = *std::max_element(options.depths.begin(), options.depths.end());
+    const std::int64_t longest = std::max(deepest, *std::max_element(options.prompts.begin(), options.prompts.end()));
+    ids_ = text_ids(options, model.config().vocab, std::min(longest + options.chunk, options.context));
+    CacheSpec spec = parse_cache_spec(cache_);
+    spec.tq4.seed = options.seed;
+    session_ = model.make_session({.cache = spec, .context = options.context, .max_chunk = options.chunk});
+  }
+
+  void run() {
+    Progress progress("throughput " + cache_, options_.depths.back(), progress_options(options_, "tokens"));
+    for (const std::int64_t n_prompt : options_.prompts) run_prompt(n_prompt);
+    session_->reset();
+    Stretch whole;
+    for (const std::int64_t depth : options_.depths) {
+      fill(depth, whole, progress);
+      write("prefill", {.n_prompt = depth}, {whole.tokens_per_second()});
+      for (const std::string& mode : options_.modes) run_decode(mode, depth);
+      run_chunk(depth, whole);
+    }
+    progress.finish();
+  }
+
+ private:
+  struct Case {
+    std::int64_t n_prompt = 0, n_gen = 0, n_depth = 0;
+    std::string mode = {};
+  };
+
+  void note_memory() { peak_bytes_ = std::max(peak_bytes_, device_bytes_in_use()); }
+
+  [[nodiscard]] std::span<const std::int32_t> ids(std::int64_t begin, std::int64_t end) const {
+    return std::span(ids_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+  }
+
+  /// A prompt of its own, from an empty cache; the first is not counted.
+  void run_prompt(std::int64_t n_prompt) {
+    std::vector<double> rates;
+    for (std::int64_t i = 0; i <= options_.repeat; ++i) {
+      session_->reset();
+      const Stretch took = session_->prefill(ids(0, n_prompt), options_.chunk, {});
+      if (i > 0) rates.push_back(took.tokens_per_second());
+    }
+    note_memory();
+    write("prompt", {.n_prompt = n_prompt}, rates);
+  }
+
+  void fill(std::int64_t depth, Stretch& whole, Progress& progress) {
+    const std::int64_t begin = session_->position();
+    if (depth > begin) {
+      add(whole, session_->prefill(ids(begin, depth), options_.chunk,
+                                   [&](std::int64_t done) { progress.update(begin + done); }));
+    }
+    note_memory();
+  }
+
+  /// Windows of `window` tokens; each is taken back, so that all begin at the same depth.
+  void run_decode(const std::string& mode, std::int64_t depth) {
+    session_->set_use_graph(mode == "graph");
+    (void)session_->decode(1, {}, {});  // loads the kernels, captures the graph
+    session_->rewind(1);
+    std::vector<double> rates;
+    for (std::int64_t i = 0; i < options_.repeat; ++i) {
+      rates.push_back(session_->decode(options_.window, {}, {}).tokens_per_second());
+      note_memory();
+      session_->rewind(options_.window);
+    }
+    write("decode", {.n_gen = options_.window, .n_depth = depth, .mode = mode}, rates);
+  }
+
+  /// The next chunk of the prompt by itself: as much of one as the context has room for.
+  void run_chunk(std::int64_t depth, Stretch& whole) {
+    const std::int64_t end = std::min(depth + options_.chunk, static_cast<std::int64_t>(ids_.size()));
+    if (end == depth) return;
+    const Stretch took = session_->prefill(ids(depth, end), options_.chunk, {});
+    add(whole, took);
+    write("chunk", {.n_prompt = end - depth, .n_depth = depth}, {took.tokens_per_second()});
+  }
+
+  static void add(Stretch& sum, const Stretch& part) {
+    sum.n_token += part.n_token;
+    sum.us += part.us;
+  }
+
+  void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
+    const SampleSummary summary = summarise_samples(rates);
+    ResultTable::Row row = table_.row();
+    row.set("model", options_.model.filename().string()).set("model_desc", desc_);
+    row.set("text", options_.ids.empty() ? "random ids" : options_.ids.filename().string());
+    row.set("context", options_.context).set("n_batch", options_.chunk).set("type_k", cache_).set("type_v", cache_);
+    if (!what.mode.empty()) row.set("mode", what.mode);
+    row.set("phase", phase).set("n_prompt", what.n_prompt).set("n_gen", what.n_gen).set("n_depth", what.n_depth);
+    row.set("avg_ts", summary.mean).set("n_sample", static_cast<std::int64_t>(summary.count));
+    if (summary.count > 1) row.set("stddev_ts", summary.deviation);
+    row.set("us_a_token", 1e6 / summary.mean);
+    row.set("planned_bytes", session_->plan().total_bytes()).set("peak_device_bytes", peak_bytes_);
+    row.set("load_peak_bytes", model_.load_peak_bytes()).set("load_s", model_.load_seconds()).commit();
+  }
+
+  const Options& options_;
+  ResultTable& table_;
+  const CudaModel& model_;
+  std::string cache_, desc_;
+  std::vector<std::int32_t> ids_;
+  std::unique_ptr<CudaSession> session_;
+  std::int64_t peak_bytes_ = 0;
+};
+
+void add_options(CLI::App& app, Options& options) {
+  const CLI::Range tokens(std::int64_t{1}, std::int64_t{1} << 24);
+  add_model(app, options);
+  add_caches(app, options);
+  app.add_option("--prompts", options.prompts, "Prompts of their own, in tokens")
+      ->delimiter(',')
+      ->check(tokens)
+      ->capture_default_str();
+  app.add_option("--depths", options.depths, "Depths at which decode and the next chunk are measured, increasing")
+      ->delimiter(',')
+      ->check(tokens)
+      ->capture_default_str();
+  app.add_option("--modes", options.modes, "Decode steps replayed from a graph, launched one by one, or both")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"graph", "eager"}))
+      ->capture_default_str();
+  app.add_option("--context", options.context, "Positions that the caches hold")->check(tokens)->capture_default_str();
+  app.add_option("--chunk", options.chunk, "Prompt tokens that go through the model at a time")
+      ->check(tokens)
+      ->capture_default_str();
+  app.add_option("--window", options.window, "Tokens decoded at a time; the caches can take back so many")
+      ->check(CLI::Range(std::int64_t{1}, kMaxRewind - 1))
+      ->capture_default_str();
+  app.add_option("--repeat", options.repeat, "Windows at a depth, and runs of a prompt")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  add_ids(app, options);
+  add_seed(app, options);
+  add_out(app, options);
+  add_quiet(app, options);
+}
+
+void run(int argc, char** argv) {
+  CLI::App app(
+      "Rates of prefill and decode at each depth, with the cache filled by prefill, and device memory, planned and "
+      "measured. One row per cache, depth and phase: `prompt` is a prompt of its own, `prefill` the whole prompt up to "
+      "here, `chunk` the next chunk at a depth, `decode` a window of tokens at a depth. Needs a CUDA device.");
+  Options options;
+  add_options(app, options);
+  parse(app, argc, argv);
+  require(std::ranges::is_sorted(options.depths) && !options.depths.empty(), "--depths: need increasing depths");
+  require(options.depths.back() + options.window <= options.context, "--depths ", options.depths.back(),
+          ": a window of ", options.window, " does not fit the context of ", options.context);
+
+  const RunInfo info = device_run_info("throughput", argc, argv, options.seed);
+  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
+  const std::string desc = model_desc(options.model);
+  CudaSettings planned{
+      .cache = parse_cache_spec(options.caches.front()), .context = options.context, .max_chunk = options.chunk};
+  const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, planned);
+  for (const std::string& cache : options.caches) Run(options, table, *model, cache, desc).run();
+  table.print(std::cout, {"type_k", "mode", "phase", "n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts",
+                          "planned_bytes", "peak_device_bytes", "load_s"});
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return gemma4::experiment::run_main(argc, argv, run);
+}
