@@ -25,22 +25,26 @@ struct DeviceTokens {
 
 namespace detail {
 
-/// A block of the grid's y axis a token; one thread eight values.
+/// A block of the grid's y axis a token; one thread half a group, sixteen values.
 template <TensorType kType, class TOut>
 __global__ void __launch_bounds__(128)
     embedding_kernel(const std::int32_t* tokens, const std::uint8_t* data, std::int64_t row_bytes, std::int64_t vocab,
                      int full_groups, float scale, const __grid_constant__ View<TOut, 2> out) {
   const std::int64_t cols = out.extent[1], token = tokens[blockIdx.y];
-  const int piece = static_cast<int>(blockIdx.x * 128 + threadIdx.x);
-  if (8 * piece >= cols) return;
+  const int index = static_cast<int>(blockIdx.x * 128 + threadIdx.x);
+  if (index >= n_half_group(cols)) return;
   const bool known = token >= 0 && token < vocab;
-  float values[8];
-  decode_piece<kType>(data + (known ? token : 0) * row_bytes, cols, full_groups, piece, values);
-  TOut* const to = out.data + blockIdx.y * out.stride[0] + 8 * piece;
+  const auto place = HalfGroupPlace::of<kType>(index, cols, full_groups);
+  HalfGroup<kType> bytes;
+  load_half_group<kType>(data + (known ? token : 0) * row_bytes, cols, place, bytes);
+  float values[2][8];
+  bytes.decode(place.group, place.half, values[0], values[1]);
+  TOut* const to = out.data + blockIdx.y * out.stride[0];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float value = known ? __fmul_rn(values[i], scale) : bit_cast<float>(0x7FC00000u);
-    if (8 * piece + i < cols) to[i] = from_float<TOut>(value);
+  for (int i = 0; i < 16; ++i) {
+    const float value = known ? __fmul_rn(values[i / 8][i % 8], scale) : bit_cast<float>(0x7FC00000u);
+    const int column = place.column + i / 8 * 16 + i % 8;
+    if (column < cols) to[column] = from_float<TOut>(value);
   }
 }
 
@@ -65,7 +69,8 @@ void embedding(const DeviceTokens& tokens, const PackedMatrix& table, float scal
             " is outside the vocabulary [0, ", table.rows, ")");
   }
   if (tokens.count == 0) return;
-  const dim3 grid(static_cast<unsigned>((table.cols + 1023) / 1024), static_cast<unsigned>(tokens.count));
+  const dim3 grid(static_cast<unsigned>((detail::n_half_group(table.cols) + 127) / 128),
+                  static_cast<unsigned>(tokens.count));
   detail::for_weight_type("embedding", table.type, [&]<TensorType kType>() {
     detail::embedding_kernel<kType, TOut>
         <<<grid, 128, 0, stream>>>(tokens.device, reinterpret_cast<const std::uint8_t*>(table.data), table.row_bytes(),

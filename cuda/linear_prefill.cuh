@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -13,10 +14,14 @@
 #include <stdexcept>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/device_buffer.cuh"
+#include "cuda/device_info.cuh"
 #include "cuda/fused_mlp.cuh"
 #include "cuda/quantized_linear.cuh"
+#include "cuda/rotation.cuh"
+#include "cuda/stream.cuh"
 #include "cuda/weight_decode.cuh"
 
 /// Products with quantised weights for many tokens: a slice of rows is decoded to bf16 in a scratch buffer of bounded
@@ -41,24 +46,98 @@ struct BlasDeleter {
 template <class THandle>
 using Blas = std::unique_ptr<std::remove_pointer_t<THandle>, BlasDeleter>;
 
+/// A block of the grid's y axis a token; one thread eight values, which it reads before it writes them.
+template <class TOut>
+__global__ void __launch_bounds__(256) gelu_times_rows_kernel(const Bf16* gate, const Bf16* up, std::int64_t width,
+                                                              TOut* out, std::int64_t out_stride, bool whole_pieces) {
+  const int first = static_cast<int>(8 * (blockIdx.x * 256 + threadIdx.x));
+  if (first >= width) return;
+  gate += blockIdx.y * width, up += blockIdx.y * width, out += blockIdx.y * out_stride;
+  float g[8], u[8];
+  if (whole_pieces) {
+    load_values(gate + first, g);
+    load_values(up + first, u);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] = gelu_times(g[i], u[i]);
+    store_values(out + first, g);
+    return;
+  }
+  for (int k = first; k < min(width, first + std::int64_t{8}); ++k) {
+    out[k] = from_float<TOut>(gelu_times(to_float(gate[k]), to_float(up[k])));
+  }
+}
+
+/// out = gelu(gate) * up, [n_token, width]; gate and up without gaps between rows.
+template <class TOut>
+void gelu_times_rows(const View<const Bf16, 2>& gate, const View<const Bf16, 2>& up, const View<TOut, 2>& out,
+                     cudaStream_t stream) {
+  const std::int64_t n_token = gate.extent[0], width = gate.extent[1];
+  const auto is_aligned = [](const auto* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; };
+  const bool whole_pieces =
+      width % 8 == 0 && out.stride[0] % 8 == 0 && is_aligned(gate.data) && is_aligned(up.data) && is_aligned(out.data);
+  const dim3 grid(static_cast<unsigned>((width + 2047) / 2048), static_cast<unsigned>(n_token));
+  gelu_times_rows_kernel<<<grid, 256, 0, stream>>>(gate.data, up.data, width, out.data, out.stride[0], whole_pieces);
+  check_launch("gelu_times_rows_kernel");
+}
+
 }  // namespace detail
 
-/// Owns cuBLASLt's handle, its workspace, the scratch for decoded weights, and one algorithm for each shape: the same
-/// shape always runs the same one, without split sums that depend on timing.
+/// Rows of a slice, for `count` rows of `cols` weights and n_token tokens. Tiles of 128 rows by 256 tokens are dealt
+/// out to sm_count multiprocessors: a slice has whole rounds of them, as alike as possible, and takes at most half of
+/// the scratch where one round fits there, so that the next slice is decoded while this one is multiplied.
+[[nodiscard]] inline std::int64_t prefill_slice_rows(std::int64_t count, std::int64_t cols, std::int64_t n_token,
+                                                     std::int64_t scratch_values, int sm_count) {
+  constexpr std::int64_t kTileRows = 128, kTileTokens = 256;
+  const auto divided_up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const std::int64_t round = kTileRows * std::max<std::int64_t>(1, sm_count / divided_up(n_token, kTileTokens));
+  const std::int64_t half = scratch_values / 2 / cols, whole = scratch_values / cols;
+  if (count <= half || (half < round && count <= whole)) return count;
+  const std::int64_t fit = half < round ? whole : half;
+  if (fit < round) return fit >= kTileRows ? fit / kTileRows * kTileRows : fit;
+  const std::int64_t n_round = divided_up(count, round), n_slice = divided_up(n_round, fit / round);
+  return divided_up(n_round, n_slice) * round;
+}
+
+/// Owns cuBLASLt's handle, and one algorithm for each shape: the same shape always runs the same one, without split
+/// sums that depend on timing.
+///
+/// Slices are decoded in a stream of its own, ahead of the products: a decode waits for room in the scratch alone, so
+/// that it fills what the products, or whatever else is in the caller's stream, leave idle. Hence weights must be there
+/// before a call: nothing that still waits in the caller's stream may write them. In a recorded stream, or with
+/// `overlap` false, decoding and multiplying take turns. One object serves one stream at a time.
 class LinearPrefill {
  public:
   static constexpr std::int64_t kBlasBytes = std::int64_t{32} << 20;
   static constexpr std::int64_t kDefaultScratchBytes = std::int64_t{21504} * 5376 * 2;  ///< gate or down in one slice
 
-  /// @param scratch_bytes of decoded weights; at least one row must fit
-  explicit LinearPrefill(std::int64_t scratch_bytes = kDefaultScratchBytes)
-      : scratch_(scratch_bytes / 2), blas_workspace_(kBlasBytes) {
+  /// Borrows device memory, at multiples of 16 bytes, that must outlive it. No call allocates any.
+  /// @param scratch         for decoded weights; at least one row must fit
+  /// @param blas_workspace  kBlasBytes are wanted; with fewer cuBLASLt has fewer algorithms to choose from
+  LinearPrefill(std::span<std::byte> scratch, std::span<std::byte> blas_workspace, bool overlap = false)
+      : scratch_(reinterpret_cast<Bf16*>(scratch.data()), scratch.size() / sizeof(Bf16)),
+        blas_workspace_(blas_workspace),
+        overlap_(overlap),
+        sm_count_(current_device().sm_count) {
+    require(reinterpret_cast<std::uintptr_t>(scratch.data()) % 16 == 0 &&
+                reinterpret_cast<std::uintptr_t>(blas_workspace.data()) % 16 == 0,
+            "LinearPrefill: scratch or workspace does not begin at a multiple of 16 bytes");
     cublasLtHandle_t handle = nullptr;
     detail::check_blas(cublasLtCreate(&handle), "creation of a cuBLASLt handle");
     handle_.reset(handle);
   }
 
-  [[nodiscard]] std::int64_t device_bytes() const { return scratch_.bytes() + blas_workspace_.bytes(); }
+  /// Owns its memory: scratch_bytes for decoded weights and kBlasBytes.
+  explicit LinearPrefill(std::int64_t scratch_bytes = kDefaultScratchBytes, bool overlap = false)
+      : LinearPrefill(DeviceBuffer<std::byte>(scratch_bytes), DeviceBuffer<std::byte>(kBlasBytes), overlap) {}
+
+  /// The caller has put work into `stream` that uses the scratch for something else: the next slice waits for it. (Work
+  /// that comes after a product in the stream finds the scratch free.)
+  void scratch_was_lent(cudaStream_t stream) {
+    if (is_capturing(stream)) return;
+    next_ = 0;
+    take(static_cast<std::int64_t>(scratch_.size()), decoder_).done.record(stream);
+    next_ = 0;
+  }
 
   /// out = x * weight^T.
   /// @param x    [n_token, cols] bf16, rows at multiples of 16 bytes
@@ -73,6 +152,9 @@ class LinearPrefill {
   /// out = gelu(x gate^T) * (x up^T); the two products in bf16, the rest in float. Fused weights (rows in turn) and
   /// separate ones take the same path over the same numbers, so that their bits agree.
   /// @param scratch  [2, n_token, ffn_hidden] Bf16
+  /// @param out      [n_token, ffn_hidden], at most 65535 tokens; may be the beginning of the scratch, where its rows
+  /// have
+  /// no gaps
   template <class TOut>
   void gate_up(const View<const Bf16, 2>& x, const GateUpWeights& weights, std::span<Bf16> scratch,
                const View<TOut, 2>& out, cudaStream_t stream) {
@@ -80,6 +162,7 @@ class LinearPrefill {
     require_extents("gate_up", "out", out, {n_token, width});
     require(static_cast<std::int64_t>(scratch.size()) >= 2 * count, "gate_up: scratch of ", scratch.size(),
             " values, need ", 2 * count);
+    require(n_token <= 65535, "gate_up: ", n_token, " tokens, at most 65535 a call");
     if (count == 0) return;
     const auto gate = make_view(scratch.data(), n_token, width), up = make_view(scratch.data() + count, n_token, width);
     if (weights.is_fused()) {
@@ -91,12 +174,17 @@ class LinearPrefill {
       linear(x, weights.gate, gate, stream);
       linear(x, weights.up, up, stream);
     }
-    detail::gelu_times_kernel<<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(
-        static_cast<const Bf16*>(gate.data), static_cast<const Bf16*>(up.data), count, width, out.data, out.stride[0]);
-    check_launch("gelu_times_kernel");
+    detail::gelu_times_rows<TOut>(gate, up, out, stream);
   }
 
  private:
+  LinearPrefill(DeviceBuffer<std::byte> scratch, DeviceBuffer<std::byte> blas_workspace, bool overlap)
+      : LinearPrefill({scratch.data(), static_cast<std::size_t>(scratch.bytes())},
+                      {blas_workspace.data(), static_cast<std::size_t>(blas_workspace.bytes())}, overlap) {
+    owned_scratch_ = std::move(scratch);
+    owned_workspace_ = std::move(blas_workspace);
+  }
+
   struct Product {
     detail::Blas<cublasLtMatmulDesc_t> operation;
     detail::Blas<cublasLtMatrixLayout_t> weight, x, out;
@@ -104,36 +192,72 @@ class LinearPrefill {
   };
   using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool>;
 
+  /// Values of the scratch that are read until `done` has been reached.
+  struct Place {
+    std::int64_t begin = 0, end = 0;
+    Event done;
+  };
+
   /// Rows first, first + step, ... (`count`) of the weight, slice by slice.
   template <class TOut>
   void rows(const View<const Bf16, 2>& x, const PackedMatrix& weight, std::int64_t first, std::int64_t step,
             std::int64_t count, const View<TOut, 2>& out, cudaStream_t stream) {
-    if (x.extent[0] == 0) return;
-    const std::int64_t fit = scratch_.size() / weight.cols, kTile = 256;
-    require(fit >= 1, "quantized_linear: scratch of ", scratch_.bytes(), " B, need at least ", 2 * weight.cols,
-            " B for one row");
-    const std::int64_t slice = std::min<std::int64_t>(fit >= kTile ? fit / kTile * kTile : fit, 65535 / kTile * kTile);
+    if (x.extent[0] == 0 || count == 0) return;
+    const auto n_value = static_cast<std::int64_t>(scratch_.size());
+    require(n_value >= weight.cols, "quantized_linear: scratch of ", scratch_.size_bytes(), " B, need at least ",
+            2 * weight.cols, " B for one row");
+    const bool recorded = is_capturing(stream);
+    const cudaStream_t decoder = overlap_ && !recorded ? static_cast<cudaStream_t>(decoder_) : stream;
+    const std::int64_t slice = prefill_slice_rows(count, weight.cols, x.extent[0], n_value, sm_count_);
     for (std::int64_t row = 0; row < count; row += slice) {
       const std::int64_t n = std::min(slice, count - row);
-      decode_rows(weight, first + row * step, n, step, scratch_.data(), stream);
-      multiply(x, weight.cols, n, out.data + row, out.stride[0], stream);
+      Place* const place = recorded ? nullptr : &take(n * weight.cols, decoder);
+      Bf16* const decoded = scratch_.data() + (recorded ? 0 : place->begin);
+      decode_rows(weight, first + row * step, n, step, decoded, decoder);
+      if (decoder != stream) {
+        decoded_.record(decoder);
+        decoded_.delay(stream);
+      }
+      multiply(x, decoded, weight.cols, n, out.data + row, out.stride[0], stream);
+      if (!recorded) place->done.record(stream);
     }
+  }
+
+  [[nodiscard]] static bool is_capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &status), "question for a capture");
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  /// Room for `count` values; `stream` waits for whoever still reads there. Places follow one another and begin again.
+  [[nodiscard]] Place& take(std::int64_t count, cudaStream_t stream) {
+    constexpr std::int64_t kAlign = 128;  // 256 bytes
+    if (next_ + count > static_cast<std::int64_t>(scratch_.size())) next_ = 0;
+    const std::int64_t begin = next_, end = begin + count;
+    Place& taken = places_[n_taken_++ % places_.size()];
+    for (Place& place : places_) {
+      if (&place != &taken && (place.begin >= end || place.end <= begin)) continue;
+      place.done.delay(stream);
+      place.begin = place.end = 0;
+    }
+    taken.begin = begin, taken.end = end;
+    next_ = (end + kAlign - 1) / kAlign * kAlign;
+    return taken;
   }
 
   /// In cuBLAS's column-major words: out [n, n_token] = weight [cols, n]^T x [cols, n_token].
   template <class TOut>
-  void multiply(const View<const Bf16, 2>& x, std::int64_t cols, std::int64_t n, TOut* out, std::int64_t out_stride,
-                cudaStream_t stream) {
+  void multiply(const View<const Bf16, 2>& x, const Bf16* weight, std::int64_t cols, std::int64_t n, TOut* out,
+                std::int64_t out_stride, cudaStream_t stream) {
     const Shape shape{n, x.extent[0], cols, x.stride[0], out_stride, std::is_same_v<TOut, Bf16>};
     auto found = products_.find(shape);
     if (found == products_.end()) found = products_.emplace(shape, make_product(shape)).first;
     const Product& product = found->second;
     const float one = 1.0f, zero = 0.0f;
-    detail::check_blas(
-        cublasLtMatmul(handle_.get(), product.operation.get(), &one, scratch_.data(), product.weight.get(), x.data,
-                       product.x.get(), &zero, out, product.out.get(), out, product.out.get(), &product.algo,
-                       blas_workspace_.data(), static_cast<std::size_t>(kBlasBytes), stream),
-        "cublasLtMatmul");
+    detail::check_blas(cublasLtMatmul(handle_.get(), product.operation.get(), &one, weight, product.weight.get(),
+                                      x.data, product.x.get(), &zero, out, product.out.get(), out, product.out.get(),
+                                      &product.algo, blas_workspace_.data(), blas_workspace_.size(), stream),
+                       "cublasLtMatmul");
   }
 
   [[nodiscard]] static detail::Blas<cublasLtMatrixLayout_t> make_layout(cudaDataType_t type, std::int64_t n_row,
@@ -162,7 +286,7 @@ class LinearPrefill {
     cublasLtMatmulPreference_t preference = nullptr;
     detail::check_blas(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
     const detail::Blas<cublasLtMatmulPreference_t> owner(preference);
-    const std::size_t workspace = kBlasBytes;
+    const std::size_t workspace = blas_workspace_.size();
     // Split sums only through the workspace, added in order: no atomics.
     const std::uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     detail::check_blas(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -192,8 +316,16 @@ class LinearPrefill {
   }
 
   detail::Blas<cublasLtHandle_t> handle_;
-  DeviceBuffer<Bf16> scratch_;
-  DeviceBuffer<std::byte> blas_workspace_;
+  std::span<Bf16> scratch_;
+  std::span<std::byte> blas_workspace_;
+  DeviceBuffer<std::byte> owned_scratch_, owned_workspace_;
+  bool overlap_;
+  int sm_count_;
+  Stream decoder_;
+  Event decoded_;
+  std::array<Place, 16> places_;
+  std::size_t n_taken_ = 0;
+  std::int64_t next_ = 0;  ///< value of the scratch where the next place begins
   std::map<Shape, Product> products_;
 };
 

@@ -61,6 +61,11 @@ class Event {
   void record(cudaStream_t stream) const { check(cudaEventRecord(handle_.get(), stream), "record of an event"); }
   void synchronize() const { check(cudaEventSynchronize(handle_.get()), "wait for an event"); }
 
+  /// What is put into `stream` from now on waits until this point has been reached; nothing if it was never recorded.
+  void delay(cudaStream_t stream) const {
+    check(cudaStreamWaitEvent(stream, handle_.get(), 0), "wait of a stream for an event");
+  }
+
   /// Microseconds from `begin` to this event; both must have been recorded, and this one reached.
   [[nodiscard]] double us_since(const Event& begin) const {
     float ms = 0.0f;
