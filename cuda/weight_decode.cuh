@@ -216,7 +216,7 @@ void for_weight_type(const char* who, TensorType type, TBody&& body) {
   }
 }
 
-inline constexpr int kDecodeRows = 4;  ///< rows that a thread decodes, side by side
+inline constexpr int kRowsAThread = 4;  ///< rows that a thread decodes, side by side
 
 /// Eight values from `column` on, rounded to bf16.
 __device__ __forceinline__ void store_decoded(Bf16* row, std::int64_t cols, int column, const float (&values)[8]) {
@@ -227,7 +227,7 @@ __device__ __forceinline__ void store_decoded(Bf16* row, std::int64_t cols, int 
   for (int i = 0; i < 8 && column + i < cols; ++i) row[column + i] = to_bf16(values[i]);
 }
 
-/// One thread a half group of kDecodeRows rows; neighbours write neighbouring 32 bytes.
+/// One thread a half group of kRowsAThread rows; neighbours write neighbouring 32 bytes.
 template <TensorType kType>
 __global__ void __launch_bounds__(512)
     decode_rows_kernel(const std::uint8_t* data, std::int64_t row_step_bytes, std::int64_t n_row, std::int64_t cols,
@@ -235,17 +235,17 @@ __global__ void __launch_bounds__(512)
   const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (index >= n_half_group(cols)) return;
   const auto place = HalfGroupPlace::of<kType>(index, cols, full_groups);
-  const std::int64_t first = std::int64_t{kDecodeRows} * blockIdx.y;
+  const std::int64_t first = std::int64_t{kRowsAThread} * blockIdx.y;
   data += first * row_step_bytes;
   out += first * cols;
-  const int count = static_cast<int>(min(n_row - first, std::int64_t{kDecodeRows}));
-  HalfGroup<kType> bytes[kDecodeRows];
+  const int count = static_cast<int>(min(n_row - first, std::int64_t{kRowsAThread}));
+  HalfGroup<kType> bytes[kRowsAThread];
 #pragma unroll
-  for (int r = 0; r < kDecodeRows; ++r) {
+  for (int r = 0; r < kRowsAThread; ++r) {
     if (r < count) load_half_group<kType>(data + r * row_step_bytes, cols, place, bytes[r]);
   }
 #pragma unroll
-  for (int r = 0; r < kDecodeRows; ++r) {
+  for (int r = 0; r < kRowsAThread; ++r) {
     if (r >= count) break;
     float low[8], high[8];
     bytes[r].decode(place.group, place.half, low, high);
@@ -261,16 +261,16 @@ __global__ void __launch_bounds__(512)
 inline void decode_rows(const PackedMatrix& matrix, std::int64_t first, std::int64_t count, std::int64_t row_step,
                         Bf16* out, cudaStream_t stream) {
   if (count == 0) return;
-  require(first >= 0 && first + (count - 1) * row_step < matrix.rows && count <= 65535 * detail::kDecodeRows,
+  require(first >= 0 && first + (count - 1) * row_step < matrix.rows && count <= 65535 * detail::kRowsAThread,
           "decode_rows: ", count, " rows from ", first, " in steps of ", row_step, " of ", matrix.rows, ", at most ",
-          65535 * detail::kDecodeRows, " a call");
+          65535 * detail::kRowsAThread, " a call");
   const std::int64_t bytes = matrix.row_bytes();
   const auto* const data = reinterpret_cast<const std::uint8_t*>(matrix.data) + first * bytes;
   // As few threads as possible without work: blocks of a row are alike, in whole warps.
   const std::int64_t n_thread = detail::n_half_group(matrix.cols), n_block = (n_thread + 511) / 512;
   const std::int64_t block = ((n_thread + n_block - 1) / n_block + 31) / 32 * 32;
   const dim3 grid(static_cast<unsigned>(n_block),
-                  static_cast<unsigned>((count + detail::kDecodeRows - 1) / detail::kDecodeRows));
+                  static_cast<unsigned>((count + detail::kRowsAThread - 1) / detail::kRowsAThread));
   detail::for_weight_type("decode_rows", matrix.type, [&]<TensorType kType>() {
     detail::decode_rows_kernel<kType><<<grid, static_cast<unsigned>(block), 0, stream>>>(
         data, row_step * bytes, count, matrix.cols, chunk_groups(matrix.cols), out);
