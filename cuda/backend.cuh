@@ -98,7 +98,7 @@ class Backend {
     check(cudaMemsetAsync(arena_.all().data(), 0, arena_.all().size(), stream_), "fill of the arena");
     caches_.emplace(config(), options.cache, options.context, device_, arena_);
     set_switches(options.switches);
-    gemm_.emplace();
+    gemm_.emplace(arena_.buffer("scratch"), arena_.buffer("gemm_workspace"), true);
     history_ = PinnedBuffer<std::int32_t>(options.context + 1);
     place_activations();
     clear_sampler(arena_.buffer("sampler_workspace"), stream_);
@@ -295,6 +295,7 @@ class Backend {
       const std::span<std::byte> bytes = arena_.buffer(name);
       check(cudaMemsetAsync(bytes.data(), value, bytes.size(), stream_), "fill of a buffer");
     }
+    gemm_->scratch_was_lent(stream_);
   }
 
  private:
@@ -450,6 +451,7 @@ class Backend {
       const auto range = this->range(config().sliding_layer(layer) ? "attention_sliding" : "attention_full");
       caches_->attend(layer, heads, chunk_, stream_);
     }
+    if (caches_->borrows_scratch(layer, chunk_)) gemm_->scratch_was_lent(stream_);
     if (!caches_->commits_after(layer, chunk_)) return;
     const auto range = this->range("cache_commit");
     caches_->commit(layer, heads, chunk_, stream_);

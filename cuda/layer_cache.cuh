@@ -198,6 +198,11 @@ class LayerCaches {
     return config_.sliding_layer(layer) && !(switches_.fuse_qkv_prologue && into_ring_at_once(chunk));
   }
 
+  /// Whether attend() decodes K and V of the layer into the scratch that also takes decoded weights.
+  [[nodiscard]] bool borrows_scratch(std::int64_t layer, const ChunkPlace& chunk) const {
+    return codec_ && !config_.sliding_layer(layer) && chunk.n_token > kTq4DecodeQueries;
+  }
+
   /// Whether a chunk runs with the mask of set_mask() instead of kv_len.
   [[nodiscard]] bool masks(const ChunkPlace& chunk) const { return !switches_.kv_len_clamp && chunk.n_token == 1; }
   /// @param mask [context] bytes on the device, nonzero where a token is

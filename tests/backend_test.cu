@@ -38,8 +38,16 @@ const std::filesystem::path kData = GEMMA4_TEST_DATA;
 /// its way, sqrt(3 * 0.6^2 + 6 * 0.2^2) = 1.1 %. Scores deviate by s = 2.5: an error of 1 % in q and in k moves them by
 /// 0.035, and with them the weights by 3.5 % each, the attended value by at most as much. Three to six layers of two
 /// branches, each 1 / sqrt(n) of the stream, then come to some 4 %; logits have one product more. The worst of some
-/// 10000 rows lies at four deviations or less of its own error, which is a sum of hundreds of terms: 10 %.
+/// 10000 rows lies at two deviations or less of its own error, which is a sum of hundreds of terms: 10 %.
 constexpr double kRounding = 0.10;
+
+/// A TQ4 cache makes more of it: a coordinate that moves by e deviations crosses a boundary with probability e / step,
+/// step being that of the codebook in deviations, and then its level moves by a step. So K and V are off by
+/// sqrt(e * step) of their length: with e = 1 % and 4 bits (step 0.3 where most values are) 5 %, with 2 bits (step 1)
+/// 10 %; scores move by 2.5 times as much.
+double rounding_of(const std::string& cache) {
+  return cache == "bf16" ? kRounding : cache == "tq4-k3v2" ? 4 * kRounding : 2 * kRounding;
+}
 
 /// A model of the host on the device, and a backend of each room over it.
 struct BothRooms {
@@ -64,11 +72,13 @@ std::string any_cache() {
 RC_GTEST_PROP(CudaBackend, LogitsAreThoseOfTheReference, ()) {
   const SmallModel small(any_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
   const auto tokens = any_tokens(small.weights.config, *rc::gen::inRange(1, 90));
-  BothRooms both(small.weights, *small.file, small_options(any_cache()));
+  const std::string cache = any_cache();
+  BothRooms both(small.weights, *small.file, small_options(cache));
   const std::vector<float> expected = logits_of(both.reference, tokens, {100});
   const std::int64_t vocab = small.weights.config.vocab;
-  testkit::rc_require(rows_close(logits_of(both.device, tokens, {100}), expected, vocab, kRounding), "one chunk");
-  testkit::rc_require(rows_close(logits_of(both.device, tokens, {1}), expected, vocab, kRounding), "token by token");
+  const double bound = rounding_of(cache);
+  testkit::rc_require(rows_close(logits_of(both.device, tokens, {100}), expected, vocab, bound), "one chunk");
+  testkit::rc_require(rows_close(logits_of(both.device, tokens, {1}), expected, vocab, bound), "token by token");
 }
 
 RC_GTEST_PROP(CudaBackend, ChunkLengthsDoNotChangeTheResult, ()) {
@@ -77,9 +87,11 @@ RC_GTEST_PROP(CudaBackend, ChunkLengthsDoNotChangeTheResult, ()) {
   const auto chunks =
       *rc::gen::nonEmpty(rc::gen::container<std::vector<std::int64_t>>(rc::gen::inRange<std::int64_t>(1, 60)));
   const cuda::PackedModel packed = cuda::load_model(*small.file);
-  cuda::Backend backend(packed, small_options(any_cache()));
+  const std::string cache = any_cache();
+  cuda::Backend backend(packed, small_options(cache));
   const std::vector<float> whole = logits_of(backend, tokens, {100});
-  testkit::rc_require(rows_close(logits_of(backend, tokens, chunks), whole, small.weights.config.vocab, kRounding));
+  testkit::rc_require(
+      rows_close(logits_of(backend, tokens, chunks), whole, small.weights.config.vocab, rounding_of(cache)));
   RC_ASSERT(logits_of(backend, tokens, chunks) == logits_of(backend, tokens, chunks));
 }
 
@@ -158,11 +170,6 @@ TEST(CudaBackend, PoisonWouldShowWhereItIsRead) {  // the control of the propert
   EXPECT_NE(after(clean, false), after(poisoned, true)) << "what the sequence itself left is read";
 }
 
-struct Golden {
-  std::string name, cache;
-  double max_kl;
-};
-
 /// Logits of another implementation in float32 arithmetic; here activations are 8 or 16 bits.
 double mean_kl(const std::string& name, const std::string& cache, std::int64_t chunk, std::int64_t& n_same) {
   const GgufFile file = GgufFile::open(kData / (name + ".gguf"));
@@ -212,7 +219,8 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
   const SmallModel small(any_config(), 13);
   const auto tokens = any_tokens(small.weights.config, 60);
   const cuda::PackedModel packed = cuda::load_model(*small.file);
-  const cuda::BackendOptions options = small_options(any_cache());
+  const std::string cache = any_cache();
+  const cuda::BackendOptions options = small_options(cache);
   cuda::Backend plain(packed, options);
   const std::vector<std::int64_t> chunks = {40, 3, 1};
   const std::vector<float> expected = logits_of(plain, tokens, chunks);
@@ -224,7 +232,7 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
     other.switches.*off = false;
     cuda::Backend backend(packed, other);
     const std::vector<float> actual = logits_of(backend, tokens, chunks);
-    testkit::rc_require(rows_close(actual, expected, small.weights.config.vocab, kRounding));
+    testkit::rc_require(rows_close(actual, expected, small.weights.config.vocab, rounding_of(cache)));
     const bool has_same_bits = off == &cuda::BackendSwitches::overlap || off == &cuda::BackendSwitches::causal_skip ||
                                off == &cuda::BackendSwitches::fuse_norms;
     RC_ASSERT(!has_same_bits || actual == expected);
