@@ -23,6 +23,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/linear_dot.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/linear_prefill.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/lm_head.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/mbarrier.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/mma.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/model_weights.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/nvtx.cuh"

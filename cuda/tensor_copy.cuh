@@ -6,12 +6,13 @@
 
 #include <cstdint>
 
+#include "cuda/mbarrier.cuh"
 #include "cuda/mma.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 
-/// The tensor copy engine of sm_90: maps of strided tensors, bulk copies between them and shared memory, and the
-/// mbarriers that such copies complete on. Source: the PTX ISA, "cp.async.bulk.tensor" and "mbarrier".
+/// The tensor copy engine of sm_90: maps of strided tensors, and bulk copies between them and shared memory, which
+/// complete on mbarriers (mbarrier.cuh). Source: the PTX ISA, "cp.async.bulk.tensor".
 namespace gemma4::cuda {
 
 /// Extents and strides of a bf16 tensor, innermost first; the innermost axis is contiguous.
@@ -40,36 +41,6 @@ struct TensorMapShape {
   require(result == CUDA_SUCCESS, what, ": the driver refuses the tensor map (CUresult ", static_cast<int>(result),
           "); data and strides must be multiples of 16 bytes");
   return map;
-}
-
-__device__ __forceinline__ void mbarrier_init(std::uint32_t barrier, int n_arrival) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n_arrival) : "memory");
-}
-
-/// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void mbarrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-/// Arrives and announces `n_byte` that copies will bring.
-__device__ __forceinline__ void mbarrier_expect(std::uint32_t barrier, std::uint32_t n_byte) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n_byte) : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-/// Waits until the phase of parity `parity` has completed.
-__device__ __forceinline__ void mbarrier_wait(std::uint32_t barrier, std::uint32_t parity) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over_%=;\n"
-      "bra again_%=;\n"
-      "over_%=: }" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
 }
 
 /// Box at coordinate c (innermost first) into shared memory; its bytes complete on `barrier`.

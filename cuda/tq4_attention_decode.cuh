@@ -442,12 +442,14 @@ struct Tq4TokenNorms {
   }
 };
 
-/// Takes the records [begin, end) of a pair into its state. (Computing the scores of the next record before the softmax
-/// of this one was as fast: the other warps fill the gaps, and the memory sets the pace.)
+/// Takes the records [begin, end) of a pair into its state. A pair with fewer than `most` meets its barrier as often as
+/// if it had that many: where the pairs of a block do so unequally often, racecheck (compute-sanitizer 2025.3) loses
+/// the block barriers that follow. (Computing the scores of the next record before the softmax of this one was as fast:
+/// the other warps fill the gaps, and the memory sets the pace.)
 template <class TTraits>
 __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, const Tq4DecodeParams& params,
                                                typename TTraits::Ring& ring, unsigned char* smem, int begin, int end,
-                                               int seen_by_all, const Tq4DecodeThread& at) {
+                                               int most, int seen_by_all, const Tq4DecodeThread& at) {
   constexpr int kHeadDim = TTraits::kHeadDim;
   const unsigned char* const q_smem = smem + TTraits::kQOffset;
   unsigned char* const scores = smem + TTraits::kScoreOffset + 2048 * at.pair;
@@ -471,6 +473,10 @@ __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, c
     std::uint32_t weights[2];
     weigh_tokens(state, s, v_norm, weights);
     add_values(state, record, weights, at, params.levels);
+  }
+#pragma unroll 1
+  for (int missing = (most - (end - begin)) * (1 + ring.barriers_of_wait()); missing > 0; --missing) {
+    team_sync<64>(1 + at.pair);
   }
 }
 
@@ -580,7 +586,8 @@ __global__ void __launch_bounds__(TTraits::kThreads, TTraits::kBlocksPerSm)
   const int seen_by_all = params.mask != nullptr ? 0 : key_limit(params, keys.kv_len, unit.row0);
   Tq4DecodeState<TTraits> state;
   state.init();
-  absorb_records<TTraits>(state, params, ring, smem, begin, end, seen_by_all, at);
+  const int most = (count + TTraits::kPairs - 1) / TTraits::kPairs;  // of a pair
+  absorb_records<TTraits>(state, params, ring, smem, begin, end, most, seen_by_all, at);
   if (params.record_count != nullptr && at.half == 0 && at.lane == 0 && end > begin) {
     atomicAdd(params.record_count, static_cast<unsigned long long>(end - begin));
   }
