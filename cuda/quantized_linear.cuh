@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <type_traits>
@@ -39,12 +40,31 @@ struct LinearPlan {
   std::int64_t smem_bytes = 0;
   std::int64_t smem_limit_bytes = 0;  ///< what the kernel is allowed, whatever it uses: one value for all launches
   int n_block = 1;
+  bool overlap = false;  ///< with the kernel before: from sm_90 on
+};
+
+/// What a product may do for the kernels behind it.
+struct LinearHints {
+  const std::byte* next_weights = nullptr;  ///< fetched into the L2 cache when this product has asked for its own
+  std::int64_t next_bytes = 0;
+};
+
+/// The input of a product that begins by finishing the residual stream, in every block for itself (row_norm.cuh):
+///   x' = (x + rms_norm(pending, post_norm)) * scale, and the input is rms_norm(x', norm), rounded to Bf16.
+/// Same bits as residual_norm() and the product of its result.
+struct LinearPrologue {
+  View<const float, 2> residual = {};  ///< [n_token, cols]
+  View<const float, 2> pending = {};   ///< [n_token, cols]; null data: x' = x
+  const float* post_norm = nullptr;    ///< [cols], of pending
+  float scale = 1.0f;                  ///< of the layer
+  const float* norm = nullptr;         ///< [cols]
+  float epsilon = 0.0f;
+  View<float, 2> residual_out = {};  ///< [n_token, cols], x', not the memory of `residual`; null data: not stored
 };
 
 namespace detail {
 
-/// Shared memory with which two blocks share a multiprocessor: then the next kernel's copies begin under this one's
-/// end. (1 KB of each block is the system's.)
+/// Shared memory with which two blocks share a multiprocessor. (1 KB of each block is the system's.)
 [[nodiscard]] constexpr std::int64_t half_of_smem(std::int64_t limit) {
   return (limit + 1024) / 2 - 1024;
 }
@@ -66,14 +86,14 @@ namespace detail {
 /// @throws std::invalid_argument when not even one token fits into the device's shared memory
 [[nodiscard]] inline LinearPlan plan_linear_decode(std::int64_t cols, std::int64_t n_token,
                                                    std::span<const TensorType> types, const DeviceInfo& device) {
-  LinearPlan plan{.smem_limit_bytes = device.smem_limit_bytes, .n_block = device.sm_count};
+  LinearPlan plan{.smem_limit_bytes = device.smem_limit_bytes, .overlap = device.compute_capability >= 90};
+  const std::int64_t half = detail::half_of_smem(device.smem_limit_bytes);
   for (const TensorType type : types) {
     const std::int64_t bytes = detail::stage_rows(type) * chunk_bytes(type, chunk_groups(cols));
     plan.slot_bytes = std::max(plan.slot_bytes, (bytes + 127) / 128 * 128);
   }
   plan.n_token = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(n_token, 1, 8))));
   for (; plan.n_token >= 1; plan.n_token /= 2) {
-    const std::int64_t half = detail::half_of_smem(device.smem_limit_bytes);
     plan.n_slot = plan.n_token > 2 ? 0 : detail::linear_slots(cols, plan.n_token, plan.slot_bytes, half);
     if (plan.n_slot < 3) {
       plan.n_slot = detail::linear_slots(cols, plan.n_token, plan.slot_bytes, device.smem_limit_bytes);
@@ -83,6 +103,7 @@ namespace detail {
   require(plan.n_token >= 1, "quantized_linear: rows of ", cols, " columns do not fit into ", device.smem_limit_bytes,
           " B of shared memory a block");
   plan.smem_bytes = detail::linear_smem(cols, plan.n_token, plan.n_slot, static_cast<int>(plan.slot_bytes)).total;
+  plan.n_block = plan.n_token <= 2 && plan.smem_bytes <= half ? 2 * device.sm_count : device.sm_count;
   return plan;
 }
 
@@ -102,7 +123,7 @@ void launch_linear_tokens(const LinearParams& params, const LinearPlan& plan, cu
   config.dynamicSmemBytes = static_cast<std::size_t>(plan.smem_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = plan.overlap ? 1 : 0;
   check(cudaLaunchKernelEx(&config, linear_decode_kernel<kTokens>, params), "linear_decode_kernel");
 }
 
@@ -148,33 +169,74 @@ void plain_decode(const View<const TIn, 2>& x, const PackedMatrix& weight, const
   }
 }
 
-/// What ends a launch for few tokens besides storing.
-struct LinearEnd {
+/// What a launch for few tokens does besides its products.
+struct LinearFrame {
   LinearEpilogue epilogue = LinearEpilogue::kNone;
   float softcap = 0.0f;
+  LinearHints hints = {};
 };
 
+/// An input of n_token rows, as the kernel takes it.
+struct LinearSource {
+  std::int64_t n_token = 0, cols = 0;
+  LinearInput input = {};
+};
+
+template <class TIn>
+[[nodiscard]] LinearSource linear_source(const View<const TIn, 2>& x) {
+  LinearSource source{.n_token = x.extent[0], .cols = x.extent[1]};
+  source.input.x = x.data;
+  source.input.x_stride = x.stride[0];
+  source.input.x_is_bf16 = std::is_same_v<TIn, Bf16>;
+  return source;
+}
+
+[[nodiscard]] inline LinearSource linear_source(const LinearPrologue& in) {
+  return {.n_token = in.residual.extent[0],
+          .cols = in.residual.extent[1],
+          .input = {.x = in.pending.data,
+                    .x_stride = in.pending.stride[0],
+                    .x_is_bf16 = false,
+                    .norm = in.norm,
+                    .residual = in.residual.data,
+                    .residual_stride = in.residual.stride[0],
+                    .residual_out = in.residual_out.data,
+                    .residual_out_stride = in.residual_out.stride[0],
+                    .post_norm = in.post_norm,
+                    .scale = in.scale,
+                    .epsilon = in.epsilon}};
+}
+
+/// The same rows from `token` on.
+[[nodiscard]] inline LinearInput input_from(LinearInput input, std::int64_t token) {
+  if (input.x != nullptr) {
+    input.x = input.x_is_bf16 ? static_cast<const void*>(static_cast<const Bf16*>(input.x) + token * input.x_stride)
+                              : static_cast<const void*>(static_cast<const float*>(input.x) + token * input.x_stride);
+  }
+  if (input.residual != nullptr) input.residual += token * input.residual_stride;
+  if (input.residual_out != nullptr) input.residual_out += token * input.residual_out_stride;
+  return input;
+}
+
 /// Packed matrices that share their input, in one launch for each plan.n_token tokens.
-template <class TIn, class TOut>
-void packed_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> weights,
-                   std::span<const View<TOut, 2>> outs, const LinearEnd& end, const DeviceInfo& device,
+template <class TOut>
+void packed_decode(const LinearSource& source, std::span<const PackedMatrix> weights,
+                   std::span<const View<TOut, 2>> outs, const LinearFrame& frame, const DeviceInfo& device,
                    cudaStream_t stream) {
   LinearParams params{};
   TensorType types[kMaxLinearMatrices] = {};  // no std::array: the code that nvcc writes for the host breaks on it
   params.n_matrix = static_cast<std::int32_t>(weights.size());
-  const std::int64_t cols = x.extent[1];
+  const std::int64_t cols = source.cols;
   params.n_piece = static_cast<std::int32_t>(cols / 8);
   params.n_group = static_cast<std::int32_t>(activation_groups(cols));
   params.n_chunk = static_cast<std::int32_t>(row_chunks(cols));
   params.full_groups = chunk_groups(cols);
   params.last_groups = groups_of_chunk(cols, params.n_chunk - 1);
   params.n_task = (params.full_groups + 31) / 32;
-  params.x_stride = x.stride[0];
-  params.x_is_bf16 = std::is_same_v<TIn, Bf16>;
   params.out_is_bf16 = std::is_same_v<TOut, Bf16>;
-  params.epilogue = end.epilogue;
-  params.softcap = end.softcap;
-  params.row_align = end.epilogue == LinearEpilogue::kGeluUp ? 2 : 1;
+  params.epilogue = frame.epilogue;
+  params.softcap = frame.softcap;
+  params.row_align = frame.epilogue == LinearEpilogue::kGeluUp ? 2 : 1;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const PackedMatrix& weight = weights[i];
     types[i] = weight.type;
@@ -183,26 +245,37 @@ void packed_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> we
                         .out_stride = outs[i].stride[0],
                         .row_bytes = weight.row_bytes(),
                         .chunk_bytes = static_cast<std::int32_t>(chunk_bytes(weight.type, params.full_groups)),
+                        .last_bytes = static_cast<std::int32_t>(chunk_bytes(weight.type, params.last_groups)),
                         .rows = static_cast<std::int32_t>(weight.rows),
                         .type = weight.type};
   }
   const LinearPlan plan =
-      plan_linear_decode(x.extent[1], x.extent[0], std::span<const TensorType>(types, weights.size()), device);
+      plan_linear_decode(cols, source.n_token, std::span<const TensorType>(types, weights.size()), device);
   params.n_slot = plan.n_slot;
   params.slot_bytes = static_cast<std::int32_t>(plan.slot_bytes);
   params.smem = linear_smem(cols, plan.n_token, plan.n_slot, params.slot_bytes);
-  for (std::int64_t token = 0; token < x.extent[0]; token += plan.n_token) {
-    params.x = x.data + token * x.stride[0];
-    params.n_token = static_cast<std::int32_t>(std::min<std::int64_t>(plan.n_token, x.extent[0] - token));
+  for (std::int64_t token = 0; token < source.n_token; token += plan.n_token) {
+    params.input = input_from(source.input, token);
+    params.n_token = static_cast<std::int32_t>(std::min<std::int64_t>(plan.n_token, source.n_token - token));
+    if (token + plan.n_token >= source.n_token) {
+      params.next = frame.hints.next_weights;
+      params.next_bytes = frame.hints.next_bytes;
+    }
     for (std::size_t i = 0; i < weights.size(); ++i) params.matrix[i].out = outs[i].data + token * outs[i].stride[0];
     launch_linear_decode(params, plan, stream);
   }
 }
 
+inline void require_weight(const char* who, const PackedMatrix& weight, std::int64_t cols) {
+  require(cols == weight.cols, who, ": x has width ", cols, ", weight has ", weight.cols, " columns");
+  require(weight.rows >= 1 && weight.rows < (1 << 22) && weight.cols < (1 << 22), who, ": weight is ", weight.rows,
+          " x ", weight.cols, ", need 1 to 2^22 each way");
+}
+
 template <class TIn, class TOut>
 void require_linear(const char* who, const View<const TIn, 2>& x, const PackedMatrix& weight, const View<TOut, 2>& out,
                     std::int64_t out_cols) {
-  require(x.extent[1] == weight.cols, who, ": x has width ", x.extent[1], ", weight has ", weight.cols, " columns");
+  require_weight(who, weight, x.extent[1]);
   require_extents(who, "out", out, {x.extent[0], out_cols});
   require_contiguous_rows(who, "x", x);
   require_contiguous_rows(who, "out", out);
@@ -210,8 +283,41 @@ void require_linear(const char* who, const View<const TIn, 2>& x, const PackedMa
   require(!is_packed_type(weight.type) ||
               (reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && (x.stride[0] % kPiece == 0 || x.extent[0] <= 1)),
           who, ": rows of x must begin at multiples of 16 bytes; row stride ", x.stride[0], " elements");
-  require(weight.rows >= 1 && weight.rows < (1 << 22) && weight.cols < (1 << 22), who, ": weight is ", weight.rows,
-          " x ", weight.cols, ", need 1 to 2^22 each way");
+}
+
+inline void require_matrices(std::int64_t n_token, std::size_t n_weight, std::size_t n_out) {
+  require(n_weight == n_out && n_weight <= kMaxLinearMatrices, "quantized_linear: ", n_weight, " matrices and ", n_out,
+          " outputs, need as many of both, at most ", kMaxLinearMatrices);
+  require(n_token <= kMaxDecodeTokens, "quantized_linear_decode: ", n_token, " tokens, at most ", kMaxDecodeTokens,
+          "; more go through quantized_linear_prefill()");
+}
+
+/// The same for an input that is made on the way.
+template <class TOut>
+void require_linear(const char* who, const LinearPrologue& in, const PackedMatrix& weight, const View<TOut, 2>& out,
+                    std::int64_t out_cols) {
+  const std::int64_t n_token = in.residual.extent[0], cols = in.residual.extent[1];
+  require_weight(who, weight, cols);
+  require_extents(who, "out", out, {n_token, out_cols});
+  require_contiguous_rows(who, "out", out);
+  require(cols <= kMaxNormCols, who, ": a residual of ", cols, " columns, at most ", kMaxNormCols,
+          " are normalised on the way; use residual_norm()");
+  require(is_packed_type(weight.type), who, ": weights of type ", type_name(weight.type),
+          " take rows that are normalised already; use residual_norm()");
+  require(in.norm != nullptr && (in.pending.data == nullptr || in.post_norm != nullptr), who,
+          ": the weights of a norm are missing");
+  const auto require_rows = [&](const char* name, const auto& view) {
+    if (view.data == nullptr) return;
+    require_extents(who, name, view, {n_token, cols});
+    require_contiguous_rows(who, name, view);
+    require(reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.stride[0] % 4 == 0, who, ": rows of ", name,
+            " must begin at multiples of 16 bytes");
+  };
+  require_rows("residual", in.residual);
+  require_rows("pending", in.pending);
+  require_rows("residual_out", in.residual_out);
+  require(in.residual_out.data != in.residual.data, who,
+          ": residual_out is the memory of residual, which other blocks still read");
 }
 
 }  // namespace detail
@@ -224,12 +330,9 @@ void require_linear(const char* who, const View<const TIn, 2>& x, const PackedMa
 /// @throws std::invalid_argument when shapes differ, or for more than 8 tokens
 template <class TIn, class TOut>
 void quantized_linear_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> weights,
-                             std::span<const View<TOut, 2>> outs, const DeviceInfo& device, cudaStream_t stream) {
-  require(weights.size() == outs.size() && weights.size() <= detail::kMaxLinearMatrices,
-          "quantized_linear: ", weights.size(), " matrices and ", outs.size(),
-          " outputs, need as many of both, at most ", detail::kMaxLinearMatrices);
-  require(x.extent[0] <= kMaxDecodeTokens, "quantized_linear_decode: ", x.extent[0], " tokens, at most ",
-          kMaxDecodeTokens, "; more go through quantized_linear_prefill()");
+                             std::span<const View<TOut, 2>> outs, const DeviceInfo& device, cudaStream_t stream,
+                             const LinearHints& hints = {}) {
+  detail::require_matrices(x.extent[0], weights.size(), outs.size());
   for (std::size_t i = 0; i < weights.size(); ++i) {
     detail::require_linear("quantized_linear", x, weights[i], outs[i], weights[i].rows);
   }
@@ -246,15 +349,31 @@ void quantized_linear_decode(const View<const TIn, 2>& x, std::span<const Packed
     }
   }
   if (n_packed == 0) return;
-  detail::packed_decode<TIn, TOut>(x, std::span<const PackedMatrix>(packed).first(n_packed),
-                                   std::span<const View<TOut, 2>>(packed_outs).first(n_packed), {}, device, stream);
+  detail::packed_decode<TOut>(detail::linear_source(x), std::span<const PackedMatrix>(packed).first(n_packed),
+                              std::span<const View<TOut, 2>>(packed_outs).first(n_packed), {.hints = hints}, device,
+                              stream);
+}
+
+/// The same of a residual stream that is finished and normalised on the way.
+/// @param weights  of packed types
+/// @throws std::invalid_argument also for more than detail::kMaxNormCols columns
+template <class TOut>
+void quantized_linear_decode(const LinearPrologue& in, std::span<const PackedMatrix> weights,
+                             std::span<const View<TOut, 2>> outs, const DeviceInfo& device, cudaStream_t stream,
+                             const LinearHints& hints = {}) {
+  detail::require_matrices(in.residual.extent[0], weights.size(), outs.size());
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    detail::require_linear("quantized_linear", in, weights[i], outs[i], weights[i].rows);
+  }
+  if (in.residual.extent[0] == 0) return;
+  detail::packed_decode<TOut>(detail::linear_source(in), weights, outs, {.hints = hints}, device, stream);
 }
 
 /// One matrix.
 template <class TIn, class TOut>
 void quantized_linear_decode(const View<const TIn, 2>& x, const PackedMatrix& weight, const View<TOut, 2>& out,
-                             const DeviceInfo& device, cudaStream_t stream) {
-  quantized_linear_decode<TIn, TOut>(x, std::span(&weight, 1), std::span(&out, 1), device, stream);
+                             const DeviceInfo& device, cudaStream_t stream, const LinearHints& hints = {}) {
+  quantized_linear_decode<TIn, TOut>(x, std::span(&weight, 1), std::span(&out, 1), device, stream, hints);
 }
 
 }  // namespace gemma4::cuda

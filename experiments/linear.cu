@@ -17,6 +17,7 @@
 #include "cuda/quantized_linear.cuh"
 #include "cuda/weight_repack.cuh"
 #include "experiments/benchmark.cuh"
+#include "experiments/bf16_product.cuh"
 #include "experiments/driver.hpp"
 #include "experiments/gpu_run_info.cuh"
 #include "gemma4/block_decode.hpp"
@@ -30,6 +31,12 @@ constexpr std::int64_t kPoolRows = 64;  ///< rows that are drawn; matrices repea
 
 enum class End { kPlain, kGeluUp, kSoftcap };
 
+/// Where a launch has its input from.
+enum class Start {
+  kPlain,     ///< rows of bf16
+  kResidual,  ///< as in a decode step: where the model normalises the residual stream first, that is part of the launch
+};
+
 /// One launch of a decode step: matrices that share their input.
 struct Launch {
   std::string name;
@@ -37,6 +44,7 @@ struct Launch {
   std::vector<std::int64_t> rows;
   std::int64_t cols = 0;
   End end = End::kPlain;
+  bool begins_with_norm = false;  ///< in the model
   bool operator==(const Launch&) const = default;
 
   [[nodiscard]] std::int64_t bytes() const {
@@ -61,8 +69,8 @@ std::vector<Launch> launches_of(const ModelConfig& config, const std::vector<Mod
   std::map<std::string, const ModelTensor*> by_name;
   for (const ModelTensor& tensor : tensors) by_name[tensor.name] = &tensor;
   std::vector<Launch> launches;
-  const auto add = [&](std::string name, const std::vector<std::string>& members, End end) {
-    Launch launch{.name = std::move(name), .types = {}, .rows = {}, .end = end};
+  const auto add = [&](std::string name, const std::vector<std::string>& members, End end, bool begins_with_norm) {
+    Launch launch{.name = std::move(name), .types = {}, .rows = {}, .end = end, .begins_with_norm = begins_with_norm};
     for (const std::string& member : members) {
       const auto found = by_name.find(member);
       if (found == by_name.end()) continue;
@@ -76,12 +84,13 @@ std::vector<Launch> launches_of(const ModelConfig& config, const std::vector<Mod
   for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
     const std::string prefix = "blk." + std::to_string(layer) + ".";
     const std::string kind = config.sliding_layer(layer) ? "sliding" : "full";
-    add("qkv_" + kind, {prefix + "attn_q.weight", prefix + "attn_k.weight", prefix + "attn_v.weight"}, End::kPlain);
-    add("attn_output_" + kind, {prefix + "attn_output.weight"}, End::kPlain);
-    add("gate_up", {prefix + "ffn_gate.weight", prefix + "ffn_up.weight"}, End::kGeluUp);
-    add("down", {prefix + "ffn_down.weight"}, End::kPlain);
+    add("qkv_" + kind, {prefix + "attn_q.weight", prefix + "attn_k.weight", prefix + "attn_v.weight"}, End::kPlain,
+        true);
+    add("attn_output_" + kind, {prefix + "attn_output.weight"}, End::kPlain, false);
+    add("gate_up", {prefix + "ffn_gate.weight", prefix + "ffn_up.weight"}, End::kGeluUp, true);
+    add("down", {prefix + "ffn_down.weight"}, End::kPlain, false);
   }
-  add("lm_head", {"token_embd.weight"}, End::kSoftcap);
+  add("lm_head", {"token_embd.weight"}, End::kSoftcap, true);
   return launches;
 }
 
@@ -98,6 +107,11 @@ class Bench {
     fill_random(x_.data(), x_.size(), static_cast<std::uint32_t>(seed) + 7, stream_);
     host_x_ = x_.to_host(stream_);
     out_ = cuda::DeviceBuffer<float>(cuda::kMaxDecodeTokens * kMaxRows);
+    norms_ = cuda::DeviceBuffer<float>(std::vector<float>(static_cast<std::size_t>(kHidden), 1.0f));
+    for (cuda::DeviceBuffer<float>& rows : residual_) {
+      rows = cuda::DeviceBuffer<float>(
+          std::vector<float>(static_cast<std::size_t>(cuda::kMaxDecodeTokens * kHidden), 0.25f));
+    }
     copy_gb_per_s_ = copy_gb_per_s(stream_);
   }
 
@@ -126,8 +140,8 @@ class Bench {
     return weights;
   }
 
-  void enqueue(const Launch& launch, const std::byte* data, std::int64_t n_token) {
-    const auto x = make_view(static_cast<const Bf16*>(x_.data()), n_token, launch.cols);
+  void enqueue(const Launch& launch, const std::byte* data, std::int64_t n_token, Start start,
+               const cuda::LinearHints& hints) {
     std::array<cuda::PackedMatrix, 4> matrices{};
     std::array<View<float, 2>, 4> outs{};
     float* out = out_.data();
@@ -137,16 +151,33 @@ class Bench {
       outs[m] = make_view(out, n_token, launch.rows[m]);
       out += n_token * launch.rows[m];
     }
-    if (launch.end == End::kSoftcap) {
-      cuda::lm_head<Bf16>(x, matrices[0], 30.0f, outs[0], device_, stream_);
-    } else if (launch.end == End::kGeluUp) {
-      const auto gated = make_view(reinterpret_cast<Bf16*>(out_.data()), n_token, launch.rows[0] / 2);
-      cuda::gate_up_decode<Bf16, Bf16>(x, {.joined = matrices[0], .gate = {}, .up = {}}, {}, gated, device_, stream_);
-    } else {
-      cuda::quantized_linear_decode<Bf16, float>(x, std::span(matrices).first(launch.rows.size()),
-                                                 std::span<const View<float, 2>>(outs).first(launch.rows.size()),
-                                                 device_, stream_);
+    const auto run = [&](const auto& input, auto... types) {
+      const std::span weights = std::span(matrices).first(launch.rows.size());
+      const std::span<const View<float, 2>> views = std::span(outs).first(launch.rows.size());
+      if (launch.end == End::kSoftcap) {
+        cuda::lm_head(input, matrices[0], 30.0f, outs[0], device_, stream_, hints);
+      } else if (launch.end == End::kGeluUp) {
+        const auto gated = make_view(reinterpret_cast<Bf16*>(out_.data()), n_token, launch.rows[0] / 2);
+        cuda::gate_up_decode<decltype(types)..., Bf16>(input, {.joined = matrices[0], .gate = {}, .up = {}}, {}, gated,
+                                                       device_, stream_, hints);
+      } else {
+        cuda::quantized_linear_decode<decltype(types)..., float>(input, weights, views, device_, stream_, hints);
+      }
+    };
+    if (start == Start::kPlain || !launch.begins_with_norm) {
+      return run(make_view(static_cast<const Bf16*>(x_.data()), n_token, launch.cols), Bf16{});
     }
+    const auto rows = [&](const cuda::DeviceBuffer<float>& from) {
+      return make_view(static_cast<const float*>(from.data()), n_token, launch.cols);
+    };
+    run(cuda::LinearPrologue{.residual = rows(residual_[now_]),
+                             .pending = rows(residual_[1]),
+                             .post_norm = norms_.data(),
+                             .scale = 1.0f,
+                             .norm = norms_.data(),
+                             .epsilon = 1e-6f,
+                             .residual_out = make_view(residual_[2 - now_].data(), n_token, launch.cols)});
+    now_ = 2 - now_;
   }
 
   /// Largest error of the pool's rows, in units of the bound of 8-bit activations; above 1 is wrong.
@@ -170,28 +201,43 @@ class Bench {
     return worst;
   }
 
-  [[nodiscard]] Timing time_launch(const Launch& launch, std::int64_t n_token) {
-    constexpr std::int64_t kBeyondL2 = 256 << 20;
+  [[nodiscard]] Timing time_launch(const Launch& launch, std::int64_t n_token, Start start) {
     const std::int64_t n_copy = std::max<std::int64_t>(2, (kBeyondL2 + launch.bytes() - 1) / launch.bytes());
     const Weights weights = make_weights(std::vector<Launch>(static_cast<std::size_t>(n_copy), launch));
     const int n_launch = static_cast<int>(n_copy * ((15 + n_copy) / n_copy));
     return time_calls(stream_, {.n_launch = n_launch, .n_warmup = 4, .n_repeat = 30}, [&](int i) {
-      enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], n_token);
+      enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], n_token, start, {});
     });
   }
 
-  /// All matrices of one token, each its own memory, one launch after another.
-  [[nodiscard]] Timing time_token(const std::vector<Launch>& launches, std::int64_t n_token) {
-    const Weights weights = make_weights(launches);
+  /// All matrices of one token, each its own memory, one launch after another; each fetches hint_bytes of the next
+  /// one's weights when it has asked for its own.
+  [[nodiscard]] Timing time_token(const std::vector<Launch>& launches, const Weights& weights, std::int64_t n_token,
+                                  Start start, std::int64_t hint_bytes) {
     return time_calls(stream_, {.n_launch = 1, .n_warmup = 3, .n_repeat = 20}, [&](int) {
       for (std::size_t i = 0; i < launches.size(); ++i) {
-        enqueue(launches[i], weights.bytes.data() + weights.begin[i], n_token);
+        const std::size_t next = (i + 1) % launches.size();
+        const cuda::LinearHints hints{.next_weights = weights.bytes.data() + weights.begin[next],
+                                      .next_bytes = std::min(hint_bytes, launches[next].bytes())};
+        enqueue(launches[i], weights.bytes.data() + weights.begin[i], n_token, start, hints);
       }
     });
   }
 
+  /// The same product of bf16 weights through cuBLAS.
+  [[nodiscard]] Timing time_blas(const Launch& launch, std::int64_t n_token) {
+    const std::int64_t count = launch.total_rows() * launch.cols,
+                       n_copy = std::max(kBeyondL2 / (2 * count), std::int64_t{2});
+    cuda::DeviceBuffer<Bf16> weights(n_copy * count);
+    fill_random(weights.data(), weights.size(), 3, stream_);
+    Bf16Product product(launch.total_rows(), launch.cols, n_token);
+    return time_calls(stream_, {.n_launch = static_cast<int>(n_copy), .n_warmup = 3, .n_repeat = 15}, [&](int i) {
+      product.enqueue(weights.data() + i % n_copy * count, x_.data(), reinterpret_cast<Bf16*>(out_.data()), stream_);
+    });
+  }
+
  private:
-  static constexpr std::int64_t kMaxCols = 21504, kMaxRows = 262144;
+  static constexpr std::int64_t kMaxCols = 21504, kMaxRows = 262144, kHidden = 5376, kBeyondL2 = 256 << 20;
 
   [[nodiscard]] static double row_error(std::span<const Bf16> x, std::span<const float> weight, double out) {
     double exact = 0, bound = 0;
@@ -243,7 +289,9 @@ class Bench {
   std::map<std::pair<TensorType, std::int64_t>, Pool> pools_;
   cuda::DeviceBuffer<Bf16> x_;
   std::vector<Bf16> host_x_;
-  cuda::DeviceBuffer<float> out_;
+  cuda::DeviceBuffer<float> out_, norms_;
+  std::array<cuda::DeviceBuffer<float>, 3> residual_;  ///< the stream, what is pending, the stream again
+  std::size_t now_ = 0;                                ///< where the stream is: 0 or 2
   double copy_gb_per_s_ = 0;
 };
 
@@ -252,73 +300,116 @@ struct Mix {
   std::optional<TensorType> only;
 };
 
-/// Writes one row: `count` launches of a token take `timing` each.
-void write_row(ResultTable& table, const Bench& bench, const std::string& mix, const Launch& launch,
-               std::int64_t n_token, std::int64_t count, const Timing& timing, std::optional<double> error) {
-  const double gb_per_s = 1e-3 * static_cast<double>(launch.bytes()) / timing.median_us;
-  auto row = table.row();
-  row.set("mix", mix).set("matrix", launch.name).set("types", launch.type_text()).set("n_out", launch.total_rows());
-  row.set("n_in", launch.cols).set("n_token", n_token).set("n_per_step", count);
-  row.set("median_us", timing.median_us).set("p10_us", timing.p10_us).set("p90_us", timing.p90_us);
-  row.set("n_repeat", timing.n_repeat).set("bytes", launch.bytes()).set("gb_per_s", gb_per_s);
-  row.set("copy_gb_per_s", bench.copy_rate()).set("of_copy", gb_per_s / bench.copy_rate());
-  row.set("step_us", static_cast<double>(count) * timing.median_us).set("error_of_bound", error);
-  if (!error || *error <= 1.0) {
-    row.commit();
-  } else {
-    row.fail("wrong: the error is beyond the bound");
-  }
-}
+/// What a row says besides its matrix and its time.
+struct RowContext {
+  std::string mix;
+  std::int64_t n_token = 0;
+  Start start = Start::kPlain;
+  std::int64_t hint_kb = 0;
+};
 
-/// A step as one row: the sum of its launches, or the chain of them.
-void write_step(ResultTable& table, const Bench& bench, const std::string& mix, const std::string& name,
-                std::int64_t bytes, std::int64_t n_token, const Timing& timing) {
-  const double gb_per_s = 1e-3 * static_cast<double>(bytes) / timing.median_us;
-  auto row = table.row();
-  row.set("mix", mix).set("matrix", name).set("n_token", n_token).set("n_per_step", 1);
-  row.set("median_us", timing.median_us).set("p10_us", timing.p10_us).set("p90_us", timing.p90_us);
-  row.set("n_repeat", timing.n_repeat).set("bytes", bytes).set("gb_per_s", gb_per_s);
-  row.set("copy_gb_per_s", bench.copy_rate()).set("of_copy", gb_per_s / bench.copy_rate());
-  row.set("step_us", timing.median_us);
-  row.commit();
-}
+class Experiment {
+ public:
+  Experiment(Bench& bench, ResultTable& table, Progress& progress)
+      : bench_(bench), table_(table), progress_(progress) {}
 
-void measure_mix(ResultTable& table, Bench& bench, const Mix& mix, const std::vector<std::int64_t>& tokens) {
-  const ModelConfig config = gemma4_31b();
-  const std::vector<Launch> launches = launches_of(config, model_tensors(config, mix.only));
-  std::vector<std::pair<Launch, std::int64_t>> distinct;
-  for (const Launch& launch : launches) {
-    const auto same = [&](const auto& entry) { return entry.first == launch; };
-    const auto found = std::ranges::find_if(distinct, same);
-    found == distinct.end() ? (void)distinct.emplace_back(launch, 1) : (void)++found->second;
-  }
-  for (const std::int64_t n_token : tokens) {
-    Timing sum;
-    std::int64_t bytes = 0;
-    for (const auto& [launch, count] : distinct) {
-      double error = 0;
-      for (const TensorType type : launch.types) {
-        error = std::max(error, bench.error_of_bound(type, launch.cols, n_token));
+  void measure(const Mix& mix, const std::vector<std::int64_t>& tokens, const std::vector<std::int64_t>& hints_kb) {
+    const ModelConfig config = gemma4_31b();
+    const std::vector<Launch> launches = launches_of(config, model_tensors(config, mix.only));
+    const Bench::Weights weights = bench_.make_weights(launches);
+    for (const std::int64_t n_token : tokens) {
+      for (const Start start : {Start::kPlain, Start::kResidual}) {
+        measure_launches(launches, {mix.name, n_token, start});
+        for (const std::int64_t hint_kb : hints_kb) {
+          write_step("step_chained", launches, {mix.name, n_token, start, hint_kb},
+                     bench_.time_token(launches, weights, n_token, start, hint_kb << 10));
+        }
       }
-      const Timing timing = bench.time_launch(launch, n_token);
-      write_row(table, bench, mix.name, launch, n_token, count, timing, error);
+    }
+  }
+
+ private:
+  void measure_launches(const std::vector<Launch>& launches, const RowContext& context) {
+    std::vector<std::pair<Launch, std::int64_t>> distinct;
+    for (const Launch& launch : launches) {
+      const auto same = [&](const auto& entry) { return entry.first == launch; };
+      const auto found = std::ranges::find_if(distinct, same);
+      found == distinct.end() ? (void)distinct.emplace_back(launch, 1) : (void)++found->second;
+    }
+    Timing sum;
+    for (const auto& [launch, count] : distinct) {
+      if (context.start == Start::kResidual && !launch.begins_with_norm) continue;
+      const Timing timing = bench_.time_launch(launch, context.n_token, context.start);
+      write_launch(launch, count, context, timing);
       const auto n = static_cast<double>(count);
       sum.median_us += n * timing.median_us, sum.p10_us += n * timing.p10_us, sum.p90_us += n * timing.p90_us;
       sum.n_repeat = timing.n_repeat;
-      bytes += count * launch.bytes();
+      progress_.advance();
     }
-    write_step(table, bench, mix.name, "step_sum", bytes, n_token, sum);
-    write_step(table, bench, mix.name, "step_chained", bytes, n_token, bench.time_token(launches, n_token));
+    if (context.start == Start::kPlain) write_step("step_sum", launches, context, sum);
   }
-}
+
+  [[nodiscard]] ResultTable::Row row_of(const RowContext& context, const std::string& matrix, std::int64_t count,
+                                        std::int64_t bytes, const Timing& timing) {
+    const double gb_per_s = 1e-3 * static_cast<double>(bytes) / timing.median_us;
+    auto row = table_.row();
+    row.set("mix", context.mix).set("matrix", matrix).set("n_token", context.n_token).set("n_per_step", count);
+    row.set("input", context.start == Start::kPlain ? "bf16" : "residual").set("hint_kb", context.hint_kb);
+    row.set("median_us", timing.median_us).set("p10_us", timing.p10_us).set("p90_us", timing.p90_us);
+    row.set("n_repeat", timing.n_repeat).set("bytes", bytes).set("gb_per_s", gb_per_s);
+    row.set("copy_gb_per_s", bench_.copy_rate()).set("of_copy", gb_per_s / bench_.copy_rate());
+    row.set("step_us", static_cast<double>(count) * timing.median_us);
+    return row;
+  }
+
+  /// One row: `count` launches of a token take `timing` each.
+  void write_launch(const Launch& launch, std::int64_t count, const RowContext& context, const Timing& timing) {
+    double error = 0;
+    for (const TensorType type : launch.types) {
+      error = std::max(error, bench_.error_of_bound(type, launch.cols, context.n_token));
+    }
+    auto row = row_of(context, launch.name, count, launch.bytes(), timing);
+    row.set("types", launch.type_text()).set("n_out", launch.total_rows()).set("n_in", launch.cols);
+    if (context.start == Start::kPlain) {
+      const double blas_us = bench_.time_blas(launch, context.n_token).median_us;
+      row.set("blas_bf16_us", blas_us).set("over_blas", blas_us / timing.median_us);
+    }
+    row.set("error_of_bound", error);
+    if (error <= 1.0) {
+      row.commit();
+    } else {
+      row.fail("wrong: the error is beyond the bound");
+    }
+  }
+
+  /// A step as one row: the sum of its launches, or the chain of them.
+  void write_step(const std::string& name, const std::vector<Launch>& launches, const RowContext& context,
+                  const Timing& timing) {
+    std::int64_t bytes = 0;
+    for (const Launch& launch : launches) bytes += launch.bytes();
+    row_of(context, name, 1, bytes, timing).commit();
+    progress_.advance();
+  }
+
+  Bench& bench_;
+  ResultTable& table_;
+  Progress& progress_;
+};
 
 void run(int argc, char** argv) {
   CLI::App app("How fast the matrices of a decode step of the 31B are read, one by one and as a whole step.");
   DriverOptions driver;
   std::vector<std::int64_t> tokens = {1, 2, 4, 8};
+  std::vector<std::int64_t> hints_kb = {0, 8192};
   std::vector<std::string> mixes = {"q4_k_m", "q4_k"};
   add_seed(app, driver);
   add_out(app, driver);
+  add_quiet(app, driver);
+  app.add_option("--hint-kb", hints_kb,
+                 "KB of the next weights that each launch of a chained step fetches into the L2 cache")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
   app.add_option("--tokens", tokens, "Tokens of a step, comma-separated")
       ->delimiter(',')
       ->check(CLI::Range(1, 8))
@@ -332,14 +423,18 @@ void run(int argc, char** argv) {
   const RunInfo info = gpu_run_info("linear", argc, argv, driver.seed);
   Bench bench(driver.seed);
   ResultTable table(result_path(driver, info), info,
-                    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step"},
+                    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "hint_kb"},
                     {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy",
-                     "step_us", "error_of_bound"});
+                     "step_us", "blas_bf16_us", "over_blas", "error_of_bound"});
+  Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * (14 + 2 * hints_kb.size())),
+                    progress_options(driver, "row"));
+  Experiment experiment(bench, table, progress);
   const std::map<std::string, std::optional<TensorType>> types = {
       {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
-  for (const std::string& mix : mixes) measure_mix(table, bench, {mix, types.at(mix)}, tokens);
-  table.print(std::cout, {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "median_us", "gb_per_s",
-                          "of_copy", "step_us", "error_of_bound", "status"});
+  for (const std::string& mix : mixes) experiment.measure({mix, types.at(mix)}, tokens, hints_kb);
+  progress.finish();
+  table.print(std::cout, {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "hint_kb",
+                          "median_us", "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"});
 }
 
 }  // namespace

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/kernel_chain.cuh"
+#include "cuda/linear_input.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/weight_layout.cuh"
+#include "cuda/weight_prefetch.cuh"
+
+/// How the kernel of linear_decode.cuh gets its weights: which rows a block owns, the stages in which they come through
+/// a ring in shared memory, and the warp that asks for them.
+namespace gemma4::cuda {
+
+/// What becomes of the sum v of a row.
+enum class LinearEpilogue : std::int32_t {
+  kNone,     ///< out[row] = v
+  kGeluUp,   ///< rows 2i and 2i + 1 are gate and up: out[i] = gelu(v[2i]) * v[2i + 1]
+  kSoftcap,  ///< out[row] = cap * tanh(v / cap)
+};
+
+namespace detail {
+
+inline constexpr int kLinearWarps = 8;                          ///< that multiply
+inline constexpr int kLinearThreads = 32 * (kLinearWarps + 2);  ///< one more copies, and one ends the rows
+inline constexpr int kMaxLinearMatrices = 4;
+inline constexpr int kMaxLinearSlots = 8;
+inline constexpr int kMaxStageRows = 8;
+inline constexpr int kTaskRows = 4;  ///< rows that a lane has under way at a time, for more than one token
+inline constexpr int kMaxTasks = (kMaxChunkGroups + 31) / 32;
+
+/// Rows of a stage: 24 KB of the widest chunk for Q4_K, 15 to 23 KB for the others.
+[[nodiscard]] GEMMA4_HD constexpr int stage_rows(TensorType type) {
+  return type == TensorType::kQ4K ? 8 : 4;
+}
+
+struct LinearMatrix {
+  const std::uint8_t* data;
+  void* out;
+  std::int64_t out_stride;
+  std::int64_t row_bytes;
+  std::int32_t chunk_bytes;  ///< of a full chunk
+  std::int32_t last_bytes;   ///< of the last chunk
+  std::int32_t rows;
+  TensorType type;
+};
+
+/// Where things lie in shared memory, in bytes.
+struct LinearSmem {
+  std::int32_t activations, partials, row_parts, barriers, total;
+};
+
+/// Groups of a token's activations in shared memory: an even number, so that each token begins at 16 bytes.
+[[nodiscard]] constexpr std::int64_t activation_groups(std::int64_t cols) {
+  return (row_groups(cols) + 1) / 2 * 2;
+}
+
+/// @param n_token as compiled: 1, 2, 4 or 8
+[[nodiscard]] constexpr LinearSmem linear_smem(std::int64_t cols, int n_token, int n_slot, int slot_bytes) {
+  const std::int64_t ring = std::int64_t{n_slot} * slot_bytes;
+  const std::int64_t partials = ring + activation_groups(cols) * kActivationBytesPerGroup * n_token;
+  const std::int64_t n_task = (chunk_groups(cols) + 31) / 32;
+  const std::int64_t row_parts = partials + n_slot * n_task * n_token * kMaxStageRows * 4;
+  const std::int64_t barriers = row_parts + std::int64_t{sizeof(float[2][kRowWarps])};
+  return {static_cast<std::int32_t>(ring), static_cast<std::int32_t>(partials), static_cast<std::int32_t>(row_parts),
+          static_cast<std::int32_t>(barriers), static_cast<std::int32_t>(barriers + 16 * n_slot)};
+}
+
+/// What divides is divided on the host: a 64-bit division in the loop over tasks once halved the rate of the kernel.
+struct LinearParams {
+  LinearMatrix matrix[kMaxLinearMatrices];
+  std::int32_t n_matrix;
+  std::int32_t row_align;  ///< rows that stay in one block: 2 for pairs of gate and up
+  LinearInput input;
+  std::int32_t n_token;
+  std::int32_t n_piece;      ///< of a row, 8 values each
+  std::int32_t n_group;      ///< of a token in shared memory
+  std::int32_t n_chunk;      ///< of a row
+  std::int32_t full_groups;  ///< of every chunk but the last
+  std::int32_t last_groups;
+  std::int32_t n_task;  ///< of a full chunk
+  std::int32_t n_slot;
+  std::int32_t slot_bytes;
+  LinearSmem smem;
+  bool out_is_bf16;
+  LinearEpilogue epilogue;
+  float softcap;
+  const std::byte* next;  ///< memory that a later kernel will read; may be null
+  std::int64_t next_bytes;
+};
+static_assert(std::is_trivially_copyable_v<LinearParams>);
+
+/// First row of a matrix that belongs to block `block` or one after it: equal shares, to a row.
+[[nodiscard]] GEMMA4_HD constexpr std::int32_t linear_first_row(std::int32_t rows, std::int32_t align,
+                                                                std::uint32_t block, std::uint32_t n_block) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(rows / align) * block / n_block) * align;
+}
+
+/// Some rows of one chunk, in one slot of the ring.
+struct LinearStage {
+  int row, n_row, chunk, slot;
+  std::uint32_t phase;  ///< of the slot's barriers
+  bool is_last_chunk;
+};
+
+/// Calls body(matrix, stage) for the stages of this block: matrix by matrix, some rows at a time, chunk by chunk. Keeps
+/// a matrix in registers: parameters at an index that is not known at compile time take long to come.
+template <class TBody>
+__device__ __forceinline__ void for_each_stage(const LinearParams& params, TBody&& body) {
+  LinearStage stage{};
+#pragma unroll 1
+  for (int index = 0; index < params.n_matrix; ++index) {
+    const LinearMatrix matrix = params.matrix[index];
+    // Mirrored for every other matrix, so that it is not always the same blocks that get a row more.
+    const std::uint32_t block = index % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int end = linear_first_row(matrix.rows, params.row_align, block + 1, gridDim.x);
+    const int step = stage_rows(matrix.type);
+#pragma unroll 1
+    for (stage.row = linear_first_row(matrix.rows, params.row_align, block, gridDim.x); stage.row < end;
+         stage.row += step) {
+      stage.n_row = min(step, end - stage.row);
+#pragma unroll 1
+      for (stage.chunk = 0; stage.chunk < params.n_chunk; ++stage.chunk) {
+        stage.is_last_chunk = stage.chunk + 1 == params.n_chunk;
+        body(matrix, stage);
+        if (++stage.slot == params.n_slot) stage.slot = 0, stage.phase ^= 1u;
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void init_barrier(std::uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void arrive_at(std::uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+
+/// Waits until the phase of this parity is over.
+__device__ __forceinline__ void wait_at(std::uint32_t barrier, std::uint32_t parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over_%=;\n"
+      "bra again_%=;\n"
+      "over_%=: }" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#else
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again_%=: mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over_%=;\n"
+      "bra again_%=;\n"
+      "over_%=: }" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+/// Arrivals that fill a slot: the one that names the bytes of a bulk copy, or each lane's copies; and that of the warp
+/// that has read the sums of the slot's stage before.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr int kFullArrivals = 1 + 1;
+#else
+inline constexpr int kFullArrivals = 32 + 1;
+#endif
+
+/// The barriers of a ring: of slot s, `full` at 8 s and `empty` behind all of the first kind.
+struct RingBarriers {
+  std::uint32_t full, empty;
+  __device__ __forceinline__ RingBarriers(const LinearParams& params, unsigned char* smem)
+      : full(shared_address(smem + params.smem.barriers)), empty(full + 8 * params.n_slot) {}
+};
+
+/// One thread: before the barriers are used.
+__device__ __forceinline__ void init_ring(const LinearParams& params, unsigned char* smem) {
+  const RingBarriers barriers(params, smem);
+  for (int slot = 0; slot < params.n_slot; ++slot) {
+    init_barrier(barriers.full + 8 * slot, kFullArrivals);
+    init_barrier(barriers.empty + 8 * slot, kLinearWarps);
+  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+/// The copying warp: all stages, as slots become free; begins before the kernel in front has ended, since no kernel
+/// writes weights. It does nothing else: when one warp copied and also ended the rows, its chain of dependent
+/// instructions took 0.75 us a stage, which was the rate of the whole kernel.
+__device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned char* smem) {
+  const std::uint32_t ring = shared_address(smem);
+  const RingBarriers barriers(params, smem);
+  const int lane = threadIdx.x & 31;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const bool contiguous = params.n_chunk == 1;
+  std::uint64_t policy;  // weights are not read again before everything else has been
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  for_each_stage(params, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+    const std::uint32_t bytes = stage.is_last_chunk ? matrix.last_bytes : matrix.chunk_bytes;
+    const std::uint8_t* const from =
+        matrix.data + stage.row * matrix.row_bytes + stage.chunk * static_cast<std::int64_t>(matrix.chunk_bytes);
+    const std::uint32_t slot = ring + stage.slot * params.slot_bytes, full = barriers.full + 8 * stage.slot;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const std::uint32_t total = stage.n_row * bytes;
+    if (lane < (contiguous ? 1 : stage.n_row)) {
+      wait_at(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
+      if (lane == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(total) : "memory");
+      }
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+          "%4;" ::"r"(slot + lane * bytes),
+          "l"(from + lane * matrix.row_bytes), "r"(contiguous ? total : bytes), "r"(full), "l"(policy)
+          : "memory");
+    }
+#else
+    wait_at(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
+    for (int row = 0; row < stage.n_row; ++row) {
+      for (std::uint32_t at_byte = 16 * lane; at_byte < bytes; at_byte += 512) {
+        copy_async_16(slot + row * bytes + at_byte, from + row * matrix.row_bytes + at_byte, true);
+      }
+    }
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+#endif
+  });
+  prefetch_share(params.next, params.next_bytes);
+}
+
+}  // namespace detail
+
+}  // namespace gemma4::cuda
