@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Thin: each target calls a preset of CMakePresets.json. `make demo` and `make test` need nothing prepared.
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap configure build test demo asan fuzz check format clean
+.PHONY: help bootstrap configure build test demo plots asan fuzz check format clean
 
 JOBS ?= $(shell nproc)
-NANO := tests/data/nano
-DEMO_CONTEXTS ?= 512,1024,2048,4096,8192
-DEMO_CSV ?= results/demo/accuracy.csv
-PROMPT ?= def read_lines(path):\n    """Return the lines of a file.\n
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,13 +20,12 @@ build: configure ## everything into build/, executables into build/bin/
 test: build ## build everything and run every test
 	ctest --preset release
 
-demo: configure ## a trained model on this host's CPU: what TQ4 costs, in one table
-	cmake --build --preset release -j $(JOBS) --target accuracy generate
-	@mkdir -p $(dir $(DEMO_CSV)) && rm -f $(DEMO_CSV)
-	OMP_WAIT_POLICY=passive build/bin/accuracy --model $(NANO)/nano-Q4_K_M.gguf --ids $(NANO)/heldout-ids.u16 \
-	  --recall $(NANO)/recall-public-8192.gguf --contexts $(DEMO_CONTEXTS) --cache bf16,tq4,tq4-peer --out $(DEMO_CSV)
-	OMP_WAIT_POLICY=passive build/bin/generate --model $(NANO)/nano-Q4_K_M.gguf --cache tq4 --max-tokens 96 --echo --prompt "$$(printf '$(PROMPT)')"
-	@echo; echo "The table above is also in $(DEMO_CSV)."
+demo: configure ## a trained model, and on a GPU the 31B at its full context; MODEL=file.gguf takes real weights
+	cmake --build --preset release -j $(JOBS) --target accuracy generate device throughput synthesize plot
+	@.ci/demo build/bin "$(MODEL)"
+
+plots: ## results/plots/*.svg from the tables that results/README.md names
+	@.ci/plots build/bin
 
 asan: bootstrap ## tests that read untrusted bytes, under AddressSanitizer and UBSan
 	cmake --preset asan
