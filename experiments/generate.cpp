@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <iomanip>
 #include <iostream>
 #include <iterator>
 #include <span>
@@ -36,6 +38,7 @@ struct Options : DriverOptions {
   std::int64_t chunk = 512;
   SamplerSettings sampler;
   bool echo = false;
+  bool profile = false;
 };
 
 [[nodiscard]] std::string read_text(const std::filesystem::path& path) {
@@ -81,24 +84,42 @@ template <class TBackend>
   return n_forward;
 }
 
+/// Where the time went, to stderr: the longest first.
+void print_profile(const char* what, std::vector<ComponentTime> times) {
+  double total = 0;
+  for (const ComponentTime& time : times) total += time.us;
+  std::ranges::sort(times, std::greater<>{}, &ComponentTime::us);
+  std::cerr << what << ": " << total << " us in components, launched one by one\n";
+  for (const ComponentTime& time : times) {
+    std::cerr << "  " << std::setw(18) << std::left << time.name << std::right << std::setw(12) << time.us << " us"
+              << std::setw(8) << std::setprecision(3) << 100 * time.us / total << " %" << std::setprecision(6)
+              << std::setw(8) << time.n_call << " calls\n";
+  }
+}
+
 /// The same text from the device, where the chosen token stays: the host sees it some steps later, and prints.
 void run_cuda(const Options& options, const Tokenizer& tokenizer, std::span<const std::int32_t> ids,
               const CudaSettings& settings) {
   const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, settings);
   const auto session = model->make_session(settings);
-  Stretch prompt;
+  const auto profiled = [&](const char* what, const std::function<void()>& work) {
+    options.profile ? print_profile(what, session->profile(work)) : work();
+  };
+  Stretch prompt, decoded;
   {
     Progress progress("prompt", static_cast<std::int64_t>(ids.size()), progress_options(options, "tokens"));
-    prompt = session->prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
+    profiled("prompt",
+             [&] { prompt = session->prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); }); });
   }
   if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
   const std::int64_t n_token = std::min(options.max_tokens, settings.context - session->position());
-  Stretch decoded;
   if (n_token > 0) {
-    decoded = session->decode(n_token, options.sampler, [&](std::int32_t token) {
-      if (tokenizer.is_end(token)) return false;
-      std::cout << tokenizer.decode_piece(token, {.skip_control = true}) << std::flush;
-      return true;
+    profiled("decode", [&] {
+      decoded = session->decode(n_token, options.sampler, [&](std::int32_t token) {
+        if (tokenizer.is_end(token)) return false;
+        std::cout << tokenizer.decode_piece(token, {.skip_control = true}) << std::flush;
+        return true;
+      });
     });
   }
   std::cout << "\n";
@@ -153,11 +174,15 @@ int run(int argc, char** argv) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_flag("--echo", options.echo, "Write the prompt before its continuation");
+  app.add_flag("--profile", options.profile,
+               "With --backend cuda: launch every step anew, without a graph, and say what each component took");
   add_cache(app, options);
   add_backend(app, options);
   add_seed(app, options);
   add_quiet(app, options);
   parse(app, argc, argv);
+  require(!options.profile || options.backend == "cuda",
+          "--profile: needs --backend cuda; the reference has no events");
   options.sampler.seed = options.seed;
   validate(options.sampler);
 
@@ -167,6 +192,7 @@ int run(int argc, char** argv) {
   require(!ids.empty(), "the prompt has no tokens: give --prompt, --file or --chat");
   CudaSettings settings{.cache = parse_cache_spec(options.caches.front()), .max_chunk = options.chunk};
   settings.cache.tq4.seed = options.seed;
+  settings.use_graph = !options.profile;
   settings.context = options.context > 0 ? options.context
                                          : std::min(static_cast<std::int64_t>(ids.size()) + options.max_tokens,
                                                     config_from_gguf(gguf).context);
