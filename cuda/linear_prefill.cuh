@@ -67,12 +67,15 @@ __global__ void __launch_bounds__(256) gelu_times_rows_kernel(const Bf16* gate, 
   }
 }
 
+[[nodiscard]] inline bool is_aligned(const void* data) {
+  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+}
+
 /// out = gelu(gate) * up, [n_token, width]; gate and up without gaps between rows.
 template <class TOut>
 void gelu_times_rows(const View<const Bf16, 2>& gate, const View<const Bf16, 2>& up, const View<TOut, 2>& out,
                      cudaStream_t stream) {
   const std::int64_t n_token = gate.extent[0], width = gate.extent[1];
-  const auto is_aligned = [](const auto* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; };
   const bool whole_pieces =
       width % 8 == 0 && out.stride[0] % 8 == 0 && is_aligned(gate.data) && is_aligned(up.data) && is_aligned(out.data);
   const dim3 grid(static_cast<unsigned>((width + 2047) / 2048), static_cast<unsigned>(n_token));
@@ -118,8 +121,7 @@ class LinearPrefill {
         blas_workspace_(blas_workspace),
         overlap_(overlap),
         sm_count_(current_device().sm_count) {
-    require(reinterpret_cast<std::uintptr_t>(scratch.data()) % 16 == 0 &&
-                reinterpret_cast<std::uintptr_t>(blas_workspace.data()) % 16 == 0,
+    require(detail::is_aligned(scratch.data()) && detail::is_aligned(blas_workspace.data()),
             "LinearPrefill: scratch or workspace does not begin at a multiple of 16 bytes");
     cublasLtHandle_t handle = nullptr;
     detail::check_blas(cublasLtCreate(&handle), "creation of a cuBLASLt handle");
@@ -152,9 +154,7 @@ class LinearPrefill {
   /// out = gelu(x gate^T) * (x up^T); the two products in bf16, the rest in float. Fused weights (rows in turn) and
   /// separate ones take the same path over the same numbers, so that their bits agree.
   /// @param scratch  [2, n_token, ffn_hidden] Bf16
-  /// @param out      [n_token, ffn_hidden], at most 65535 tokens; may be the beginning of the scratch, where its rows
-  /// have
-  /// no gaps
+  /// @param out      [n_token, ffn_hidden], at most 65535 tokens; may be the beginning of the scratch, without gaps
   template <class TOut>
   void gate_up(const View<const Bf16, 2>& x, const GateUpWeights& weights, std::span<Bf16> scratch,
                const View<TOut, 2>& out, cudaStream_t stream) {
@@ -190,7 +190,7 @@ class LinearPrefill {
     detail::Blas<cublasLtMatrixLayout_t> weight, x, out;
     cublasLtMatmulAlgo_t algo;
   };
-  using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool>;
+  using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool>;
 
   /// Values of the scratch that are read until `done` has been reached.
   struct Place {
@@ -206,6 +206,10 @@ class LinearPrefill {
     const auto n_value = static_cast<std::int64_t>(scratch_.size());
     require(n_value >= weight.cols, "quantized_linear: scratch of ", scratch_.size_bytes(), " B, need at least ",
             2 * weight.cols, " B for one row");
+    if (weight.type == TensorType::kBf16 && weight.cols % 8 == 0 && detail::is_aligned(weight.data)) {
+      const Bf16* const values = reinterpret_cast<const Bf16*>(weight.data) + first * weight.cols;  // as they are
+      return multiply(x, values, step * weight.cols, weight.cols, count, out.data, out.stride[0], stream);
+    }
     const bool recorded = is_capturing(stream);
     const cudaStream_t decoder = overlap_ && !recorded ? static_cast<cudaStream_t>(decoder_) : stream;
     const std::int64_t slice = prefill_slice_rows(count, weight.cols, x.extent[0], n_value, sm_count_);
@@ -218,7 +222,7 @@ class LinearPrefill {
         decoded_.record(decoder);
         decoded_.delay(stream);
       }
-      multiply(x, decoded, weight.cols, n, out.data + row, out.stride[0], stream);
+      multiply(x, decoded, weight.cols, weight.cols, n, out.data + row, out.stride[0], stream);
       if (!recorded) place->done.record(stream);
     }
   }
@@ -247,9 +251,9 @@ class LinearPrefill {
 
   /// In cuBLAS's column-major words: out [n, n_token] = weight [cols, n]^T x [cols, n_token].
   template <class TOut>
-  void multiply(const View<const Bf16, 2>& x, const Bf16* weight, std::int64_t cols, std::int64_t n, TOut* out,
-                std::int64_t out_stride, cudaStream_t stream) {
-    const Shape shape{n, x.extent[0], cols, x.stride[0], out_stride, std::is_same_v<TOut, Bf16>};
+  void multiply(const View<const Bf16, 2>& x, const Bf16* weight, std::int64_t weight_stride, std::int64_t cols,
+                std::int64_t n, TOut* out, std::int64_t out_stride, cudaStream_t stream) {
+    const Shape shape{n, x.extent[0], cols, weight_stride, x.stride[0], out_stride, std::is_same_v<TOut, Bf16>};
     auto found = products_.find(shape);
     if (found == products_.end()) found = products_.emplace(shape, make_product(shape)).first;
     const Product& product = found->second;
@@ -270,7 +274,7 @@ class LinearPrefill {
   }
 
   [[nodiscard]] Product make_product(const Shape& shape) const {
-    const auto& [n, n_token, cols, x_stride, out_stride, is_bf16] = shape;
+    const auto& [n, n_token, cols, weight_stride, x_stride, out_stride, is_bf16] = shape;
     Product product;
     cublasLtMatmulDesc_t operation = nullptr;
     detail::check_blas(cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F),
@@ -280,7 +284,7 @@ class LinearPrefill {
     detail::check_blas(
         cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(transpose)),
         "cublasLtMatmulDescSetAttribute");
-    product.weight = make_layout(CUDA_R_16BF, cols, n, cols);
+    product.weight = make_layout(CUDA_R_16BF, cols, n, weight_stride);
     product.x = make_layout(CUDA_R_16BF, cols, n_token, n_token > 1 ? x_stride : cols);
     product.out = make_layout(is_bf16 ? CUDA_R_16BF : CUDA_R_32F, n, n_token, n_token > 1 ? out_stride : n);
     cublasLtMatmulPreference_t preference = nullptr;

@@ -110,7 +110,7 @@ TEST(LinearPrefill, GateUpInPlaceHasTheSameBits) {
 /// Products one after another, slices of all kinds in a scratch that holds few of them.
 class Products {
  public:
-  static constexpr std::int64_t kToken = 40, kScratchBytes = 400 * 768 * 2, kBlasBytes = 4 << 20;
+  static constexpr std::int64_t kToken = 40, kScratchBytes = 400 * 768 * 2;
 
   Products() {
     for (std::uint32_t i = 0; i < 12; ++i) {
