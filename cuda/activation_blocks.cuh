@@ -70,23 +70,37 @@ struct EightRaw<Bf16> {
   }
 };
 
+/// The larger of two, NaN where either is.
+[[nodiscard]] __device__ __forceinline__ float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+/// 1 / x to 1 ulp, where neither is subnormal. (With an exact division the widest product took 2 to 3 % longer.)
+[[nodiscard]] __device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Four neighbouring lanes hold a block, eight values each; every lane of the warp calls. Stores the block.
 __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t* activations, int n_group, int group,
                                                bool valid) {
   const int part = threadIdx.x & 3;
-  std::uint32_t top = 0;  // as integers, magnitudes order like floats and NaN is the largest
+  float largest = fabsf(x[0]);
 #pragma unroll
-  for (const float value : x) top = max(top, bit_cast<std::uint32_t>(value) & 0x7FFFFFFFu);
-  top = max(top, __shfl_xor_sync(~0u, top, 1));
-  top = max(top, __shfl_xor_sync(~0u, top, 2));
-  const float largest = bit_cast<float>(top);
-  const bool is_zero = largest < 0x1p-110f, is_bad = top >= 0x7F800000u;
-  const float scale = is_bad ? bit_cast<float>(0x7FC00000u) : is_zero ? 0.0f : __fmul_rn(largest, 1.0f / 127.0f);
-  const float inverse = is_zero || is_bad ? 0.0f : __fdiv_rn(127.0f, largest);
+  for (int i = 1; i < 8; ++i) largest = max_or_nan(largest, fabsf(x[i]));
+  largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 1));
+  largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 2));
+  const bool is_zero = largest < 0x1p-110f;
+  // The difference is zero, or NaN where the largest is not finite; codes then are what they may.
+  const float scale = is_zero ? 0.0f : __fadd_rn(__fmul_rn(largest, 1.0f / 127.0f), __fsub_rn(largest, largest));
+  const float inverse = is_zero ? 0.0f : __fmul_rn(reciprocal(__fmul_rn(largest, 0x1p-8f)), 127.0f * 0x1p-8f);
   // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits: its low byte is the code.
   std::uint32_t bits[8], word[2];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) bits[i] = is_bad ? 0u : bit_cast<std::uint32_t>(__fmaf_rn(x[i], inverse, 12582912.0f));
+  for (int i = 0; i < 8; ++i) bits[i] = bit_cast<std::uint32_t>(__fmaf_rn(x[i], inverse, 12582912.0f));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     word[i] = __byte_perm(__byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040),
