@@ -57,6 +57,7 @@ struct FlashParams {
   bool causal = true, causal_skip = true;
   float scale_log2 = 1.0f;  ///< scale * log2(e): softmax runs in base 2
   int n_split = 1;
+  bool old_at_rest = false;     ///< the kernel before this one writes neither the old keys that are seen nor `count`
   float* partial_o = nullptr;   ///< [n_split, batch * n_head_kv, n_query * group, head_dim]
   float* partial_ml = nullptr;  ///< [n_split, batch * n_head_kv, n_query * group, 2]: maximum (base 2), sum
   unsigned long long* tile_count = nullptr;  ///< of visited key tiles; tests only

@@ -31,13 +31,15 @@ namespace gemma4::cuda {
 /// @param position     of the first query, read by the kernel from the device or given by the host
 /// @param plan         of plan_sliding_attention() for this shape
 /// @param workspace    at least plan.workspace_bytes, 16-byte aligned
+/// @param old_at_rest  the caller's word that the kernel before this call in the stream writes neither a ring row that
+///                     the queries see nor `position`: decode then reads them while that kernel still runs (sm_90)
 /// @throws std::invalid_argument naming the argument and both values, before any launch
 /// Mirror: reference/sliding_attention.hpp
 inline void sliding_attention(View<const Bf16, 3> q, View<const Bf16, 3> ring_k, View<const Bf16, 3> ring_v,
                               View<const Bf16, 3> k_new, View<const Bf16, 3> v_new, DeviceCount position,
                               std::int64_t window, float scale, View<Bf16, 3> out, const FlashPlan& plan,
                               std::span<std::byte> workspace, cudaStream_t stream,
-                              unsigned long long* tile_count = nullptr) {
+                              unsigned long long* tile_count = nullptr, bool old_at_rest = false) {
   constexpr const char* kWho = "sliding_attention";
   const AttentionShape shape = sliding_attention_shape(kWho, q, ring_k, ring_v, k_new, v_new, out);
   require(position.device != nullptr || position.known(), kWho, ": position is neither on the device nor on the host");
@@ -72,6 +74,7 @@ inline void sliding_attention(View<const Bf16, 3> q, View<const Bf16, 3> ring_k,
   params.count_host = static_cast<int>(position.known() ? position.host : 0);
   params.window = static_cast<int>(window);
   params.tile_count = tile_count;
+  params.old_at_rest = old_at_rest;
   detail::launch_flash(kWho, plan, params, {.scale = scale}, workspace, stream);
 }
 

@@ -88,8 +88,9 @@ DeviceBuffer<Bf16> poisoned(const Sequence& s, View<const Bf16, 3> ring, std::in
 }
 
 /// The sequence in chunks through a ring on the device. `path`, where it is given, is taken by the chunks that it fits.
+/// The ring and the position are at rest before each call, and `old_at_rest` says so.
 std::vector<float> in_chunks(const Sequence& s, const std::vector<std::int64_t>& chunks, FlashChoice choice = {},
-                             Order order = Order::kAttendThenCommit) {
+                             Order order = Order::kAttendThenCommit, bool old_at_rest = false) {
   const DeviceBuffer<Bf16> q(narrow(s.q())), k(narrow(s.k())), v(narrow(s.v()));
   DeviceBuffer<Bf16> out(q.size());
   out.fill_bytes(0xFF);
@@ -116,7 +117,7 @@ std::vector<float> in_chunks(const Sequence& s, const std::vector<std::int64_t>&
     sliding_attention(part(q.data(), s.n_head), make_view(ring_k.data(), s.n_head_kv, s.ring_len, s.head_dim),
                       make_view(ring_v.data(), s.n_head_kv, s.ring_len, s.head_dim), k_new, v_new,
                       DeviceCount::on_device(first.data()), s.window, s.scale, part(out.data(), s.n_head), plan,
-                      {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
+                      {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr, nullptr, old_at_rest);
     if (order == Order::kAttendThenCommit) ring.commit(k_new, v_new, DeviceCount::on_host(position), nullptr);
     position += n_new;
     check(cudaDeviceSynchronize(), "wait for a chunk");
@@ -138,7 +139,9 @@ std::vector<std::int64_t> random_chunks(std::int64_t n_token, std::int64_t longe
 /// Holds a sequence, cut as it is, to the naive loop; and a window one longer or shorter must not pass.
 void expect_window(Sequence s, const std::vector<std::int64_t>& chunks, const FlashChoice& choice) {
   const NaiveAttention exact = flat(s);
-  rc_require(close(in_chunks(s, chunks, choice), exact.out, exact.bounds(s.rounding(), s.head_dim)));
+  const std::vector<float> out = in_chunks(s, chunks, choice);
+  rc_require(close(out, exact.out, exact.bounds(s.rounding(), s.head_dim)));
+  rc_require(close(in_chunks(s, chunks, choice, Order::kAttendThenCommit, true), out, 0.0), "keys fetched early");
   if (s.n_token <= s.window || s.window > 60) return;  // one key of many would hide within the bound
   s.scale = 0.03f / std::sqrt(static_cast<float>(s.head_dim) / 64.0f);
   const std::vector<double> bounds = flat(s).bounds(s.rounding(), s.head_dim);
