@@ -32,6 +32,11 @@ asan: bootstrap ## tests that read untrusted bytes, under AddressSanitizer and U
 	cmake --build --preset asan -j $(JOBS) --target gemma4_hostile_tests
 	ctest --preset asan -L hostile
 
+sanitize: bootstrap ## every GPU test under memcheck, racecheck and synccheck (compute-sanitizer)
+	cmake --preset gpu
+	cmake --build --preset gpu -j $(JOBS)
+	.ci/sanitize build-gpu $(JOBS)
+
 fuzz: ## every fuzz target for FUZZ_SECONDS (60)
 	@.ci/bootstrap fuzz
 	cmake --preset fuzz
