@@ -159,11 +159,13 @@ void launch_mma(const FlashPlan& plan, const FlashParams& params, cudaStream_t s
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = plan.overlap ? 1 : 0;
+  if (plan.overlap) keep_smem_share("flash_mma_kernel", flash_mma_kernel<Traits>);
   check(cudaLaunchKernelEx(&config, flash_mma_kernel<Traits>, params), "flash_mma_kernel");
   if (plan.n_split == 1) return;
   config.gridDim = dim3(static_cast<unsigned>(params.n_query * params.group), plan.grid.y);
   config.blockDim = dim3(kTile.head_dim / 4 * kCombineGroups);
   config.dynamicSmemBytes = 0;
+  if (plan.overlap) keep_smem_share("flash_combine_kernel", flash_combine_kernel<kTile.head_dim>);
   check(cudaLaunchKernelEx(&config, flash_combine_kernel<kTile.head_dim>, params), "flash_combine_kernel");
 }
 

@@ -356,8 +356,9 @@ void qkv_prologue(const View<const TIn, 3>& q, const View<const TIn, 3>& k, cons
   config.numAttrs = overlap ? 1 : 0;
   for_head_dim(kWho, q.extent[2], [&](auto head_dim) {
     using Sink = std::remove_const_t<decltype(sink)>;
-    check(cudaLaunchKernelEx(&config, detail::qkv_prologue_kernel<decltype(head_dim)::value, TIn, Sink>, params, sink),
-          "qkv_prologue_kernel");
+    const auto kernel = detail::qkv_prologue_kernel<decltype(head_dim)::value, TIn, Sink>;
+    if (overlap) detail::keep_smem_share("qkv_prologue_kernel", kernel);
+    check(cudaLaunchKernelEx(&config, kernel, params, sink), "qkv_prologue_kernel");
   });
 }
 

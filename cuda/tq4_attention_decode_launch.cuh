@@ -104,6 +104,7 @@ void launch_chained(const char* what, void (*kernel)(TParams), dim3 grid, int n_
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = programmatic ? 1 : 0;
+  if (programmatic) keep_smem_share(what, kernel);
   check(cudaLaunchKernelEx(&config, kernel, params), what);
 }
 
