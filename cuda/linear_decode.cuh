@@ -10,6 +10,7 @@
 #include "cuda/linear_dot.cuh"
 #include "cuda/linear_input.cuh"
 #include "cuda/linear_stages.cuh"
+#include "cuda/mbarrier.cuh"
 #include "cuda/weight_layout.cuh"
 #include "gemma4/float16.hpp"
 
@@ -159,14 +160,14 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
   const RingBarriers barriers(params, smem);
   const float* const partials = reinterpret_cast<const float*>(smem + params.smem.partials);
   const int lane = threadIdx.x & 31, row = lane % kMaxStageRows;
-  if (lane < params.n_slot) arrive_at(barriers.full + 8 * lane);  // no sums are waiting in a slot
-  wait_for_previous_kernel();                                     // nothing is stored before it has ended
+  for (int slot = 0; slot < params.n_slot; ++slot) mbarrier_arrive(barriers.full + 8 * slot);  // no sums wait there
+  wait_for_previous_kernel();  // nothing is stored before it has ended
   allow_next_kernel();
   float sum[kEach];
   for_each_stage(params, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     const int n_task = ((stage.is_last_chunk ? params.last_groups : params.full_groups) + 31) / 32;
     const float* const from = partials + stage.slot * params.n_task * kTokens * kMaxStageRows;
-    wait_at(barriers.empty + 8 * stage.slot, stage.phase);
+    mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase);
     float part[kEach][kMaxTasks];  // all loads before the first addition
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -176,8 +177,7 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
         part[i][task] = token < kTokens && task < n_task ? from[(task * kTokens + token) * kMaxStageRows + row] : 0.0f;
       }
     }
-    __syncwarp();
-    if (lane == 0) arrive_at(barriers.full + 8 * stage.slot);
+    mbarrier_arrive(barriers.full + 8 * stage.slot);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int token = lane / kMaxStageRows + 4 * i;
@@ -228,7 +228,7 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
   for_each_stage(params, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     const int groups = stage.is_last_chunk ? params.last_groups : params.full_groups;
     const std::uint8_t* const slot = smem + stage.slot * params.slot_bytes;
-    wait_at(barriers.full + 8 * stage.slot, stage.phase);
+    mbarrier_wait(barriers.full + 8 * stage.slot, stage.phase);
     const auto run = [&](int task, bool is_short) {
       if (32 * task >= groups) return;
       const int in_task = is_short ? lane % kShortGroups : lane;
@@ -259,8 +259,7 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
       run(n_long, true);
       next_short = kLinearWarps - 1;
     }
-    __syncwarp();
-    if (lane == 0) arrive_at(barriers.empty + 8 * stage.slot);
+    mbarrier_arrive(barriers.empty + 8 * stage.slot);
   });
 }
 

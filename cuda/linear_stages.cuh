@@ -9,6 +9,7 @@
 
 #include "cuda/kernel_chain.cuh"
 #include "cuda/linear_input.cuh"
+#include "cuda/mbarrier.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/weight_layout.cuh"
 #include "cuda/weight_prefetch.cuh"
@@ -134,43 +135,12 @@ __device__ __forceinline__ void for_each_stage(const LinearParams& params, TBody
   }
 }
 
-__device__ __forceinline__ void init_barrier(std::uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void arrive_at(std::uint32_t barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier) : "memory");
-}
-
-/// Waits until the phase of this parity is over.
-__device__ __forceinline__ void wait_at(std::uint32_t barrier, std::uint32_t parity) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over_%=;\n"
-      "bra again_%=;\n"
-      "over_%=: }" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-#else
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again_%=: mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over_%=;\n"
-      "bra again_%=;\n"
-      "over_%=: }" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-#endif
-}
-
-/// Arrivals that fill a slot: the one that names the bytes of a bulk copy, or each lane's copies; and that of the warp
+/// Arrivals that fill a slot: the one that names the bytes of a bulk copy, or each lane's copies; and those of the warp
 /// that has read the sums of the slot's stage before.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-inline constexpr int kFullArrivals = 1 + 1;
+inline constexpr int kFullArrivals = 1 + 32;
 #else
-inline constexpr int kFullArrivals = 32 + 1;
+inline constexpr int kFullArrivals = 32 + 32;
 #endif
 
 /// The barriers of a ring: of slot s, `full` at 8 s and `empty` behind all of the first kind.
@@ -184,12 +154,10 @@ struct RingBarriers {
 __device__ __forceinline__ void init_ring(const LinearParams& params, unsigned char* smem) {
   const RingBarriers barriers(params, smem);
   for (int slot = 0; slot < params.n_slot; ++slot) {
-    init_barrier(barriers.full + 8 * slot, kFullArrivals);
-    init_barrier(barriers.empty + 8 * slot, kLinearWarps);
+    mbarrier_init(barriers.full + 8 * slot, kFullArrivals);
+    mbarrier_init(barriers.empty + 8 * slot, 32 * kLinearWarps);
   }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
+  mbarrier_init_fence();
 }
 
 /// The copying warp: all stages, as slots become free; begins before the kernel in front has ended, since no kernel
@@ -212,10 +180,8 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const std::uint32_t total = stage.n_row * bytes;
     if (lane < (contiguous ? 1 : stage.n_row)) {
-      wait_at(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
-      if (lane == 0) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(total) : "memory");
-      }
+      mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
+      if (lane == 0) mbarrier_expect(full, total);
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
           "%4;" ::"r"(slot + lane * bytes),
@@ -223,7 +189,7 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
           : "memory");
     }
 #else
-    wait_at(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
+    mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
     for (int row = 0; row < stage.n_row; ++row) {
       for (std::uint32_t at_byte = 16 * lane; at_byte < bytes; at_byte += 512) {
         copy_async_16(slot + row * bytes + at_byte, from + row * matrix.row_bytes + at_byte, true);

@@ -114,6 +114,7 @@ void launch_linear_tokens(const LinearParams& params, const LinearPlan& plan, cu
   check(cudaFuncSetAttribute(linear_decode_kernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(plan.smem_limit_bytes)),
         "shared memory of linear_decode_kernel");
+  keep_smem_share("linear_decode_kernel", linear_decode_kernel<kTokens>);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
