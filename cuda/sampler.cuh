@@ -10,7 +10,9 @@
 #include <span>
 
 #include "cuda/check.cuh"
+#include "cuda/sampler_list.cuh"
 #include "cuda/sampler_select.cuh"
+#include "cuda/sampler_state.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/sampler.hpp"
@@ -22,15 +24,6 @@ namespace gemma4::cuda {
 
 namespace detail {
 
-/// Where the token goes and what follows from it.
-struct SampledTokenParams {
-  std::int32_t* token;
-  std::int32_t* history;
-  std::int64_t history_len;
-  std::int32_t* next_position;
-  std::int32_t* kv_len;
-};
-
 /// What a token is compared by.
 enum class SamplerScore {
   kLogit,    ///< ends with the token
@@ -39,36 +32,6 @@ enum class SamplerScore {
   kDrawKept  ///< the same, of those that stayed
 };
 
-/// The better of two: a larger score, the lower index among equals.
-[[nodiscard]] __device__ __forceinline__ Candidate better(const Candidate& a, const Candidate& b) {
-  const bool b_wins = b.index >= 0 && (a.index < 0 || b.score > a.score || (b.score == a.score && b.index < a.index));
-  Candidate best = b_wins ? b : a;
-  best.is_bad = a.is_bad | b.is_bad;
-  return best;
-}
-
-[[nodiscard]] __device__ __forceinline__ Candidate best_of_warp(Candidate best) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    Candidate other;
-    other.score = __shfl_xor_sync(~0u, best.score, step);
-    other.index = __shfl_xor_sync(~0u, best.index, step);
-    other.is_bad = __shfl_xor_sync(~0u, best.is_bad, step);
-    best = better(best, other);
-  }
-  return best;
-}
-
-/// In every thread of the first warp.
-[[nodiscard]] __device__ __forceinline__ Candidate best_of_block(Candidate best) {
-  __shared__ Candidate parts[kSamplerWarps];
-  best = best_of_warp(best);
-  __syncthreads();  // whoever read the parts before has done so
-  if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = best;
-  __syncthreads();
-  return threadIdx.x < 32 ? best_of_warp(parts[threadIdx.x % kSamplerWarps]) : best;
-}
-
 template <SamplerScore kScore>
 [[nodiscard]] __device__ __forceinline__ Candidate best_of_range(const SamplerParams& params) {
   constexpr bool kKept = kScore == SamplerScore::kDrawKept, kDraw = kScore == SamplerScore::kDraw || kKept;
@@ -76,21 +39,22 @@ template <SamplerScore kScore>
   const std::uint32_t end_key = kKept ? state.end_key : 0;
   const std::int32_t last_index = kKept ? state.last_index : 0;
   const std::int64_t position = kDraw ? *params.position : 0;
-  Candidate best = no_candidate();
-  best.is_bad = kKept ? state.is_bad : 0;
+  Candidate best{};
+  if (kKept && state.is_bad != 0) best.high = kBadScore;
   for_each_logit(params, [&](int index, float logit) {
-    if (!(logit < INFINITY)) best.is_bad = 1;
+    if (!(logit < INFINITY)) best.high = kBadScore;
     if (!(logit > -INFINITY)) return;
-    double score = static_cast<double>(logit);
+    Candidate candidate;
     if constexpr (kDraw) {
       if constexpr (kKept) {
         const std::uint32_t key = order_key(logit);
         if (key < end_key || (key == end_key && index > last_index)) return;
       }
-      score = score / static_cast<double>(params.temperature) -
-              std::log(-std::log(sampler_uniform(params.seed, position, index)));
+      candidate = drawn_candidate(params, position, logit, index);
+    } else {
+      candidate = candidate_of(logit, index);
     }
-    best = better(best, {score, index, 0});
+    if (is_better(candidate, best)) best = candidate;
   });
   return best;
 }
@@ -102,32 +66,40 @@ __global__ void __launch_bounds__(kSamplerThreads)
   wait_for_previous_kernel();
   allow_next_kernel();
   SamplerState& state = *params.state;
+  if (kScore == SamplerScore::kDrawKept && state.is_done) return;
+  const int lane = threadIdx.x & 31;
   Candidate best = best_of_block(best_of_range<kScore>(params));
-  if (threadIdx.x == 0) state.best[blockIdx.x] = best;
-  if (!is_last_block(&state)) return;
-  best = best_of_block(threadIdx.x < gridDim.x ? state.best[threadIdx.x] : no_candidate());
-  if (threadIdx.x != 0) return;
-  const bool is_bad = best.is_bad != 0 || best.index < 0;
+  if (threadIdx.x >= 32) return;
+  bool is_last = false;
+  if (lane == 0) {
+    state.best[blockIdx.x] = best;
+    is_last = arrives_last(&state);
+  }
+  if (!__shfl_sync(~0u, is_last, 0)) return;
+  __syncwarp();
+  best = {};
+  for (int block = lane; block < static_cast<int>(gridDim.x); block += 32) {
+    const uint4 words = __ldcg(reinterpret_cast<const uint4*>(&state.best[block]));
+    const Candidate other{words.x, words.y, words.z};
+    if (is_better(other, best)) best = other;
+  }
+  best = best_of_warp(best);
+  if (lane != 0) return;
+  const bool is_bad = best.high == kBadScore || best.high == 0;
   if constexpr (kScore == SamplerScore::kLargest) {
     state.is_bad = is_bad ? 1 : 0;
-    state.largest = static_cast<float>(best.score);
+    state.largest = from_order_key(best.high);
+    state.is_done = 0;
+    state.n_listed = 0;
   } else {
-    const std::int32_t token = is_bad ? -1 : best.index;
-    *to.token = token;
-    if (to.history == nullptr && to.next_position == nullptr && to.kv_len == nullptr) return;
-    const std::int32_t position = *params.position;
-    if (to.history != nullptr && position >= -1 && position + std::int64_t{1} < to.history_len) {
-      to.history[position + 1] = token;
-    }
-    if (to.next_position != nullptr) *to.next_position = position + 1;
-    if (to.kv_len != nullptr) *to.kv_len = position + 2;
+    store_token(to, params.position, is_bad ? -1 : static_cast<std::int32_t>(~best.place));
   }
 }
 
 }  // namespace detail
 
 /// Device memory that sample() needs, for any vocabulary. One for each stream.
-inline constexpr std::int64_t kSamplerWorkspaceBytes = 32 * 1024;
+inline constexpr std::int64_t kSamplerWorkspaceBytes = 64 * 1024;
 static_assert(sizeof(detail::SamplerState) <= kSamplerWorkspaceBytes);
 
 /// Makes a workspace ready: once, and after a replay that was broken off. Calls leave it ready.
@@ -150,7 +122,8 @@ struct SampledToken {
 /// The token to follow the one at *position. The same token as reference::sample() for the same logits, settings and
 /// position, but for what the contract says of exp and log in double.
 ///
-/// Launches: greedy 1, without top_k and top_p 1, with one of them 6, with both 9.
+/// Launches: greedy 1, without top_k and top_p 1, with one of them 7, with both 10, of which all but the first three
+/// have nothing to do where few tokens come into question.
 /// @param logits    [1, vocab]; -inf forbids a token
 /// @param position  on the device, at least 0: of the token that gave the logits. Greedy without `to`'s counters reads
 ///                  none, and it may be null
@@ -174,7 +147,7 @@ inline void sample(const View<const float, 2>& logits, const SamplerSettings& se
       settings.temperature > 0 || to.history != nullptr || to.next_position != nullptr || to.kv_len != nullptr;
   require(to.token != nullptr && (position != nullptr || !reads_position), kWho,
           ": the token or the position has no address");
-  constexpr std::int64_t kThreadValues = 8;
+  constexpr std::int64_t kThreadValues = 4;
   const std::int64_t n_block =
       std::clamp<std::int64_t>(vocab / (kThreadValues * detail::kSamplerThreads), 1, detail::kMaxSamplerBlocks);
   const std::int64_t block_values = ((vocab + n_block - 1) / n_block + 3) / 4 * 4;
@@ -198,12 +171,14 @@ inline void sample(const View<const float, 2>& logits, const SamplerSettings& se
   if (settings.top_k == 0 && settings.top_p == 1)
     return launch(detail::sampler_best_kernel<SamplerScore::kDraw>, target);
   launch(detail::sampler_best_kernel<SamplerScore::kLargest>, target);
-  for (int level = 0; settings.top_k > 0 && level < detail::kSelectLevels; ++level) {
-    launch(detail::sampler_select_kernel<false>, level);
-  }
-  for (int level = 0; settings.top_p < 1 && level < detail::kSelectLevels; ++level) {
-    launch(detail::sampler_select_kernel<true>, level);
-  }
+  const bool by_count = settings.top_k > 0, by_mass = settings.top_p < 1;
+  const auto select = [&](bool is_mass, int level) {
+    is_mass ? launch(detail::sampler_select_kernel<true>, level) : launch(detail::sampler_select_kernel<false>, level);
+  };
+  select(!by_count, 0);
+  launch(detail::sampler_list_kernel, target);
+  for (int level = 1; level < detail::kSelectLevels; ++level) select(!by_count, level);
+  for (int level = 0; by_count && by_mass && level < detail::kSelectLevels; ++level) select(true, level);
   launch(detail::sampler_equals_kernel);
   launch(detail::sampler_best_kernel<SamplerScore::kDrawKept>, target);
 }

@@ -7,8 +7,7 @@
 #include <cstdint>
 
 #include "cuda/kernel_chain.cuh"
-#include "gemma4/platform.hpp"
-#include "gemma4/sampler.hpp"
+#include "cuda/sampler_state.cuh"
 
 /// Which tokens may be chosen: the end of the order "larger logit first, lower index first" up to which top_k and top_p
 /// let tokens stay, found without sorting. A float's bits are turned into a key that grows with it; three passes
@@ -16,124 +15,6 @@
 /// the end lies. A last pass finds the index among equal keys. All counts are whole numbers, so that no order of
 /// addition shows. What a kernel finds is in SamplerState when the next one reads it.
 namespace gemma4::cuda::detail {
-
-inline constexpr int kSamplerThreads = 256;
-inline constexpr int kSamplerWarps = kSamplerThreads / 32;
-inline constexpr int kMaxSamplerBlocks = 128;
-inline constexpr int kSelectBits = 11;
-inline constexpr int kSelectBins = 1 << kSelectBits;
-inline constexpr int kSelectLevels = 3;
-
-/// A token and what it is compared by.
-struct Candidate {
-  double score;
-  std::int32_t index;   ///< -1: none
-  std::int32_t is_bad;  ///< a NaN or +inf was seen
-};
-
-[[nodiscard]] GEMMA4_HD constexpr Candidate no_candidate() {
-  return {0.0, -1, 0};
-}
-
-/// Between kernels, and what the blocks of one hand each other. All zero before the first call; `arrivals` and the bins
-/// are zero again after each kernel.
-struct SamplerState {
-  std::uint32_t arrivals;
-  std::int32_t is_bad;        ///< no token can be chosen
-  float largest;              ///< logit
-  std::uint32_t prefix;       ///< upper bits of the key at which the end lies
-  std::uint64_t n_before;     ///< tokens with a larger key than those of the prefix
-  std::uint64_t mass_before;  ///< and their mass
-  std::uint64_t n_wanted;     ///< tokens that stay
-  double mass_wanted;         ///< mass that is enough
-  std::uint64_t n_equal;      ///< tokens with the key of the end that stay
-  std::int32_t last_index;    ///< of those
-  std::uint32_t end_key;      ///< key of the end
-  Candidate best[kMaxSamplerBlocks];
-  std::uint32_t n_equal_in_block[kMaxSamplerBlocks];
-  std::uint64_t mass[kSelectBins];
-  std::uint32_t count[kSelectBins];
-};
-
-struct SamplerParams {
-  const float* logits;
-  std::int32_t vocab;
-  std::int32_t block_values;  ///< of each block, a multiple of 4
-  float temperature, top_p;
-  std::int32_t top_k;
-  std::uint64_t seed;
-  const std::int32_t* position;
-  SamplerState* state;
-  bool is_aligned;  ///< logits begin at a multiple of 16 bytes
-};
-
-/// Grows with the float; -0 counts as 0.
-[[nodiscard]] __device__ __forceinline__ std::uint32_t order_key(float value) {
-  const std::uint32_t bits = __float_as_uint(__fadd_rn(value, 0.0f));
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-[[nodiscard]] __device__ __forceinline__ float from_order_key(std::uint32_t key) {
-  return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7FFFFFFFu : ~key);
-}
-
-/// body(index, logit) for the block's own range; a thread's indices grow.
-template <class TBody>
-__device__ __forceinline__ void for_each_logit(const SamplerParams& params, TBody&& body) {
-  const std::int64_t begin = std::int64_t{params.block_values} * blockIdx.x;
-  const int end = static_cast<int>(min(begin + params.block_values, std::int64_t{params.vocab}));
-  for (std::int64_t first = begin + 4 * threadIdx.x; first < end; first += 4 * kSamplerThreads) {
-    const int i = static_cast<int>(first);
-    if (params.is_aligned && end - i >= 4) {
-      const float4 four = *reinterpret_cast<const float4*>(params.logits + i);
-      body(i, four.x), body(i + 1, four.y), body(i + 2, four.z), body(i + 3, four.w);
-    } else {
-      for (int k = 0; k < min(4, end - i); ++k) body(i + k, params.logits[i + k]);
-    }
-  }
-}
-
-/// Whether this block is the last of the grid to come here; then all that the others wrote is visible to it.
-[[nodiscard]] __device__ __forceinline__ bool is_last_block(SamplerState* state) {
-  __shared__ bool is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicInc(&state->arrivals, gridDim.x - 1) == gridDim.x - 1;
-  __syncthreads();
-  if (is_last) __threadfence();
-  return is_last;
-}
-
-/// Mass of a logit, see gemma4/sampler.hpp.
-[[nodiscard]] __device__ __forceinline__ std::uint64_t mass_of(const SamplerParams& params, float logit,
-                                                               float largest) {
-  const double temperature = static_cast<double>(params.temperature);
-  return sampler_mass(static_cast<double>(logit) / temperature, static_cast<double>(largest) / temperature,
-                      params.vocab);
-}
-
-/// Sum of the values of the threads before this one.
-[[nodiscard]] __device__ __forceinline__ std::uint64_t sum_before(std::uint64_t value,
-                                                                  std::uint64_t (&parts)[kSamplerWarps]) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  std::uint64_t sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const std::uint64_t other = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) parts[warp] = sum;
-  __syncthreads();
-  std::uint64_t before = sum - value;
-  for (int w = 0; w < warp; ++w) before += parts[w];
-  return before;
-}
-
-[[nodiscard]] __host__ __device__ constexpr int select_shift(int level) {
-  return level == 0 ? 21 : level == 1 ? 10 : 0;
-}
-[[nodiscard]] __host__ __device__ constexpr int select_bits(int level) {
-  return level == 2 ? 10 : 11;
-}
 
 /// The least number of tokens of equal mass that reach what is wanted.
 [[nodiscard]] __device__ inline std::uint64_t equals_needed(std::uint64_t before, std::uint64_t mass,
@@ -190,6 +71,7 @@ __device__ inline void pick_bin(const SamplerParams& params, int level) {
       (level == 0 ? 0 : state.prefix << select_bits(level)) | static_cast<std::uint32_t>(bin(at));
   state.n_wanted = n_wanted, state.mass_wanted = mass_wanted;
   state.prefix = prefix, state.n_before = n_before, state.mass_before = mass_before;
+  if (level == 0) state.n_candidates = n_before + count[at];
   if (level < kSelectLevels - 1) return;
   state.end_key = prefix;
   const std::uint64_t mass_each = mass[at] / count[at];  // equal keys have equal masses
@@ -214,6 +96,7 @@ __global__ void __launch_bounds__(kSamplerThreads)
   __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
+  if (state.is_done) return;
   const std::uint32_t prefix = level > 0 ? state.prefix : 0;
   const float largest = state.largest;
   const int shift = select_shift(level), bits = select_bits(level);
@@ -242,6 +125,7 @@ static __global__ void __launch_bounds__(kSamplerThreads)
   wait_for_previous_kernel();
   allow_next_kernel();
   SamplerState& state = *params.state;
+  if (state.is_done) return;
   const std::uint32_t end_key = state.end_key;
   std::uint64_t n_equal = 0;
   for_each_logit(params, [&](int, float logit) { n_equal += order_key(logit) == end_key ? 1 : 0; });
@@ -258,7 +142,7 @@ static __global__ void __launch_bounds__(kSamplerThreads)
     chosen_before = passed;
   }
   __syncthreads();
-  // The range of that block in 256 neighbouring parts, so that the threads are in the order of the indices.
+  // The range of that block in neighbouring parts, one a thread, so that the threads are in the order of the indices.
   const std::int64_t begin = std::int64_t{params.block_values} * chosen_block;
   const std::int64_t each = (params.block_values + kSamplerThreads - 1) / kSamplerThreads;
   const std::int64_t first = begin + each * threadIdx.x;

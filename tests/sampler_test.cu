@@ -244,7 +244,7 @@ TEST(SamplerPlan, Refusals) {
   EXPECT_TRUE(refuses(call(4, {.temperature = 1}, nullptr, {.token = &number}), {"no address"}));
   EXPECT_TRUE(refuses(call(4, {}, nullptr, {.token = &number, .kv_len = &number}), {"no address"}));
   EXPECT_TRUE(refuses(call(4, {}, &number, {}), {"no address"}));
-  EXPECT_TRUE(refuses(call(4, {}, &number, {.token = &number}, 100), {"workspace of 100 B", "need 32768"}));
+  EXPECT_TRUE(refuses(call(4, {}, &number, {.token = &number}, 100), {"workspace of 100 B", "need 65536"}));
 }
 
 }  // namespace
