@@ -34,13 +34,31 @@ struct ResidualNormParams {
   bool whole_pieces;  ///< every piece has kRowPiece values, at a multiple of 16 bytes
 };
 
-/// Values k to k + 7 of a row; zeros beyond its end.
+/// Eight values as they are stored.
 template <class T>
-__device__ __forceinline__ void load_row_piece(const T* row, int k, int width, bool whole_pieces,
-                                               float (&piece)[kRowPiece]) {
-  if (whole_pieces && k < width) return load_values(row + k, piece);
+struct alignas(16) StoredPiece {
+  T value[kRowPiece];
+
+  /// Values k to k + 7 of a row; zeros beyond its end.
+  __device__ __forceinline__ void load(const T* row, int k, int width, bool whole_pieces) {
+    if (whole_pieces && k < width) {
+      *this = *reinterpret_cast<const StoredPiece*>(row + k);
+      return;
+    }
 #pragma unroll
-  for (int i = 0; i < kRowPiece; ++i) piece[i] = k + i < width ? to_float(row[k + i]) : 0.0f;
+    for (int i = 0; i < kRowPiece; ++i) value[i] = k + i < width ? row[k + i] : T{};
+  }
+  __device__ __forceinline__ void widen(float (&piece)[kRowPiece]) const {
+#pragma unroll
+    for (int i = 0; i < kRowPiece; ++i) piece[i] = to_float(value[i]);
+  }
+};
+
+__device__ __forceinline__ void load_row_piece(const float* row, int k, int width, bool whole_pieces,
+                                               float (&piece)[kRowPiece]) {
+  StoredPiece<float> stored;
+  stored.load(row, k, width, whole_pieces);
+  stored.widen(piece);
 }
 
 template <class T>
@@ -55,7 +73,7 @@ __device__ __forceinline__ void store_row_piece(T* row, int k, int width, bool w
 
 /// @tparam kPieces pieces that a thread holds, at most
 template <int kPieces, class TPending, class TOut>
-__global__ void __launch_bounds__(kRowThreads, kPieces <= 3 ? 3 : 1)
+__global__ void __launch_bounds__(kRowThreads, kPieces <= 3 ? (sizeof(TPending) == 2 ? 4 : 3) : 1)
     residual_norm_kernel(const __grid_constant__ ResidualNormParams<TPending, TOut> params) {
   __shared__ float parts[2][kRowWarps];
   const int width = static_cast<int>(params.x.extent[1]), thread = static_cast<int>(threadIdx.x);
@@ -73,20 +91,22 @@ __global__ void __launch_bounds__(kRowThreads, kPieces <= 3 ? 3 : 1)
   for (int p = 0; p < kPieces; ++p) load_row_piece(x_row, at(p), width, whole, x[p]);
   if (params.pending.data != nullptr) {
     const TPending* const pending_row = params.pending.data + blockIdx.x * params.pending.stride[0];
-    float pending[kPieces][kRowPiece], sum = 0.0f;
+    StoredPiece<TPending> stored[kPieces];
+    float pending[kRowPiece], sum = 0.0f;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) stored[p].load(pending_row, at(p), width, whole);
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
-      load_row_piece(pending_row, at(p), width, whole, pending[p]);
-      sum = add_squares(sum, pending[p]);
+      stored[p].widen(pending);
+      sum = add_squares(sum, pending);
     }
     const float scale = norm_scale(sum_of_row<0>(sum, parts[0], thread), width, params.epsilon);
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
       load_row_piece(params.post_norm, at(p), width, whole, factor);
+      stored[p].widen(pending);
 #pragma unroll
-      for (int i = 0; i < kRowPiece; ++i) {
-        x[p][i] = finished(x[p][i], pending[p][i], scale, factor[i], params.scale);
-      }
+      for (int i = 0; i < kRowPiece; ++i) x[p][i] = finished(x[p][i], pending[i], scale, factor[i], params.scale);
       store_row_piece(x_row, at(p), width, whole, x[p]);
     }
   }
