@@ -146,14 +146,6 @@ class Bench {
     const auto data = [&](int i) { return weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)]; };
     Times times;
     times.linear = time_eager(4, 3, 8, [&](int i) { enqueue(matrix, data(i), n_token, true); });
-    const Matrix plain{.name = {},
-                       .type = TensorType::kBf16,
-                       .rows = matrix.rows / (matrix.is_gate_up ? 2 : 1),
-                       .cols = matrix.cols,
-                       .is_gate_up = false};
-    const int n_gemm = matrix.is_gate_up ? 2 : 1;
-    const auto* const bf16 = reinterpret_cast<const std::byte*>(decoded_.data());
-    times.gemm_us = n_gemm * time_eager(4, 3, 8, [&](int) { enqueue(plain, bf16, n_token, true); }).median_us;
     const std::int64_t slice = std::min(matrix.rows, decoded_.size() / matrix.cols);
     times.decode_us =
         time_eager(4, 3, 8, [&](int i) {
@@ -162,6 +154,14 @@ class Bench {
             cuda::decode_rows(weight, row, std::min(slice, matrix.rows - row), 1, decoded_.data(), stream_);
           }
         }).median_us;
+    const Matrix plain{.name = {},
+                       .type = TensorType::kBf16,
+                       .rows = matrix.rows / (matrix.is_gate_up ? 2 : 1),
+                       .cols = matrix.cols,
+                       .is_gate_up = false};
+    const int n_gemm = matrix.is_gate_up ? 2 : 1;
+    const auto* const bf16 = reinterpret_cast<const std::byte*>(decoded_.data());
+    times.gemm_us = n_gemm * time_eager(4, 3, 8, [&](int) { enqueue(plain, bf16, n_token, true); }).median_us;
     return times;
   }
 
