@@ -27,8 +27,9 @@
 /// Products with quantised weights for many tokens: a slice of rows is decoded to bf16 in a scratch buffer of bounded
 /// size, then cuBLASLt multiplies it with bf16 activations, accumulating in float; slice after slice.
 ///
-/// Decoding costs 2 + 0.56 bytes a weight once for all tokens: some 18 ms for the whole 31B, a tenth of the products of
-/// 2048 tokens. Error: weights and outputs rounded to bf16, sums in float. Mirror: reference/quantized_linear.hpp
+/// Decoding costs 2 + 0.56 bytes a weight once for all tokens: some 20 ms for the whole 31B on an H200, a tenth of the
+/// products of 2048 tokens and nearly half of those of 512. Error: weights and outputs rounded to bf16, sums in float.
+/// Mirror: reference/quantized_linear.hpp
 namespace gemma4::cuda {
 
 namespace detail {
@@ -105,9 +106,10 @@ void gelu_times_rows(const View<const Bf16, 2>& gate, const View<const Bf16, 2>&
 /// sums that depend on timing.
 ///
 /// Slices are decoded in a stream of its own, ahead of the products: a decode waits for room in the scratch alone, so
-/// that it fills what the products, or whatever else is in the caller's stream, leave idle. Hence weights must be there
-/// before a call: nothing that still waits in the caller's stream may write them. In a recorded stream, or with
-/// `overlap` false, decoding and multiplying take turns. One object serves one stream at a time.
+/// that it fills what the products, or whatever else is in the caller's stream, leave idle. (Between products alone
+/// that gains next to nothing on an H200: they keep all multiprocessors busy.) Hence weights must be there before a
+/// call: nothing that still waits in the caller's stream may write them. In a recorded stream, or with `overlap` false,
+/// decoding and multiplying take turns. One object serves one stream at a time.
 class LinearPrefill {
  public:
   static constexpr std::int64_t kBlasBytes = std::int64_t{32} << 20;
