@@ -160,7 +160,7 @@ class Backend {
                  .kv_len = DeviceCount::on_device(&state_->kv_len),
                  .positions = &state_->position});
     embedding<float>({.device = &state_->token, .count = 1}, model_.token_embd(), config().embedding_scale(),
-                     residual(), stream_);
+                     residual(), stream_, overlap());
   }
 
   void project_qkv(std::int64_t layer) {

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "cuda/check.cuh"
+#include "cuda/kernel_chain.cuh"
 #include "cuda/weight_decode.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
@@ -29,7 +30,9 @@ namespace detail {
 template <TensorType kType, class TOut>
 __global__ void __launch_bounds__(128)
     embedding_kernel(const std::int32_t* tokens, const std::uint8_t* data, std::int64_t row_bytes, std::int64_t vocab,
-                     int full_groups, float scale, const __grid_constant__ View<TOut, 2> out) {
+                     int full_groups, float scale, const View<TOut, 2> out) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const std::int64_t cols = out.extent[1], token = tokens[blockIdx.y];
   const int index = static_cast<int>(blockIdx.x * 128 + threadIdx.x);
   if (index >= n_half_group(cols)) return;
@@ -54,11 +57,12 @@ __global__ void __launch_bounds__(128)
 /// @param tokens  ids on the device, each in [0, table.rows), at most 65535
 /// @param scale   sqrt(hidden) in Gemma
 /// @param out     [n_token, hidden] Bf16 or float
+/// @param overlap on sm_90, lets the kernel be set up while the one before it in the stream still runs
 /// @throws std::invalid_argument naming a token of tokens.host that is outside the vocabulary, or a shape that differs
 /// Float results have the bits of the reference. Mirror: reference/embedding.hpp
 template <class TOut>
 void embedding(const DeviceTokens& tokens, const PackedMatrix& table, float scale, const View<TOut, 2>& out,
-               cudaStream_t stream) {
+               cudaStream_t stream, bool overlap = false) {
   require_extents("embedding", "out", out, {tokens.count, table.cols});
   require_contiguous_rows("embedding", "out", out);
   require(tokens.count <= 65535, "embedding: ", tokens.count, " tokens, at most 65535 a call");
@@ -72,11 +76,10 @@ void embedding(const DeviceTokens& tokens, const PackedMatrix& table, float scal
   const dim3 grid(static_cast<unsigned>((detail::n_half_group(table.cols) + 127) / 128),
                   static_cast<unsigned>(tokens.count));
   detail::for_weight_type("embedding", table.type, [&]<TensorType kType>() {
-    detail::embedding_kernel<kType, TOut>
-        <<<grid, 128, 0, stream>>>(tokens.device, reinterpret_cast<const std::uint8_t*>(table.data), table.row_bytes(),
-                                   table.rows, chunk_groups(table.cols), scale, out);
+    detail::launch_in_chain("embedding_kernel", detail::embedding_kernel<kType, TOut>, grid, dim3(128), stream, overlap,
+                            tokens.device, reinterpret_cast<const std::uint8_t*>(table.data), table.row_bytes(),
+                            table.rows, chunk_groups(table.cols), scale, out);
   });
-  check_launch("embedding_kernel");
 }
 
 }  // namespace gemma4::cuda

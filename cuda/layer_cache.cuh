@@ -161,9 +161,10 @@ class LayerCaches {
     const View<Bf16, 3>& q = heads.q_out;
     if (config_.sliding_layer(layer)) {
       shape.buffer_len = ring_slots(config_.window);
+      // The kernel before stores at most slots outside the window, and the position was set before it.
       sliding_attention(q, ring_k(layer), ring_v(layer), heads.k_out, heads.v_out, chunk.position, config_.window,
                         ModelConfig::kAttentionScale, q, plan_sliding_attention(shape, device, choice), partials_,
-                        stream);
+                        stream, nullptr, true);
       return;
     }
     AttentionOptions options{.scale = ModelConfig::kAttentionScale, .causal_skip = switches_.causal_skip};
