@@ -118,6 +118,25 @@ TEST(Sampler, AShareThatIsJustReachedIsEnough) {
   EXPECT_EQ(survivors(Logits{0, 0, 0, 0}, {.temperature = 1, .top_p = 0.75f}), (Indices{0, 1, 2}));
 }
 
+/// Shares of 1e-13 count: half of all is then more than the first of two equals has. Control: a tail that has no share.
+TEST(Sampler, ATailOfSmallSharesCounts) {
+  Logits logits(1002, -30.0f);
+  logits[0] = logits[1] = 0;
+  EXPECT_EQ(survivors(logits, {.temperature = 1, .top_p = 0.5f}), (Indices{0, 1}));
+  std::fill(logits.begin() + 2, logits.end(), -100.0f);
+  EXPECT_EQ(survivors(logits, {.temperature = 1, .top_p = 0.5f}), (Indices{0}));
+}
+
+TEST(Sampler, MassesOfAnyVocabularyFit) {
+  for (const std::int64_t n : {std::int64_t{1}, std::int64_t{2}, std::int64_t{262144}, std::int64_t{INT32_MAX}}) {
+    const std::uint64_t first = sampler_mass(3, 3, n);
+    EXPECT_LE(first, (std::uint64_t{1} << 62) / static_cast<std::uint64_t>(n)) << n;
+    EXPECT_GE(first, std::uint64_t{1} << 31) << n;
+  }
+  EXPECT_EQ(sampler_mass(-1, 0, 262144), static_cast<std::uint64_t>(std::exp(-1.0) * 0x1p43));
+  EXPECT_EQ(sampler_mass(-1e300, 0, 5), 0u);
+}
+
 TEST(Sampler, LargeLogitsDoNotOverflowTheNucleus) {
   EXPECT_EQ(survivors(Logits{1000, 1000, -1000}, {.temperature = 0.01f, .top_p = 0.9f}), (Indices{0, 1}));
   EXPECT_EQ(survivors(Logits{-1000, -1000, -3000}, {.temperature = 0.01f, .top_p = 0.9f}), (Indices{0, 1}));
