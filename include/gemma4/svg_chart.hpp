@@ -189,7 +189,7 @@ inline void write_bar_chart(std::ostream& stream, const ChartLabels& labels, con
     return std::string("fill=\"") + std::string(kChartColors[index % kChartColors.size()]) + "\" fill-opacity=\"" +
            (index < kChartColors.size() ? "1" : "0.5") + "\"";
   };
-  ChartWriter chart(stream, labels, max_y);
+  ChartWriter chart(stream, labels, max_y * (1 - 1e-9));  // parts of 100 % may add up to a little more
   const double step = (kPlotRight - kPlotLeft) / static_cast<double>(bars.size());
   for (std::size_t b = 0; b < bars.size(); ++b) {
     const double left = kPlotLeft + step * (static_cast<double>(b) + 0.15);
