@@ -7,6 +7,7 @@
 
 #include "cuda/activation_blocks.cuh"
 #include "cuda/kernel_chain.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/row_norm.cuh"
 #include "gemma4/float16.hpp"
 
@@ -44,6 +45,12 @@ __device__ __forceinline__ void store_piece(float* row, int piece, const float (
   float4* const to = reinterpret_cast<float4*>(row + kRowPiece * piece);
   to[0] = make_float4(values[0], values[1], values[2], values[3]);
   to[1] = make_float4(values[4], values[5], values[6], values[7]);
+}
+
+/// Two values as bf16 holds them.
+__device__ __forceinline__ void round_to_bf16(float& a, float& b) {
+  const std::uint32_t both = pack_bf16(a, b);
+  a = bit_cast<float>(both << 16), b = bit_cast<float>(both & 0xFFFF0000u);
 }
 
 /// Rows of the second form. The weights of the norms are fetched before the kernel in front has ended.
@@ -109,7 +116,11 @@ __device__ __forceinline__ void finish_and_quantize(const LinearInput& in, int n
 #pragma unroll
       for (int i = 0; i < kMaxRowPieces; ++i) {
 #pragma unroll
-        for (int j = 0; j < kRowPiece; ++j) x[i][j] = to_float(to_bf16(normalised(x[i][j], scale, norm[i][j])));
+        for (int j = 0; j < kRowPiece; j += 2) {
+          x[i][j] = normalised(x[i][j], scale, norm[i][j]);
+          x[i][j + 1] = normalised(x[i][j + 1], scale, norm[i][j + 1]);
+          round_to_bf16(x[i][j], x[i][j + 1]);
+        }
       }
     }
     std::uint8_t* const to = activations + token * n_group * kActivationBytesPerGroup;

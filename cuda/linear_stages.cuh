@@ -163,6 +163,10 @@ __device__ __forceinline__ void init_ring(const LinearParams& params, unsigned c
 /// The copying warp: all stages, as slots become free; begins before the kernel in front has ended, since no kernel
 /// writes weights. It does nothing else: when one warp copied and also ended the rows, its chain of dependent
 /// instructions took 0.75 us a stage, which was the rate of the whole kernel.
+///
+/// The first round of the ring is filled one stage after another. Asked for at once, the rings of a whole grid are 20
+/// to 28 MB, a queue of 5 us before the memory, behind which the end of the kernel in front and the activations have to
+/// wait: that cost 0.13 ms a step of the 31B on an H200, and 0.23 ms where the residual is normalised on the way.
 __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned char* smem) {
   const std::uint32_t ring = shared_address(smem);
   const RingBarriers barriers(params, smem);
@@ -172,7 +176,10 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
   std::uint64_t policy;  // weights are not read again before everything else has been
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
 #endif
+  int n_asked = 0;
   for_each_stage(params, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+    if (n_asked > 0 && n_asked < params.n_slot) mbarrier_wait(barriers.full + 8 * (n_asked - 1), 0);
+    ++n_asked;
     const std::uint32_t bytes = stage.is_last_chunk ? matrix.last_bytes : matrix.chunk_bytes;
     const std::uint8_t* const from =
         matrix.data + stage.row * matrix.row_bytes + stage.chunk * static_cast<std::int64_t>(matrix.chunk_bytes);

@@ -43,7 +43,9 @@ struct LinearPlan {
   bool overlap = false;  ///< with the kernel before: from sm_90 on
 };
 
-/// What a product may do for the kernels behind it.
+/// What a product may do for the kernels behind it. It pays only where the memory would else be idle: in a step of the
+/// 31B on an H200 nothing fetched ahead was best (5.6 ms; 5.7 with 2 MB a launch, 5.9 with 8 MB), because the reads of
+/// the blocks that end last wait behind it.
 struct LinearHints {
   const std::byte* next_weights = nullptr;  ///< fetched into the L2 cache when this product has asked for its own
   std::int64_t next_bytes = 0;
