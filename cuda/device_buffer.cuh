@@ -33,10 +33,12 @@ class DeviceBuffer {
     data_ = static_cast<T*>(data);
   }
 
-  /// The elements of `host`, copied before the constructor returns.
+  /// The elements of `host`, on the device before the constructor returns, whatever stream reads them next. (cudaMemcpy
+  /// alone returns once pageable memory is staged.)
   explicit DeviceBuffer(std::span<const T> host) : DeviceBuffer(static_cast<std::int64_t>(host.size())) {
-    if (!host.empty())
-      check(cudaMemcpy(data_, host.data(), host.size_bytes(), cudaMemcpyHostToDevice), "copy to device");
+    if (host.empty()) return;
+    check(cudaMemcpy(data_, host.data(), host.size_bytes(), cudaMemcpyHostToDevice), "copy to device");
+    check(cudaStreamSynchronize(nullptr), "wait for a copy to device");
   }
   explicit DeviceBuffer(const std::vector<T>& host) : DeviceBuffer(std::span<const T>(host)) {}
 
