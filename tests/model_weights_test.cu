@@ -179,7 +179,7 @@ TEST(CudaModelWeights, AnUploadThatEndsEarlyLeavesNoMemory) {
   EXPECT_EQ(cuda::device_bytes_in_use(), before);
 }
 
-TEST(CudaModelWeights, AMatrixOfAnotherShapeIsRefusedBeforeAnythingIsAllocated) {
+TEST(CudaModelWeights, AMatrixOfAnotherShapeIsRefusedAndTakesNoMemory) {
   const SmallModel small(gemma4_tiny(), 2);
   ModelConfig other = gemma4_tiny();
   other.ffn_hidden = 256;
