@@ -245,18 +245,18 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
 
 class CudaBackendRefuses : public testing::Test {
  protected:
-  CudaBackendRefuses() : small_(gemma4_tiny(), 1), packed_(cuda::load_model(*small_.file)) {}
+  void SetUp() override { packed_.emplace(cuda::load_model(*small_.file)); }  // not reached where there is no GPU
 
   testing::AssertionResult refuses(const cuda::BackendOptions& options, const std::vector<std::string>& parts) {
     const std::int64_t before = cuda::device_bytes_in_use();
     const testing::AssertionResult result =
-        testkit::refuses([&] { const cuda::Backend backend(packed_, options); }, parts);
+        testkit::refuses([&] { const cuda::Backend backend(*packed_, options); }, parts);
     EXPECT_EQ(cuda::device_bytes_in_use(), before) << "memory was kept";
     return result;
   }
 
-  SmallModel small_;
-  cuda::PackedModel packed_;
+  SmallModel small_{gemma4_tiny(), 1};
+  std::optional<cuda::PackedModel> packed_;
 };
 
 TEST_F(CudaBackendRefuses, WhatItHasNot) {
@@ -269,25 +269,25 @@ TEST_F(CudaBackendRefuses, WhatItHasNot) {
 
 TEST_F(CudaBackendRefuses, MoreMemoryThanThereIsAndSaysWhatWouldFit) {
   const cuda::BackendOptions wanted{.context = 131072, .max_chunk = 2048};
-  const std::int64_t need = plan_backend(packed_.config(), packed_.tensors(), wanted).total_bytes();
+  const std::int64_t need = plan_backend(packed_->config(), packed_->tensors(), wanted).total_bytes();
   cuda::BackendOptions limited = wanted;
   limited.memory_limit_bytes = need - 1;
   EXPECT_TRUE(refuses(limited, {"a context of 131072", "a chunk of"}));
   // What it says fits does.
   const MemoryPlanOptions plan{.context = 131072, .chunk = 2048, .cache = wanted.cache};
-  limited.context = *largest_context(packed_.config(), packed_.tensors(), plan, need - 1);
+  limited.context = *largest_context(packed_->config(), packed_->tensors(), plan, need - 1);
   EXPECT_LT(limited.context, 131072);
-  EXPECT_NO_THROW({ const cuda::Backend backend(packed_, limited); });
+  EXPECT_NO_THROW({ const cuda::Backend backend(*packed_, limited); });
   limited.memory_limit_bytes = 1 << 20;
   EXPECT_TRUE(refuses(limited, {"no context and no chunk"}));
   limited.memory_limit_bytes = 0;
   limited.context = 64;
-  cuda::Backend works(packed_, limited);
+  cuda::Backend works(*packed_, limited);
   EXPECT_EQ(logits_of(works, std::vector<std::int32_t>{1, 2, 3}, {1}).size(), 3u * 1024);
 }
 
 TEST_F(CudaBackendRefuses, AFullContextAndTooManyLogits) {
-  cuda::Backend backend(packed_, {.context = 10, .max_chunk = 8, .n_logit_row = 2});
+  cuda::Backend backend(*packed_, {.context = 10, .max_chunk = 8, .n_logit_row = 2});
   Model<cuda::Backend> model(backend);
   const std::vector<std::int32_t> tokens(11, 7);
   EXPECT_TRUE(testkit::refuses([&] { model.prefill(tokens, 4, [](std::int64_t) {}); }, {"position 0 + 11 tokens"}));
