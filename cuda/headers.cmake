@@ -54,6 +54,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention_combine.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention_decode.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention_decode_launch.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/tq4_attention_decode_params.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention_prefill.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_layout.cuh"
