@@ -11,8 +11,8 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/cuda_model.hpp"
+#include "experiments/support/rates.hpp"
 #include "experiments/support/run_text.hpp"
-#include "gemma4/statistics.hpp"
 
 /// What is each part of the speed owed to?
 namespace {
@@ -88,45 +88,31 @@ class Run {
     session_->set_use_graph(name != kGraph);
   }
 
-  /// A prompt of one chunk from an empty cache; the first run is not counted.
+  /// A prompt of one chunk.
   void run_prompt(const std::string& off, std::map<std::string, double>& base) {
     switch_off(off);
-    std::vector<double> rates;
-    for (std::int64_t i = 0; i <= options_.repeat; ++i) {
-      session_->reset();
-      const Stretch took =
-          session_->prefill(std::span(ids_).first(static_cast<std::size_t>(options_.chunk)), options_.chunk, {});
-      if (i > 0) rates.push_back(took.tokens_per_second());
-    }
+    const auto ids = std::span(ids_).first(static_cast<std::size_t>(options_.chunk));
+    const std::vector<double> rates = prompt_rates(*session_, ids, options_.chunk, options_.repeat);
     write(off, "prompt", options_.chunk, 0, 0, rates, base);
   }
 
   void run_decode(const std::string& off, std::int64_t depth, std::map<std::string, double>& base) {
     switch_off(off);
-    (void)session_->decode(1, {}, {});  // captures anew
-    session_->rewind(1);
-    std::vector<double> rates;
-    for (std::int64_t i = 0; i < options_.repeat; ++i) {
-      rates.push_back(session_->decode(options_.window, {}, {}).tokens_per_second());
-      session_->rewind(options_.window);
-    }
+    const std::vector<double> rates = decode_rates(*session_, options_.window, options_.repeat);
     write(off, "decode", 0, options_.window, depth, rates, base);
   }
 
   void write(const std::string& off, const std::string& phase, std::int64_t n_prompt, std::int64_t n_gen,
              std::int64_t n_depth, const std::vector<double>& rates, std::map<std::string, double>& base) {
-    const SampleSummary summary = summarise_samples(rates);
-    const double us = 1e6 / summary.mean;
     const std::string key = phase + std::to_string(n_depth);
-    if (off == kNone) base.emplace(key, us);
     ResultTable::Row row = table_.row();
     row.set("model", options_.model.filename().string()).set("model_desc", desc_);
     row.set("text", options_.ids.empty() ? "random ids" : options_.ids.filename().string());
     row.set("context", options_.context).set("n_batch", options_.chunk).set("cache", options_.caches.front());
     row.set("off", join_gate_up_ ? off : std::string(kGateUp)).set("phase", phase);
     row.set("n_prompt", n_prompt).set("n_gen", n_gen).set("n_depth", n_depth);
-    row.set("avg_ts", summary.mean).set("n_sample", static_cast<std::int64_t>(summary.count)).set("us_a_token", us);
-    if (summary.count > 1) row.set("stddev_ts", summary.deviation);
+    const double us = 1e6 / set_rates(row, rates);
+    if (off == kNone) base.emplace(key, us);
     if (base.contains(key)) row.set("time_ratio_to_on", us / base.at(key));
     row.commit();
   }

@@ -10,8 +10,8 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/cuda_model.hpp"
+#include "experiments/support/rates.hpp"
 #include "experiments/support/run_text.hpp"
-#include "gemma4/statistics.hpp"
 
 /// How fast is the model at a depth, and in how much memory?
 namespace {
@@ -75,14 +75,8 @@ class Run {
     return std::span(ids_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
   }
 
-  /// A prompt of its own, from an empty cache; the first is not counted.
   void run_prompt(std::int64_t n_prompt) {
-    std::vector<double> rates;
-    for (std::int64_t i = 0; i <= options_.repeat; ++i) {
-      session_->reset();
-      const Stretch took = session_->prefill(ids(0, n_prompt), options_.chunk, {});
-      if (i > 0) rates.push_back(took.tokens_per_second());
-    }
+    const std::vector<double> rates = prompt_rates(*session_, ids(0, n_prompt), options_.chunk, options_.repeat);
     note_memory();
     write("prompt", {.n_prompt = n_prompt}, rates);
   }
@@ -96,17 +90,10 @@ class Run {
     note_memory();
   }
 
-  /// Windows of `window` tokens; each is taken back, so that all begin at the same depth.
   void run_decode(const std::string& mode, std::int64_t depth) {
     session_->set_use_graph(mode == "graph");
-    (void)session_->decode(1, {}, {});  // loads the kernels, captures the graph
-    session_->rewind(1);
-    std::vector<double> rates;
-    for (std::int64_t i = 0; i < options_.repeat; ++i) {
-      rates.push_back(session_->decode(options_.window, {}, {}).tokens_per_second());
-      note_memory();
-      session_->rewind(options_.window);
-    }
+    const std::vector<double> rates = decode_rates(*session_, options_.window, options_.repeat);
+    note_memory();
     write("decode", {.n_gen = options_.window, .n_depth = depth, .mode = mode}, rates);
   }
 
@@ -125,16 +112,13 @@ class Run {
   }
 
   void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
-    const SampleSummary summary = summarise_samples(rates);
     ResultTable::Row row = table_.row();
     row.set("model", options_.model.filename().string()).set("model_desc", desc_);
     row.set("text", options_.ids.empty() ? "random ids" : options_.ids.filename().string());
     row.set("context", options_.context).set("n_batch", options_.chunk).set("type_k", cache_).set("type_v", cache_);
     if (!what.mode.empty()) row.set("mode", what.mode);
     row.set("phase", phase).set("n_prompt", what.n_prompt).set("n_gen", what.n_gen).set("n_depth", what.n_depth);
-    row.set("avg_ts", summary.mean).set("n_sample", static_cast<std::int64_t>(summary.count));
-    if (summary.count > 1) row.set("stddev_ts", summary.deviation);
-    row.set("us_a_token", 1e6 / summary.mean);
+    set_rates(row, rates);
     row.set("planned_bytes", session_->plan().total_bytes()).set("peak_device_bytes", peak_bytes_);
     row.set("load_peak_bytes", model_.load_peak_bytes()).set("load_s", model_.load_seconds()).commit();
   }
