@@ -260,7 +260,7 @@ class CudaBackendRefuses : public testing::Test {
   std::optional<cuda::PackedModel> packed_;
 };
 
-TEST_F(CudaBackendRefuses, WhatItHasNot) {
+TEST_F(CudaBackendRefuses, WhatItHasNotAndKeepsNoMemory) {
   EXPECT_TRUE(refuses({.context = 131073}, {"context 131073", "131072"}));
   EXPECT_TRUE(refuses({.context = 0}, {"context 0"}));
   EXPECT_TRUE(refuses({.context = 64, .max_chunk = 0}, {"max_chunk 0"}));
