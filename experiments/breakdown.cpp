@@ -79,8 +79,7 @@ class Run {
     const double n_step = n_gen > 0 ? static_cast<double>(n_gen) : 1.0;
     const auto row = [&](const std::string& component, double us) {
       ResultTable::Row row = table_.row();
-      row.set("model", options_.model.filename().string()).set("model_desc", desc_);
-      row.set("text", options_.ids.empty() ? "random ids" : options_.ids.filename().string());
+      set_run_text(row, options_, desc_);
       row.set("context", context_).set("n_batch", options_.chunk).set("cache", cache_).set("phase", phase);
       row.set("n_prompt", n_prompt).set("n_gen", n_gen).set("n_depth", n_depth).set("component", component);
       row.set("us", us / n_step).set("share", us / total);

@@ -99,8 +99,7 @@ class Parity {
   ResultTable::Row row(const std::string& cache, const std::string& phase, const std::string& what,
                        std::size_t n_token) {
     ResultTable::Row row = table_.row();
-    row.set("model", options_.model.filename().string()).set("model_desc", desc_);
-    row.set("text", options_.ids.empty() ? "random ids" : options_.ids.filename().string());
+    set_run_text(row, options_, desc_);
     row.set("cache", cache).set("phase", phase).set("what", what).set("n_token", static_cast<std::int64_t>(n_token));
     return row;
   }

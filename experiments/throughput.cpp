@@ -113,8 +113,7 @@ class Run {
 
   void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
     ResultTable::Row row = table_.row();
-    row.set("model", options_.model.filename().string()).set("model_desc", desc_);
-    row.set("text", options_.ids.empty() ? "random ids" : options_.ids.filename().string());
+    set_run_text(row, options_, desc_);
     row.set("context", options_.context).set("n_batch", options_.chunk).set("type_k", cache_).set("type_v", cache_);
     if (!what.mode.empty()) row.set("mode", what.mode);
     row.set("phase", phase).set("n_prompt", what.n_prompt).set("n_gen", what.n_gen).set("n_depth", what.n_depth);

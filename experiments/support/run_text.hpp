@@ -39,4 +39,10 @@ namespace gemma4::experiment {
   return ids;
 }
 
+/// The columns model, model_desc and text of a row.
+inline void set_run_text(ResultTable::Row& row, const DriverOptions& options, const std::string& desc) {
+  row.set("model", options.model.filename().string()).set("model_desc", desc);
+  row.set("text", options.ids.empty() ? "random ids" : options.ids.filename().string());
+}
+
 }  // namespace gemma4::experiment
