@@ -93,10 +93,11 @@ struct CodeTable {
   static const CodeTable table(7.5, 3.4, 15);
   return table;
 }
-/// The outermost quantile, 2.9 deviations, is code 1 or 63.
-[[nodiscard]] inline const CodeTable& q6_code_table() {
-  static const CodeTable table(32.0, 10.7, 63);
-  return table;
+/// The outermost quantile, 2.9 deviations, is code 1 or 63. With a `share` the bell is narrower and its centre is
+/// moved, so that code - 32 keeps its mean square and has `share` of its RMS as mean.
+[[nodiscard]] inline CodeTable q6_code_table(double share) {
+  constexpr double kDeviation = 10.7;
+  return {32.0 + kDeviation * share, kDeviation * std::sqrt(1 - share * share), 63};
 }
 
 /// Spreads the super-block steps over +-10 %.
@@ -109,9 +110,19 @@ inline constexpr double kStepJitterSquare = 1.0 + 0.2 * 0.2 * (256.0 + 1.0) / (1
 }  // namespace detail
 
 /// Draws rows. One instance may serve many threads.
+///
+/// The rows of a tensor may have a part in common, as the rows of a trained embedding do:
+///   row = deviation (share c + sqrt(1 - share^2) z),   c_j = +-1, the same for all rows, z drawn anew for each.
+/// The signs change from column to column in steps of 16, the sub-block of Q6_K, in which the common part costs
+/// nothing: it is a table of codes that is not centred, and scales whose signs the rows share.
 class SyntheticRows {
  public:
-  explicit SyntheticRows(std::uint64_t seed) : seed_(seed) {}
+  /// @param common_share RMS of the common part over that of the rows, 0 to 0.9
+  explicit SyntheticRows(std::uint64_t seed, double common_share = 0)
+      : seed_(seed), share_(common_share), q6_(detail::q6_code_table(common_share * scale_correction())) {
+    require(common_share >= 0 && common_share <= 0.9, "synthetic rows: a common share of ", common_share,
+            ", need 0 to 0.9");
+  }
 
   /// Row `row` of the tensor `name`: out.size() = row_bytes(type, row_len).
   /// @throws std::invalid_argument for a type that has no encoder, or a row that does not divide into blocks
@@ -120,13 +131,19 @@ class SyntheticRows {
     require(static_cast<std::int64_t>(out.size()) == row_bytes(type, row_len), "synthetic row of '", name,
             "': ", out.size(), " bytes, need ", row_bytes(type, row_len));
     RowRandom random(seed_, name, row);
-    if (type == TensorType::kQ4K) {
-      fill_blocks<Q4KBlock>(random, deviation, out);
+    RowRandom signs(seed_, name, kSignRow);
+    if (type == TensorType::kQ4K && share_ == 0) {
+      fill_blocks<Q4KBlock>(random, signs, deviation, out);
     } else if (type == TensorType::kQ6K) {
-      fill_blocks<Q6KBlock>(random, deviation, out);
+      fill_blocks<Q6KBlock>(random, signs, deviation, out);
     } else {
       std::vector<float> values(static_cast<std::size_t>(row_len));
-      for (float& value : values) value = static_cast<float>(deviation * random.normal());
+      const double own = std::sqrt(1 - share_ * share_);
+      double common = 0;
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        if (share_ != 0 && i % kSignStep == 0) common = (signs.next() & 1) != 0 ? -share_ : share_;
+        values[i] = static_cast<float>(deviation * (common + own * random.normal()));
+      }
       encode_row(type, values, out);
     }
   }
@@ -134,17 +151,17 @@ class SyntheticRows {
  private:
   /// Copies block by block: the file's bytes need not be aligned for a block.
   template <class TBlock>
-  void fill_blocks(RowRandom& random, double deviation, std::span<std::byte> out) const {
+  void fill_blocks(RowRandom& random, RowRandom& signs, double deviation, std::span<std::byte> out) const {
     for (std::size_t at = 0; at < out.size(); at += sizeof(TBlock)) {
       TBlock block;
-      draw(random, deviation, block);
+      draw(random, signs, deviation, block);
       std::memcpy(out.data() + at, &block, sizeof(block));
     }
   }
 
   /// weight = d scale q - dmin min with q of mean 7.5, min = scale - 1, scale or scale + 1 and dmin = 7.5 d, so that
   ///   E[weight] = 0,   E[weight^2] = d^2 (E[scale^2] Var[q] + 7.5^2 / 2),   scale uniform on 44..59, d with jitter.
-  void draw(RowRandom& random, double deviation, Q4KBlock& block) const {
+  void draw(RowRandom& random, RowRandom& /*signs*/, double deviation, Q4KBlock& block) const {
     constexpr int kFirstScale = 44, kScales = 16;
     constexpr double kScaleSquare = 51.5 * 51.5 + (kScales * kScales - 1.0) / 12.0;
     const double unit = std::sqrt(detail::kStepJitterSquare * (kScaleSquare * q4_.variance + q4_.mean * q4_.mean / 2));
@@ -166,17 +183,19 @@ class SyntheticRows {
     }
   }
 
-  /// weight = d scale (q - 32) with q of mean 32 and |scale| uniform on 64..127, either sign, so that
-  ///   E[weight] = 0,   E[weight^2] = d^2 E[scale^2] Var[q].
-  void draw(RowRandom& random, double deviation, Q6KBlock& block) const {
-    constexpr int kFirstScale = 64, kScales = 64;
-    constexpr double kScaleSquare = 95.5 * 95.5 + (kScales * kScales - 1.0) / 12.0;
-    const double unit = std::sqrt(detail::kStepJitterSquare * kScaleSquare * q6_.variance);
+  /// weight = d scale (q - 32) with |scale| uniform on 64..127, either sign, and q of mean 32 + m, so that
+  ///   E[weight^2] = d^2 E[scale^2] (Var[q] + m^2),   E[weight] = 0 over all columns;
+  /// with m != 0 the rows share the signs, and a column's mean over the rows is +-E[d] E[|scale|] m.
+  void draw(RowRandom& random, RowRandom& signs, double deviation, Q6KBlock& block) const {
+    const double offset = q6_.mean - 32;
+    const double unit = std::sqrt(detail::kStepJitterSquare * kQ6ScaleSquare * (q6_.variance + offset * offset));
     block.d = to_f16(static_cast<float>(deviation / unit * detail::step_jitter(random.next())));
+    constexpr std::uint64_t kSignBits = 0x4040404040404040u;
     for (int half = 0; half < 2; ++half) {
       std::uint64_t bits = random.next();
+      if (share_ != 0) bits = (bits & ~kSignBits) | (signs.next() & kSignBits);
       for (int i = 0; i < 8; ++i, bits >>= 8) {
-        const int scale = kFirstScale + static_cast<int>(bits & 63);
+        const int scale = kQ6FirstScale + static_cast<int>(bits & 63);
         block.scales[8 * half + i] = static_cast<std::int8_t>((bits & 64) != 0 ? -scale : scale);
       }
       for (int l = 0; l < 32; l += 2) {
@@ -193,9 +212,20 @@ class SyntheticRows {
     }
   }
 
+  static constexpr std::int64_t kSignRow = -1;  // a stream of its own: rows count from 0
+  static constexpr std::size_t kSignStep = 16;
+  static constexpr int kQ6FirstScale = 64;
+  static constexpr double kQ6MeanScale = 95.5;
+  static constexpr double kQ6ScaleSquare = kQ6MeanScale * kQ6MeanScale + (64 * 64 - 1.0) / 12.0;
+  /// Scales that differ from row to row cost the common part of Q6_K rows 2 % of its share; this gives them back.
+  [[nodiscard]] static double scale_correction() {
+    return std::sqrt(detail::kStepJitterSquare * kQ6ScaleSquare) / kQ6MeanScale;
+  }
+
   std::uint64_t seed_;
+  double share_;
   const detail::CodeTable& q4_ = detail::q4_code_table();
-  const detail::CodeTable& q6_ = detail::q6_code_table();
+  detail::CodeTable q6_;
 };
 
 }  // namespace gemma4
