@@ -10,6 +10,7 @@ set(GEMMA4_REFERENCE_HEADERS
     "${PROJECT_SOURCE_DIR}/reference/fused_mlp.hpp"
     "${PROJECT_SOURCE_DIR}/reference/golden_check.hpp"
     "${PROJECT_SOURCE_DIR}/reference/layer_cache.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/layer_statistics.hpp"
     "${PROJECT_SOURCE_DIR}/reference/lm_head.hpp"
     "${PROJECT_SOURCE_DIR}/reference/matrix.hpp"
     "${PROJECT_SOURCE_DIR}/reference/quantized_linear.hpp"
