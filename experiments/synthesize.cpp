@@ -39,6 +39,16 @@ void run(int argc, char** argv) {
   app.add_option("--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all")
       ->check(CLI::Range(std::int64_t{0}, std::int64_t{4096}))
       ->capture_default_str();
+  const auto add_number = [&](const char* name, double& value, double high, const char* text) {
+    app.add_option(name, value, text)->check(CLI::Range(0.0, high))->capture_default_str();
+  };
+  add_number("--score-deviation", options.score_deviation, 100,
+             "|q| |k| / sqrt(head_dim): deviation of the scores of unrelated queries and keys");
+  add_number("--attention-share", options.attention_share, 100,
+             "Squared RMS of the attention branches over that of the stream, summed over the layers");
+  add_number("--mlp-share", options.mlp_share, 100, "The same of the feed-forward branches");
+  add_number("--common-share", options.common_share, 0.9, "Share of a vector that all embeddings have in common");
+  add_number("--logit-deviation", options.logit_deviation, 100, "Deviation of the logits before the cap");
   add_seed(app, driver);
   add_quiet(app, driver);
   parse(app, argc, argv);

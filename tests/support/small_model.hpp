@@ -37,6 +37,18 @@ namespace gemma4::testkit {
   return config;
 }
 
+/// Random weights that carry differences on instead of averaging them away: no common part in the values, branches of
+/// equal weight 1 / sqrt(n_layer), sharp scores. An error in one step shows in the logits, unlike with the defaults,
+/// which are as tame as a trained model.
+[[nodiscard]] inline SyntheticOptions sensitive_weights(const ModelConfig& config, std::uint64_t seed) {
+  const auto n_layer = static_cast<double>(config.n_layer());
+  return {.seed = seed,
+          .score_deviation = 2.5,
+          .attention_share = 1,
+          .mlp_share = n_layer / (n_layer + 1),
+          .common_share = 0};
+}
+
 /// A model file of a config with seeded random weights, bound.
 struct SmallModel {
   explicit SmallModel(const ModelConfig& config, const SyntheticOptions& options) {
@@ -45,7 +57,7 @@ struct SmallModel {
     weights = weights_from_gguf(*file);
   }
   explicit SmallModel(const ModelConfig& config, std::uint64_t seed)
-      : SmallModel(config, SyntheticOptions{.seed = seed}) {}
+      : SmallModel(config, sensitive_weights(config, seed)) {}
   TempDir directory;
   std::optional<GgufFile> file;
   ModelWeights weights;
