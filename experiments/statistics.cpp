@@ -29,10 +29,10 @@ struct Options : DriverOptions {
 };
 
 const std::vector<std::string> kParameters = {"model", "text", "cache", "base", "depth", "window", "layer", "kind"};
-const std::vector<std::string> kMeasures = {
-    "score_norm",   "score_deviation",      "n_key",         "output_rms",      "attention_ratio",
-    "mlp_ratio",    "common_share",         "code_error",    "attention_error", "attention_gain",
-    "stream_error", "attention_square_sum", "mlp_square_sum"};
+const std::vector<std::string> kMeasures = {"score_norm",           "score_deviation", "n_key",          "output_rms",
+                                            "attention_ratio",      "mlp_ratio",       "stream_rms",     "common_share",
+                                            "code_error",           "attention_error", "attention_gain", "stream_error",
+                                            "attention_square_sum", "mlp_square_sum"};
 
 class Statistics {
  public:
@@ -162,7 +162,7 @@ int run(int argc, char** argv) {
     for (const std::string& cache : options.caches) statistics.run_depth(depth, cache);
   }
   table.print(std::cout, {"cache", "depth", "layer", "kind", "score_norm", "score_deviation", "n_key", "output_rms",
-                          "attention_ratio", "mlp_ratio", "common_share", "code_error", "attention_gain",
+                          "attention_ratio", "mlp_ratio", "stream_rms", "common_share", "code_error", "attention_gain",
                           "stream_error", "attention_square_sum", "mlp_square_sum"});
   return EXIT_SUCCESS;
 }
