@@ -94,6 +94,15 @@ class Backend {
     std::transform(x.data(), x.data() + x.size(), out.begin(), [](Scalar value) { return static_cast<float>(value); });
   }
 
+  /// Puts other values into the residual stream of the chunk, with nothing pending: a layer can then be held against
+  /// one of another backend that began with the same numbers.
+  void set_residual(std::span<const float> values) {
+    require(static_cast<Eigen::Index>(values.size()) == x_.size(), "backend: ", values.size(),
+            " values for the residual stream, need ", x_.size());
+    std::transform(values.begin(), values.end(), x_.data(), [](float value) { return static_cast<Scalar>(value); });
+    pending_ = {};
+  }
+
   void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context); }
 
   /// The reference is not profiled.

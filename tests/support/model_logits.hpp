@@ -45,15 +45,15 @@ template <Backend TBackend>
   return logits_of(model, tokens, chunks);
 }
 
-/// Success when each row of `actual` is near that of `expected`: |a - e| <= bound * |e|, Euclidean. NaN fails.
-[[nodiscard]] inline testing::AssertionResult rows_close(std::span<const float> actual, std::span<const float> expected,
-                                                         std::int64_t row_len, double bound) {
-  if (actual.size() != expected.size()) {
-    return testing::AssertionFailure() << actual.size() << " values against " << expected.size();
-  }
-  const auto n = static_cast<std::size_t>(row_len);
+/// Largest |a - e| / |e| of a row, Euclidean, and where it is; NaN where a row has one.
+struct RowError {
   double worst = 0;
-  std::size_t worst_row = 0;
+  std::size_t row = 0;
+};
+[[nodiscard]] inline RowError row_error(std::span<const float> actual, std::span<const float> expected,
+                                        std::int64_t row_len) {
+  const auto n = static_cast<std::size_t>(row_len);
+  RowError result;
   for (std::size_t row = 0; row < actual.size() / n; ++row) {
     double square = 0, error = 0;
     for (std::size_t i = row * n; i < (row + 1) * n; ++i) {
@@ -62,12 +62,21 @@ template <Backend TBackend>
       square += static_cast<double>(expected[i]) * static_cast<double>(expected[i]);
     }
     const double relative = std::sqrt(error / square);
-    if (!(relative <= worst)) worst = relative, worst_row = row;
+    if (!(relative <= result.worst)) result = {relative, row};
     if (std::isnan(relative)) break;
   }
-  if (worst <= bound) return testing::AssertionSuccess() << "worst row " << worst_row << " is off by " << worst;
-  return testing::AssertionFailure() << "row " << worst_row << " is off by " << worst << " of its length, allowed "
-                                     << bound;
+  return result;
+}
+
+/// Success when each row of `actual` is near that of `expected`: |a - e| <= bound * |e|, Euclidean. NaN fails.
+[[nodiscard]] inline testing::AssertionResult rows_close(std::span<const float> actual, std::span<const float> expected,
+                                                         std::int64_t row_len, double bound) {
+  if (actual.size() != expected.size()) {
+    return testing::AssertionFailure() << actual.size() << " values against " << expected.size();
+  }
+  const auto [worst, row] = row_error(actual, expected, row_len);
+  if (worst <= bound) return testing::AssertionSuccess() << "worst row " << row << " is off by " << worst;
+  return testing::AssertionFailure() << "row " << row << " is off by " << worst << " of its length, allowed " << bound;
 }
 
 }  // namespace gemma4::testkit
