@@ -110,6 +110,9 @@ void gelu_times_rows(const View<const Bf16, 2>& gate, const View<const Bf16, 2>&
 /// that gains next to nothing on an H200: they keep all multiprocessors busy.) Hence weights must be there before a
 /// call: nothing that still waits in the caller's stream may write them. In a recorded stream, or with `overlap` false,
 /// decoding and multiplying take turns. One object serves one stream at a time.
+///
+/// compute-sanitizer's racecheck reports hazards inside cuBLASLt's kernels (nvjet_*, in a program of nothing else too);
+/// .ci/sanitize tells them from ours.
 class LinearPrefill {
  public:
   static constexpr std::int64_t kBlasBytes = std::int64_t{32} << 20;
