@@ -48,6 +48,8 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/sequence_state.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/session.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_attention.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/sliding_decode.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/sliding_decode_kernel.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/stream.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tensor_copy.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention.cuh"

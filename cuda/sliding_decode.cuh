@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <numbers>
+#include <optional>
+
+#include "cuda/check.cuh"
+#include "cuda/device_info.cuh"
+#include "cuda/flash_params.cuh"
+#include "cuda/kernel_chain.cuh"
+#include "cuda/qkv_prologue.cuh"
+#include "cuda/rope.cuh"
+#include "cuda/sliding_decode_kernel.cuh"
+#include "gemma4/attention.hpp"
+#include "gemma4/error.hpp"
+#include "gemma4/float16.hpp"
+#include "gemma4/view.hpp"
+
+/// A decode step of a sliding layer in one launch, from the projections of q, k and v to the result of attention:
+///   q = rope(rms_norm(q, q_norm)),  k = rope(rms_norm(k, k_norm)),  v = rms_norm(v),  each rounded once to bf16;
+///   k and v into the ring's slot of the position;
+///   out[h] = sum_j p[j] V[j],  p = softmax_j(scale * <q[h], K[j]>)  over the keys j in (position - window, position].
+/// q, k and v have the bits of qkv_prologue(); scores, weights and sums are float, in an order that depends on the
+/// shape, n_split and the number of keys alone. sliding_decode_kernel.cuh says how.
+///
+/// A layer of the 31B (32 + 16 heads of 256, window 1024) reads 16.8 MB of keys and values: 4.0 us at 4.2 TB/s. On an
+/// H200 it takes 7.4 us behind itself and 7.1 us between the products of a layer; qkv_prologue() and
+/// sliding_attention(), three launches, 12.5 us and 13.4 us.
+/// The reference composes the same from its components (reference/decoder_layer.hpp and layer_cache.hpp).
+namespace gemma4::cuda {
+
+/// How a decode step of a sliding layer will run. Where it does not fit, qkv_prologue() and sliding_attention() do it.
+struct SlidingDecodePlan {
+  AttentionShape shape;
+  std::int64_t window = 1;
+  const char* misfit = nullptr;  ///< why there is no such launch; null: there is
+  int n_split = 1;               ///< blocks of a cluster
+  int n_pair = 1;                ///< pairs of query heads of a KV head, a cluster each
+  std::int64_t smem_bytes = 0;
+  [[nodiscard]] bool fits() const { return misfit == nullptr; }
+};
+
+/// Whether and how one token of such a layer goes in one launch; shape.buffer_len is the ring's length.
+/// @param n_split blocks that share the keys of a KV head, 1, 2, 4 or 8; none: as many as the device has room for
+[[nodiscard]] inline SlidingDecodePlan plan_sliding_decode(const AttentionShape& shape, std::int64_t window,
+                                                           const DeviceInfo& device,
+                                                           std::optional<int> n_split = std::nullopt) {
+  SlidingDecodePlan plan{.shape = shape, .window = window};
+  plan.n_pair = static_cast<int>((shape.group() + 1) / 2);
+  const std::int64_t clusters = shape.n_head_kv * plan.n_pair;
+  plan.n_split = detail::kSlidingDecodeSplits;
+  while (plan.n_split > 1 && clusters * plan.n_split > device.sm_count) plan.n_split /= 2;
+  if (n_split) plan.n_split = *n_split;
+  const auto smem = [&]<int kHeadDim>() {
+    return detail::SlidingDecodeSmem<detail::SlidingDecodeTraits<kHeadDim>>::kBytes;
+  };
+  plan.smem_bytes = shape.head_dim == 256   ? smem.template operator()<256>()
+                    : shape.head_dim == 128 ? smem.template operator()<128>()
+                                            : smem.template operator()<64>();
+  if (device.compute_capability < 90) {
+    plan.misfit = "the device has no clusters";
+  } else if (shape.batch != 1 || shape.n_query != 1) {
+    plan.misfit = "it is not one token";
+  } else if (shape.head_dim != 64 && shape.head_dim != 128 && shape.head_dim != 256) {
+    plan.misfit = "head_dim is not 64, 128 or 256";
+  } else if (window > std::int64_t{plan.n_split} * detail::kSlidingDecodeKeys) {
+    plan.misfit = "the window is wider than 128 keys a block";
+  } else if (shape.buffer_len < window) {
+    plan.misfit = "the ring has no slot beside the window's old keys";
+  } else if (plan.smem_bytes > device.smem_limit_bytes) {
+    plan.misfit = "the keys do not fit into shared memory";
+  }
+  return plan;
+}
+
+namespace detail {
+
+template <class T>
+void launch_sliding_decode(const SlidingDecodePlan& plan, const SlidingDecodeParams& params, cudaStream_t stream,
+                           bool overlap) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(plan.n_split);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.shape.n_head_kv * plan.n_pair * plan.n_split));
+  config.blockDim = dim3(T::kThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(plan.smem_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = overlap ? 2 : 1;
+  const auto kernel = sliding_decode_kernel<T>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.smem_bytes)),
+        "sliding_decode: shared memory of a block");
+  if (overlap) keep_smem_share("sliding_decode_kernel", kernel);
+  check(cudaLaunchKernelEx(&config, kernel, params), "sliding_decode_kernel");
+}
+
+inline void require_sliding_decode(const char* who, const SlidingDecodeParams& params, const SlidingDecodePlan& plan,
+                                   float scale) {
+  const AttentionShape& shape = plan.shape;
+  require(plan.fits(), who, ": the plan does not fit: ", plan.fits() ? "" : plan.misfit,
+          "; use qkv_prologue() and sliding_attention()");
+  require(plan.n_split == 1 || plan.n_split == 2 || plan.n_split == 4 || plan.n_split == 8, who, ": n_split ",
+          plan.n_split, ", need 1, 2, 4 or 8");
+  require_qkv<float>(
+      who,
+      {.q = params.q, .k = params.k, .v = params.v, .q_out = params.out, .norms = params.norms, .rope = params.rope});
+  require_extents(who, "q", params.q, {1, shape.n_head, shape.head_dim});
+  require_extents(who, "k", params.k, {1, shape.n_head_kv, shape.head_dim});
+  for (const View<Bf16, 3>* ring : {&params.ring_k, &params.ring_v}) {
+    const char* const name = ring == &params.ring_k ? "ring_k" : "ring_v";
+    require_extents(who, name, *ring, {shape.n_head_kv, shape.buffer_len, shape.head_dim});
+    require_vectors(who, name, *ring);
+    require(ring->stride[1] == shape.head_dim, who, ": rows of ", name, " are ", ring->stride[1],
+            " values apart, need head_dim = ", shape.head_dim);
+  }
+  require(static_cast<const void*>(params.out.data) != params.q.data, who,
+          ": out is the memory of q, which other blocks still read");
+  require(params.window >= 1 && scale > 0, who, ": window ", params.window, " and scale ", scale,
+          ", need at least 1 and a positive one");
+}
+
+}  // namespace detail
+
+/// Normalises and turns q, k and v of one token, stores k and v in the ring's slot of its position, and attends: one
+/// launch, which can be captured; a replay reads the position and the vectors of that moment. Slots outside the window
+/// never reach the result, and all but the position's own keep their bits.
+/// @param q, k, v  [1, n_head or n_head_kv, head_dim] float, as projected
+/// @param position of the token, on the device or known to the host. Neither it nor an old row of the ring is written
+///                 by the kernel in front of this one in the stream: with `overlap` they are read before its end.
+/// @param ring_k, ring_v [n_head_kv, ring_len, head_dim], rows next to each other
+/// @param out      [1, n_head, head_dim], not the memory of q
+/// @param plan     of plan_sliding_decode() for this shape, one that fits
+/// @param overlap  lets the kernel be set up, and fetch old keys, while the one before it still runs
+/// @throws std::invalid_argument on extents that are not the plan's, rows that do not begin at multiples of 16 bytes,
+///         a missing position, a plan that does not fit
+/// Error: that of qkv_prologue() in q, k and v; attention on those, attention_bound() with unit 2^-22 (ex2.approx),
+/// weights in float, output_unit 2^-8.
+inline void sliding_decode(const View<const float, 3>& q, const View<const float, 3>& k, const View<const float, 3>& v,
+                           const QkNorms& norms, DeviceCount position, const RopeParams& rope,
+                           const View<Bf16, 3>& ring_k, const View<Bf16, 3>& ring_v, float scale,
+                           const View<Bf16, 3>& out, const SlidingDecodePlan& plan, cudaStream_t stream,
+                           bool overlap = false) {
+  constexpr const char* kWho = "sliding_decode";
+  require(position.device != nullptr || position.known(), kWho, ": position is neither on the device nor on the host");
+  const detail::SlidingDecodeParams params{.q = q,
+                                           .k = k,
+                                           .v = v,
+                                           .ring_k = ring_k,
+                                           .ring_v = ring_v,
+                                           .out = out,
+                                           .norms = norms,
+                                           .rope = rope,
+                                           .position = position.device,
+                                           .position_host = static_cast<std::int32_t>(position.host),
+                                           .ring_len = static_cast<std::int32_t>(plan.shape.buffer_len),
+                                           .window = static_cast<std::int32_t>(plan.window),
+                                           .group = static_cast<std::int32_t>(plan.shape.group()),
+                                           .n_pair = plan.n_pair,
+                                           .n_split = plan.n_split,
+                                           .scale_log2 = scale * std::numbers::log2e_v<float>};
+  detail::require_sliding_decode(kWho, params, plan, scale);
+  switch (plan.shape.head_dim) {
+    case 64:
+      return detail::launch_sliding_decode<detail::SlidingDecodeTraits<64>>(plan, params, stream, overlap);
+    case 128:
+      return detail::launch_sliding_decode<detail::SlidingDecodeTraits<128>>(plan, params, stream, overlap);
+    default:
+      return detail::launch_sliding_decode<detail::SlidingDecodeTraits<256>>(plan, params, stream, overlap);
+  }
+}
+
+}  // namespace gemma4::cuda
