@@ -478,18 +478,23 @@ class Backend {
     }
   }
 
+  [[nodiscard]] QkNorms qk_norms(std::int64_t layer) const {
+    const PackedLayer& weights = model_.layer(layer);
+    return {weights.attn_q_norm, weights.attn_k_norm, config().rms_epsilon};
+  }
+
   template <class TIn>
   void store(std::int64_t layer, const ProjectedHeads<TIn>& heads) {
+    if (caches_->stores_in_attend(layer, chunk_)) return;
     const auto range = this->range("qkv_prologue");
-    const PackedLayer& weights = model_.layer(layer);
-    caches_->store(layer, heads, {weights.attn_q_norm, weights.attn_k_norm, config().rms_epsilon}, chunk_, stream_);
+    caches_->store(layer, heads, qk_norms(layer), chunk_, stream_);
   }
 
   template <class TIn>
   void attend(std::int64_t layer, const ProjectedHeads<TIn>& heads) {
     {
       const auto range = this->range(config().sliding_layer(layer) ? "attention_sliding" : "attention_full");
-      caches_->attend(layer, heads, chunk_, stream_);
+      caches_->attend(layer, heads, qk_norms(layer), chunk_, stream_);
     }
     if (caches_->borrows_scratch(layer, chunk_)) gemm_->scratch_was_lent(stream_);
     if (!caches_->commits_after(layer, chunk_)) return;

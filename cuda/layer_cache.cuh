@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/bf16_attention.cuh"
@@ -18,6 +19,7 @@
 #include "cuda/rms_norm.cuh"
 #include "cuda/rope.cuh"
 #include "cuda/sliding_attention.cuh"
+#include "cuda/sliding_decode.cuh"
 #include "cuda/tq4_attention.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/cache_spec.hpp"
@@ -34,8 +36,11 @@ struct BackendSwitches {
   bool causal_skip = true;        ///< off: a chunk visits the key tiles that none of its queries sees
   bool split_k = true;            ///< off: one block a KV head walks all keys of a decode step
   bool fuse_qkv_prologue = true;  ///< off: norms, RoPE and the cache's update are a launch each
-  bool fuse_norms = true;         ///< off: a decode step finishes and normalises the residual in a launch of its own
-  bool overlap = true;            ///< off: a decode kernel begins when the one before it has ended
+  /// Off: in a decode step a sliding layer prepares q, k and v, attends, and merges split keys in a launch each. It is
+  /// off where split_k or fuse_qkv_prologue is.
+  bool fuse_sliding_decode = true;
+  bool fuse_norms = true;  ///< off: a decode step finishes and normalises the residual in a launch of its own
+  bool overlap = true;     ///< off: a decode kernel begins when the one before it has ended
   bool operator==(const BackendSwitches&) const = default;
 };
 
@@ -99,6 +104,15 @@ class LayerCaches {
 
   void set_switches(const BackendSwitches& switches) {
     switches_ = switches;
+    sliding_decode_ = {};
+    if (config_.n_full_layer() < config_.n_layer()) {
+      AttentionShape step = shape(config_.sliding, 1);
+      step.buffer_len = ring_slots(config_.window);
+      sliding_decode_ = plan_sliding_decode(step, config_.window, device_);
+    }
+    if (!switches.fuse_sliding_decode || !switches.fuse_qkv_prologue || !switches.split_k) {
+      sliding_decode_.misfit = "it is switched off";
+    }
     decode_device_ = device_;
     if (!switches.overlap) decode_device_.compute_capability = std::min(device_.compute_capability, 80);
   }
@@ -121,10 +135,16 @@ class LayerCaches {
     return {place(layer).records, 1, attention.n_head_kv, context_, attention.head_dim};
   }
 
+  /// Whether attend() does all that store() would do.
+  [[nodiscard]] bool stores_in_attend(std::int64_t layer, const ChunkPlace& chunk) const {
+    return config_.sliding_layer(layer) && chunk.n_token == 1 && sliding_decode_.fits();
+  }
+
   /// Normalises and rotates q, k and v, and puts K and V where attend() looks for them.
   template <class TIn>
   void store(std::int64_t layer, const ProjectedHeads<TIn>& heads, const QkNorms& norms, const ChunkPlace& chunk,
              cudaStream_t stream) const {
+    if (stores_in_attend(layer, chunk)) return;
     if (!switches_.fuse_qkv_prologue) return store_step_by_step(layer, heads, norms, chunk, stream);
     const auto launch = [&](const auto& target) {
       qkv_prologue<TIn>(heads.q, heads.k, heads.v, norms, chunk.position, rope(layer), heads.q_out, target, stream,
@@ -146,15 +166,18 @@ class LayerCaches {
 
   /// Attention of the chunk that store() took, from q_out to q_out.
   template <class TIn>
-  void attend(std::int64_t layer, const ProjectedHeads<TIn>& heads, const ChunkPlace& chunk,
+  void attend(std::int64_t layer, const ProjectedHeads<TIn>& heads, const QkNorms& norms, const ChunkPlace& chunk,
               cudaStream_t stream) const {
+    if constexpr (std::is_same_v<TIn, float>) {  // the type of few tokens
+      if (stores_in_attend(layer, chunk)) {
+        // The kernel in front projects; the position was set before it, the rings in another step.
+        return sliding_decode(heads.q, heads.k, heads.v, norms, chunk.position, sliding_rope_, ring_k(layer),
+                              ring_v(layer), ModelConfig::kAttentionScale, heads.q_out, sliding_decode_, stream,
+                              overlaps(chunk));
+      }
+    }
     const AttentionConfig& attention = config_.attention(layer);
-    AttentionShape shape{.batch = 1,
-                         .n_query = chunk.n_token,
-                         .n_head = config_.n_head,
-                         .n_head_kv = attention.n_head_kv,
-                         .head_dim = attention.head_dim,
-                         .buffer_len = context_};
+    AttentionShape shape = this->shape(attention, chunk.n_token);
     FlashChoice choice;
     if (!switches_.split_k) choice.n_split = 1;
     const DeviceInfo& device = overlaps(chunk) ? device_ : decode_device_;
@@ -220,6 +243,14 @@ class LayerCaches {
   [[nodiscard]] const RopeParams& rope(std::int64_t layer) const {
     return config_.sliding_layer(layer) ? sliding_rope_ : full_rope_;
   }
+  [[nodiscard]] AttentionShape shape(const AttentionConfig& attention, std::int64_t n_query) const {
+    return {.batch = 1,
+            .n_query = n_query,
+            .n_head = config_.n_head,
+            .n_head_kv = attention.n_head_kv,
+            .head_dim = attention.head_dim,
+            .buffer_len = context_};
+  }
   [[nodiscard]] View<Bf16, 3> ring_view(std::int64_t layer, Bf16* data) const {
     const AttentionConfig& attention = config_.attention(layer);
     return make_view(data, attention.n_head_kv, ring_slots(config_.window), attention.head_dim);
@@ -266,6 +297,7 @@ class LayerCaches {
   std::int64_t context_;
   DeviceInfo device_, decode_device_;
   BackendSwitches switches_;
+  SlidingDecodePlan sliding_decode_;  ///< of a step of one token
   std::optional<Tq4Codec> codec_;
   RopeParams sliding_rope_, full_rope_;
   std::vector<Place> places_;

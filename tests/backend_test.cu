@@ -329,9 +329,10 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
   const std::vector<std::int64_t> chunks = {40, 3, 1};
   const std::vector<float> expected = logits_of(plain, tokens, chunks);
   using Switch = bool cuda::BackendSwitches::*;
-  for (const Switch off : {&cuda::BackendSwitches::kv_len_clamp, &cuda::BackendSwitches::causal_skip,
-                           &cuda::BackendSwitches::split_k, &cuda::BackendSwitches::fuse_qkv_prologue,
-                           &cuda::BackendSwitches::fuse_norms, &cuda::BackendSwitches::overlap}) {
+  for (const Switch off :
+       {&cuda::BackendSwitches::kv_len_clamp, &cuda::BackendSwitches::causal_skip, &cuda::BackendSwitches::split_k,
+        &cuda::BackendSwitches::fuse_qkv_prologue, &cuda::BackendSwitches::fuse_sliding_decode,
+        &cuda::BackendSwitches::fuse_norms, &cuda::BackendSwitches::overlap}) {
     cuda::BackendOptions other = options;
     other.switches.*off = false;
     cuda::Backend backend(packed, other);

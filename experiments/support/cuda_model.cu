@@ -23,6 +23,7 @@ bool* find_switch(cuda::BackendSwitches& switches, std::string_view name) {
       {"causal_skip", &switches.causal_skip},
       {"split_k", &switches.split_k},
       {"qkv_prologue_fusion", &switches.fuse_qkv_prologue},
+      {"sliding_decode_fusion", &switches.fuse_sliding_decode},
       {"norm_fusion", &switches.fuse_norms},
       {"launch_overlap", &switches.overlap},
   }};
