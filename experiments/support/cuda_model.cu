@@ -18,7 +18,7 @@ namespace {
 
 /// The switch of a name; null when there is none.
 bool* find_switch(cuda::BackendSwitches& switches, std::string_view name) {
-  const std::array<std::pair<std::string_view, bool*>, 6> all = {{
+  const std::array<std::pair<std::string_view, bool*>, 7> all = {{
       {"kv_len_clamp", &switches.kv_len_clamp},
       {"causal_skip", &switches.causal_skip},
       {"split_k", &switches.split_k},
