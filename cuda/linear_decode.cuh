@@ -55,17 +55,17 @@ template <int kRows>
   return sum[0];
 }
 
-/// One task: this lane's group of every row of a stage, for all tokens.
+/// One task: this lane's group of every row of a stage of kStageRows, for all tokens.
 /// @param partials [kTokens, kMaxStageRows], of the task
-template <TensorType kType, int kTokens>
+template <TensorType kType, int kTokens, int kStageRows>
 __device__ __forceinline__ void multiply_stage(const std::uint8_t* slot, int groups, int group, int n_row,
                                                const LaneActivation (&x)[kTokens], float* partials) {
   using Format = LinearFormat<kType>;
-  constexpr int kRows = kTokens == 1 ? stage_rows(kType) : kTaskRows;
+  constexpr int kRows = kTokens == 1 ? kStageRows : kTaskRows;
   const int lane = threadIdx.x & 31;
   const int bytes = static_cast<int>(chunk_bytes(kType, groups));
 #pragma unroll
-  for (int first = 0; first < stage_rows(kType); first += kRows) {
+  for (int first = 0; first < kStageRows; first += kRows) {
     if (first > 0 && first >= n_row) break;
     float sum[kTokens][kRows];
 #pragma unroll
@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_short(const std::uint8_t* slot, int gro
   const int lane = threadIdx.x & 31;
   const int bytes = static_cast<int>(chunk_bytes(kType, groups));
 #pragma unroll
-  for (int first = 0; first < stage_rows(kType); first += 32 / kShortGroups) {
+  for (int first = 0; first < kMaxStageRows; first += 32 / kShortGroups) {
     if (first >= n_row) break;
     const int row = first + lane / kShortGroups;
     typename Format::Weights weights;
@@ -197,11 +197,14 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
 /// One task of a stage, of a type that is known when compiled.
 template <TensorType kType, int kTokens>
 __device__ __forceinline__ void multiply_task(const std::uint8_t* slot, int groups, int group, int n_row,
-                                              const LaneActivation (&x)[kTokens], float* partials, bool is_short) {
+                                              const LaneActivation (&x)[kTokens], float* partials, bool is_short,
+                                              bool is_tall) {
   if (is_short) {
     multiply_short<kType, kTokens>(slot, groups, group, n_row, x, partials);
+  } else if (kTokens == 1 && kType == TensorType::kQ6K && is_tall) {
+    multiply_stage<kType, kTokens, stage_rows(kType, true)>(slot, groups, group, n_row, x, partials);
   } else {
-    multiply_stage<kType, kTokens>(slot, groups, group, n_row, x, partials);
+    multiply_stage<kType, kTokens, stage_rows(kType, false)>(slot, groups, group, n_row, x, partials);
   }
 }
 
@@ -243,13 +246,17 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
       float* const to = partials + (stage.slot * n_task + task) * kTokens * kMaxStageRows;
       switch (matrix.type) {
         case TensorType::kQ4K:
-          return multiply_task<TensorType::kQ4K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short);
+          return multiply_task<TensorType::kQ4K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short,
+                                                          params.is_tall);
         case TensorType::kQ5K:
-          return multiply_task<TensorType::kQ5K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short);
+          return multiply_task<TensorType::kQ5K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short,
+                                                          params.is_tall);
         case TensorType::kQ6K:
-          return multiply_task<TensorType::kQ6K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short);
+          return multiply_task<TensorType::kQ6K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short,
+                                                          params.is_tall);
         default:
-          return multiply_task<TensorType::kQ8_0, kTokens>(slot, groups, group, stage.n_row, x, to, is_short);
+          return multiply_task<TensorType::kQ8_0, kTokens>(slot, groups, group, stage.n_row, x, to, is_short,
+                                                           params.is_tall);
       }
     };
 #pragma unroll 1

@@ -34,8 +34,9 @@ inline constexpr std::int64_t kMaxDecodeTokens = 8;
 
 /// How a call for few tokens runs.
 struct LinearPlan {
-  int n_token = 1;  ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8
-  int n_slot = 0;   ///< stages in flight
+  int n_token = 1;       ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8
+  int n_slot = 0;        ///< stages in flight
+  bool is_tall = false;  ///< stages of more rows, see detail::stage_rows()
   std::int64_t slot_bytes = 0;
   std::int64_t smem_bytes = 0;
   std::int64_t smem_limit_bytes = 0;  ///< what the kernel is allowed, whatever it uses: one value for all launches
@@ -90,8 +91,10 @@ namespace detail {
                                                    std::span<const TensorType> types, const DeviceInfo& device) {
   LinearPlan plan{.smem_limit_bytes = device.smem_limit_bytes, .overlap = device.compute_capability >= 90};
   const std::int64_t half = detail::half_of_smem(device.smem_limit_bytes);
+  plan.is_tall = n_token == 1 && row_chunks(cols) == 1 &&
+                 std::all_of(types.begin(), types.end(), [](TensorType type) { return type == TensorType::kQ6K; });
   for (const TensorType type : types) {
-    const std::int64_t bytes = detail::stage_rows(type) * chunk_bytes(type, chunk_groups(cols));
+    const std::int64_t bytes = detail::stage_rows(type, plan.is_tall) * chunk_bytes(type, chunk_groups(cols));
     plan.slot_bytes = std::max(plan.slot_bytes, (bytes + 127) / 128 * 128);
   }
   plan.n_token = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(n_token, 1, 8))));
@@ -255,6 +258,7 @@ void packed_decode(const LinearSource& source, std::span<const PackedMatrix> wei
   const LinearPlan plan =
       plan_linear_decode(cols, source.n_token, std::span<const TensorType>(types, weights.size()), device);
   params.n_slot = plan.n_slot;
+  params.is_tall = plan.is_tall;
   params.slot_bytes = static_cast<std::int32_t>(plan.slot_bytes);
   params.smem = linear_smem(cols, plan.n_token, plan.n_slot, params.slot_bytes);
   for (std::int64_t token = 0; token < source.n_token; token += plan.n_token) {
