@@ -27,7 +27,7 @@
 /// own keys, and weighted sums of values in float, a lane holding head_dim / 32 dimensions. Warps are merged in shared
 /// memory; each block sends the others of its cluster the part of its sums that they finish.
 ///
-/// What it is not, on an H200 in a chain with the products around it, where it takes 7.1 us a layer:
+/// What it is not, on an H200 in a chain with the products around it, where it takes 7.2 us a layer:
 /// - everything asked for early: 7.8 us. The end of the kernel in front waits behind that queue; with nothing
 /// early 9.0;
 /// - all keys in shared memory at once, a block a multiprocessor: 12.5 us. Only 15 clusters of 8 find room, and no
@@ -123,49 +123,82 @@ struct SlidingDecodeShare {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-/// The copying warp. Chunk i < kChunks is of keys, the others are of values, and chunk i lies in slot i % kSlots.
+/// Asks for a chunk of old keys (chunk < kChunks) or values, which lies in slot chunk % kSlots; one thread.
 template <class T>
-__device__ __forceinline__ void copy_old_keys(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                              unsigned char* smem) {
-  using Smem = SlidingDecodeSmem<T>;
-  const int lane = static_cast<int>(threadIdx.x) & 31, n_chunk = (share.n_key + T::kChunkKeys - 1) / T::kChunkKeys;
-  const std::uint32_t full = shared_address(smem + Smem::kFull), empty = shared_address(smem + Smem::kEmpty);
-  std::uint64_t policy;  // a ring is not read again before all weights have been
+__device__ __forceinline__ void fetch_chunk(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
+                                            unsigned char* smem, int chunk) {
+  const int in_kind = chunk % T::kChunks, n_row = min(share.n_old - in_kind * T::kChunkKeys, T::kChunkKeys);
+  if (in_kind * T::kChunkKeys >= share.n_key) return;
+  const std::uint32_t barrier = shared_address(smem + SlidingDecodeSmem<T>::kFull) + 8 * chunk;
+  if (n_row <= 0) return mbarrier_arrive(barrier);  // nothing but the newest
+  std::uint64_t policy;                             // a ring is not read again before all weights have been
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  const auto fetch = [&](int chunk) {
-    const int in_kind = chunk % T::kChunks, n_row = min(share.n_old - in_kind * T::kChunkKeys, T::kChunkKeys);
-    if (in_kind >= n_chunk) return;
-    const std::uint32_t barrier = full + 8 * chunk;
-    if (n_row <= 0) return mbarrier_arrive(barrier);  // nothing but the newest
-    const auto slot = static_cast<int>(static_cast<std::uint32_t>(share.first + in_kind * T::kChunkKeys) %
-                                       static_cast<std::uint32_t>(params.ring_len));  // ring_slot()
-    const int n_before_end = min(n_row, params.ring_len - slot);
-    const View<Bf16, 3>& ring = chunk < T::kChunks ? params.ring_k : params.ring_v;
-    const auto copy = [&](int to_row, int from_row, int count) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-          "%4;" ::"r"(shared_address(smem + chunk % T::kSlots * T::kSlotBytes) + to_row * T::kHeadDim * 2),
-          "l"(&ring(share.head_kv, from_row, 0)), "r"(count * T::kHeadDim * 2), "r"(barrier), "l"(policy)
-          : "memory");
-    };
-    mbarrier_expect(barrier, n_row * T::kHeadDim * 2);
-    copy(0, slot, n_before_end);
-    if (n_before_end < n_row) copy(n_before_end, 0, n_row - n_before_end);
+  const auto slot = static_cast<int>(static_cast<std::uint32_t>(share.first + in_kind * T::kChunkKeys) %
+                                     static_cast<std::uint32_t>(params.ring_len));  // ring_slot()
+  const int n_before_end = min(n_row, params.ring_len - slot);
+  const View<Bf16, 3>& ring = chunk < T::kChunks ? params.ring_k : params.ring_v;
+  const auto copy = [&](int to_row, int from_row, int count) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared_address(smem + chunk % T::kSlots * T::kSlotBytes) + to_row * T::kHeadDim * 2),
+        "l"(&ring(share.head_kv, from_row, 0)), "r"(count * T::kHeadDim * 2), "r"(barrier), "l"(policy)
+        : "memory");
   };
-  if (lane < T::kEarly) fetch(lane);
+  mbarrier_expect(barrier, n_row * T::kHeadDim * 2);
+  copy(0, slot, n_before_end);
+  if (n_before_end < n_row) copy(n_before_end, 0, n_row - n_before_end);
+}
+
+/// The copying warp before the projections are there.
+template <class T>
+__device__ __forceinline__ void fetch_early(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
+                                            unsigned char* smem) {
+  using Smem = SlidingDecodeSmem<T>;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  if (lane == 0) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < 2 * T::kChunks; ++chunk) {
+      mbarrier_init(shared_address(smem + Smem::kFull) + 8 * chunk, 1);
+      if (chunk < T::kChunks) mbarrier_init(shared_address(smem + Smem::kEmpty) + 8 * chunk, 32 * T::kWarps);
+    }
+    mbarrier_init_fence();
+  }
   __syncwarp();
-  __syncthreads();
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  if (lane >= T::kEarly && lane < T::kSlots) fetch(lane);
+  if (lane < T::kEarly) fetch_chunk<T>(params, share, smem, lane);
+  __syncwarp();
+}
+
+/// And after: what there is room for, then values in the places of keys.
+template <class T>
+__device__ __forceinline__ void fetch_rest(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
+                                           unsigned char* smem) {
+  const int lane = static_cast<int>(threadIdx.x) & 31, n_chunk = (share.n_key + T::kChunkKeys - 1) / T::kChunkKeys;
+  if (lane >= T::kEarly && lane < T::kSlots) fetch_chunk<T>(params, share, smem, lane);
   if (lane == 0) {
 #pragma unroll 1
     for (int chunk = T::kSlots; chunk < T::kChunks + n_chunk; ++chunk) {
-      mbarrier_wait(empty + 8 * (chunk - T::kSlots), 0);
-      fetch(chunk);
+      mbarrier_wait(shared_address(smem + SlidingDecodeSmem<T>::kEmpty) + 8 * (chunk - T::kSlots), 0);
+      fetch_chunk<T>(params, share, smem, chunk);
     }
   }
   __syncwarp();
+}
+
+/// The other warps before the projections are there: the angles, and the weights of the norms.
+template <class T>
+__device__ __forceinline__ void prepare_early(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
+                                              unsigned char* smem) {
+  using Smem = SlidingDecodeSmem<T>;
+  float2* const cos_sin = reinterpret_cast<float2*>(smem + Smem::kCosSin);
+  float* const norms = reinterpret_cast<float*>(smem + Smem::kNorms);
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < T::kHeadDim) {
+    norms[i] = params.norms.q[i];
+    norms[T::kHeadDim + i] = params.norms.k[i];
+  }
+  if (i < params.rope.n_pair) {
+    cos_sin[i % T::kValues * 16 + i / T::kValues] = rope_cos_sin(share.position, params.rope.frequency[i]);
+  }
 }
 
 /// Normalises and turns the two query heads, and in the last split also the newest key and value, a warp each.
@@ -410,49 +443,33 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   using Smem = SlidingDecodeSmem<T>;
   extern __shared__ __align__(128) unsigned char sliding_smem_bytes[];
   unsigned char* const smem = sliding_smem_bytes;
+  const bool copies = threadIdx.x / 32 == T::kWarps;
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // "I have begun": may be written to
   const SlidingDecodeShare share(params);
-  if (threadIdx.x / 32 == T::kWarps) {
-    if (threadIdx.x % 32 == 0) {
-#pragma unroll 1
-      for (int chunk = 0; chunk < 2 * T::kChunks; ++chunk) {
-        mbarrier_init(shared_address(smem + Smem::kFull) + 8 * chunk, 1);
-        if (chunk < T::kChunks) mbarrier_init(shared_address(smem + Smem::kEmpty) + 8 * chunk, 32 * T::kWarps);
-      }
-      mbarrier_init_fence();
-    }
-    __syncwarp();
-    copy_old_keys<T>(params, share, smem);
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-    return;
-  }
-  float2* const cos_sin = reinterpret_cast<float2*>(smem + Smem::kCosSin);
-  float* const norms = reinterpret_cast<float*>(smem + Smem::kNorms);
-  const int pair = static_cast<int>(threadIdx.x);
-  if (pair < T::kHeadDim) {
-    norms[pair] = params.norms.q[pair];
-    norms[T::kHeadDim + pair] = params.norms.k[pair];
-  }
-  if (pair < params.rope.n_pair) {
-    cos_sin[pair % T::kValues * 16 + pair / T::kValues] = rope_cos_sin(share.position, params.rope.frequency[pair]);
+  if (copies) {
+    fetch_early<T>(params, share, smem);
+  } else {
+    prepare_early<T>(params, share, smem);
   }
   __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
-  prepare_heads<T>(params, share, smem);
-  team_sync<32 * T::kWarps>(1);
-  float score[2][2];
-  score_keys_of_warp<T>(params, share, smem, score);
-  weigh_keys<T>(score, smem);
-  add_values<T>(share, smem);
-  team_sync<32 * T::kWarps>(1);
+  if (copies) {
+    fetch_rest<T>(params, share, smem);
+  } else {
+    prepare_heads<T>(params, share, smem);
+    team_sync<32 * T::kWarps>(1);
+    float score[2][2];
+    score_keys_of_warp<T>(params, share, smem, score);
+    weigh_keys<T>(score, smem);
+    add_values<T>(share, smem);
+    team_sync<32 * T::kWarps>(1);
+  }
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // the others have begun
-  send_parts<T>(params, share, smem);
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-  finish_parts<T>(params, share, smem);
+  if (!copies) send_parts<T>(params, share, smem);
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (!copies) finish_parts<T>(params, share, smem);
 #endif
 }
 
