@@ -173,7 +173,7 @@ class Backend {
       const std::span<const PackedMatrix> used = std::span(matrices).first(count);
       const auto multiply = [&](const auto& input) {
         quantized_linear_decode(input, used, std::span<const View<float, 2>>(outs).first(count), decode_device_,
-                                stream_);
+                                stream_, products());
       };
       with_normalised(weights.attn_norm, used, multiply);
       store(layer, heads);
@@ -207,7 +207,7 @@ class Backend {
     if (decodes()) {
       const std::span<float> scratch(gate_up_scratch_, static_cast<std::size_t>(2 * n_token() * config().ffn_hidden));
       const auto multiply = [&](const auto& input) {
-        gate_up_decode(input, weights.gate_up, scratch, activation(), decode_device_, stream_);
+        gate_up_decode(input, weights.gate_up, scratch, activation(), decode_device_, stream_, products());
       };
       const std::array<PackedMatrix, 3> matrices{weights.gate_up.joined, weights.gate_up.gate, weights.gate_up.up};
       const auto all = std::span<const PackedMatrix>(matrices);
@@ -232,7 +232,7 @@ class Backend {
     if (count == 1 && n_token() == 1) {  // a step of decoding
       const auto multiply = [&](const auto& input) {
         cuda::lm_head(input, model_.token_embd(), config().softcap, make_view(logits_, count, config().vocab),
-                      decode_device_, stream_);
+                      decode_device_, stream_, products());
       };
       with_normalised(model_.output_norm(), std::span(&model_.token_embd(), 1), multiply);
       n_logit_ = count;
@@ -254,7 +254,7 @@ class Backend {
       cuda::lm_head<Bf16>(
           make_view(static_cast<const Bf16*>(logit_rows_ + first * config().hidden), some, config().hidden),
           model_.token_embd(), config().softcap, make_view(logits_ + first * config().vocab, some, config().vocab),
-          decode_device_, stream_);
+          decode_device_, stream_, products());
     }
     n_logit_ = count;
   }
@@ -357,6 +357,7 @@ class Backend {
     decode_fresh_ = reinterpret_cast<Bf16*>(decode.take<std::byte>(bytes.fresh));
     decode_activation_ = reinterpret_cast<Bf16*>(decode.take<std::byte>(bytes.activation));
     gate_up_scratch_ = reinterpret_cast<float*>(decode.take<std::byte>(bytes.gate_up));
+    tickets_ = arena_.data<LinearTickets>("linear_tickets", 1);
     Carver tokens(arena_.buffer("tokens"));
     state_ = tokens.take<SequenceState>(1);
     tokens_ = tokens.take<std::int32_t>(chunk);
@@ -375,6 +376,8 @@ class Backend {
   [[nodiscard]] std::int64_t n_token() const { return chunk_.n_token; }
   /// Whether the chunk takes the path of few tokens.
   [[nodiscard]] bool decodes() const { return n_token() <= kDecodeChunk; }
+  /// How products of few tokens run: all are in one stream.
+  [[nodiscard]] LinearOptions products() const { return {.tickets = tickets_}; }
   [[nodiscard]] bool overlap() const { return decode_device_.compute_capability >= 90; }
 
   [[nodiscard]] View<float, 2> residual() const { return make_view(x_[at_], n_token(), config().hidden); }
@@ -467,12 +470,12 @@ class Backend {
     pending_ = {};
   }
 
-  /// A product whose output stays pending. (Fetching the next weights into the L2 cache meanwhile, LinearHints, made a
-  /// step of the 31B on an H200 slower: 7.05 ms without, 7.08 with 2 MB each, 7.26 with 8 MB, 7.50 with 32 MB.)
+  /// A product whose output stays pending. (Fetching the next weights into the L2 cache meanwhile, LinearOptions, made
+  /// a step of the 31B on an H200 slower: 7.05 ms without, 7.08 with 2 MB each, 7.26 with 8 MB, 7.50 with 32 MB.)
   void project(const View<const Bf16, 2>& x, const PackedMatrix& weight) {
     if (decodes()) {
       quantized_linear_decode<Bf16, float>(x, weight, make_view(decode_pending_, n_token(), config().hidden),
-                                           decode_device_, stream_);
+                                           decode_device_, stream_, products());
     } else {
       gemm_->linear<Bf16>(x, weight, make_view(prefill_pending_, n_token(), config().hidden), stream_);
     }
@@ -529,6 +532,7 @@ class Backend {
   Bf16 *normed_ = nullptr, *prefill_pending_ = nullptr, *activations_ = nullptr;
   float *decode_pending_ = nullptr, *decode_qkv_ = nullptr, *gate_up_scratch_ = nullptr;
   Bf16 *decode_attended_ = nullptr, *decode_fresh_ = nullptr, *decode_activation_ = nullptr;
+  LinearTickets* tickets_ = nullptr;
   float* logits_ = nullptr;
   Bf16* logit_rows_ = nullptr;
 };

@@ -50,7 +50,7 @@ namespace detail {
 /// @param source  the input, a View or a LinearPrologue, of n_token rows
 template <class TSource, class TOut, class TMultiply>
 void gate_up_from(const TSource& source, std::int64_t n_token, const GateUpWeights& weights, std::span<float> scratch,
-                  const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream, const LinearHints& hints,
+                  const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream, const LinearOptions& options,
                   TMultiply&& multiply_pair) {
   const std::int64_t ffn_hidden = weights.ffn_hidden();
   require(n_token <= kMaxDecodeTokens, "gate_up_decode: ", n_token, " tokens, at most ", kMaxDecodeTokens);
@@ -62,7 +62,7 @@ void gate_up_from(const TSource& source, std::int64_t n_token, const GateUpWeigh
             "gate_up_decode: the joined matrix has ", weights.joined.rows, " rows of ", type_name(weights.joined.type),
             ", need pairs of a packed type");
     packed_decode<TOut>(linear_source(source), std::span(&weights.joined, 1), std::span(&out, 1),
-                        {.epilogue = LinearEpilogue::kGeluUp, .hints = hints}, device, stream);
+                        {.epilogue = LinearEpilogue::kGeluUp, .options = options}, device, stream);
     return;
   }
   require(weights.gate.rows == weights.up.rows && weights.gate.cols == weights.up.cols, "gate_up_decode: gate is ",
@@ -89,9 +89,9 @@ void gate_up_from(const TSource& source, std::int64_t n_token, const GateUpWeigh
 template <class TIn, class TOut>
 void gate_up_decode(const View<const TIn, 2>& x, const GateUpWeights& weights, std::span<float> scratch,
                     const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream,
-                    const LinearHints& hints = {}) {
-  detail::gate_up_from(x, x.extent[0], weights, scratch, out, device, stream, hints, [&](auto pair, auto halves) {
-    quantized_linear_decode<TIn, float>(x, pair, halves, device, stream, hints);
+                    const LinearOptions& options = {}) {
+  detail::gate_up_from(x, x.extent[0], weights, scratch, out, device, stream, options, [&](auto pair, auto halves) {
+    quantized_linear_decode<TIn, float>(x, pair, halves, device, stream, options);
   });
 }
 
@@ -99,10 +99,10 @@ void gate_up_decode(const View<const TIn, 2>& x, const GateUpWeights& weights, s
 template <class TOut>
 void gate_up_decode(const LinearPrologue& in, const GateUpWeights& weights, std::span<float> scratch,
                     const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream,
-                    const LinearHints& hints = {}) {
+                    const LinearOptions& options = {}) {
   detail::gate_up_from(
-      in, in.residual.extent[0], weights, scratch, out, device, stream, hints,
-      [&](auto pair, auto halves) { quantized_linear_decode<float>(in, pair, halves, device, stream, hints); });
+      in, in.residual.extent[0], weights, scratch, out, device, stream, options,
+      [&](auto pair, auto halves) { quantized_linear_decode<float>(in, pair, halves, device, stream, options); });
 }
 
 }  // namespace gemma4::cuda

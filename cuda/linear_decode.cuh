@@ -16,18 +16,24 @@
 
 /// The kernel of quantized_linear for few tokens: weights are read once, in one stream a block.
 ///
-/// A block owns a run of rows, so a contiguous range of memory. Its copying warp fetches it, stage by stage (some rows
-/// of one chunk), into a ring of shared memory (linear_stages.cuh). Eight warps first quantise the activations
-/// (linear_input.cuh), then take tasks: 32 groups (a lane each) of every row of a stage. The lanes' sums of a row are
-/// added by a tree, the tasks' sums of a row by the finishing warp, in order, which also ends the row (activation,
-/// softcap, store).
+/// A block owns a run of rows, so a contiguous range of memory; with LinearTickets the last fifth of the rows is dealt
+/// to blocks that have done theirs: multiprocessors differ in their share of the memory's rate, so that the blocks of
+/// an equal division end 2 to 13 us apart. (The products of a step of the 31B on an H200, a chain of 241 launches: 5.48
+/// ms in place of 5.69.) Its copying warp fetches it, stage by stage (some rows of one chunk), into a ring of shared
+/// memory (linear_stages.cuh). Eight warps first quantise the activations (linear_input.cuh), then take tasks: 32
+/// groups (a lane each) of every row of a stage. The lanes' sums of a row are added by a tree, the tasks' sums of a row
+/// by the finishing warp, in order, which also ends the row (activation, softcap, store).
 ///
 /// Two blocks share a multiprocessor, and the next kernel's blocks may start as soon as these have begun: each takes
 /// the place of one that has ended, and fills its ring while the others end. A grid of one block a multiprocessor does
-/// not do that: where a block ends early, two of the next kernel's find room and elsewhere none.
+/// not do that: where a block ends early, two of the next kernel's find room and elsewhere none. Nor do clusters of
+/// blocks that would share the normalisation of their input: the places of all must come free at once, and the chain
+/// took 5.78 ms with clusters of two and 6.70 with four.
 ///
 /// The order of every sum depends on the number of columns alone: not on the number of tokens, rows, matrices, blocks
-/// or stages. Work of 8 rows of 32 groups of Q4_K is some 8 * 40 instructions a lane for 4.5 KB.
+/// or stages. Work of 8 rows of 32 groups of Q4_K is some 8 * 40 instructions a lane for 4.5 KB; what steers it (rows,
+/// groups, slots) has to stay in the warp's uniform registers: noted in shared memory for each stage, it made the loop
+/// half as slow again.
 namespace gemma4::cuda {
 
 namespace detail {
@@ -152,6 +158,11 @@ __device__ __forceinline__ void store_row(const LinearParams& params, const Line
   }
 }
 
+/// One thread of each block, when the block has taken its last ticket: the last one leaves zeros.
+__device__ __forceinline__ void end_tickets(LinearTickets& tickets) {
+  if (atomicInc(&tickets.n_ended, gridDim.x - 1) + 1 == gridDim.x) tickets.next = 0;
+}
+
 /// The finishing warp: adds the tasks' sums of a stage to those of the chunks before, and after the last chunk ends the
 /// rows. Lane l holds row l % 8 of tokens l / 8, l / 8 + 4, ...
 template <int kTokens>
@@ -164,7 +175,11 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
   wait_for_previous_kernel();  // nothing is stored before it has ended
   allow_next_kernel();
   float sum[kEach];
-  for_each_stage(params, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  const auto next = [&](const LinearStage& stage) {
+    mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase);
+    return warp_value(note_of(params, smem, stage));
+  };
+  for_each_stage(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     const int n_task = ((stage.is_last_chunk ? params.last_groups : params.full_groups) + 31) / 32;
     const float* const from = partials + stage.slot * params.n_task * kTokens * kMaxStageRows;
     mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase);
@@ -192,6 +207,7 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
       if (row < stage.n_row && token < params.n_token) store_row(params, matrix, token, stage.row + row, value, up);
     }
   });
+  if (params.tickets != nullptr && lane == 0) end_tickets(*params.tickets);
 }
 
 /// One task of a stage, of a type that is known when compiled.
@@ -228,7 +244,13 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
   const bool has_short = is_short_task(params.full_groups % 32);
   const int n_long = has_short ? n_task - 1 : n_task;
   int next_long = warp, next_short = warp;
-  for_each_stage(params, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  const auto next = [&](const LinearStage& stage) {
+    mbarrier_wait(barriers.full + 8 * stage.slot, stage.phase);
+    const int row = warp_value(note_of(params, smem, stage));
+    if (row < 0) mbarrier_arrive(barriers.empty + 8 * stage.slot);
+    return row;
+  };
+  for_each_stage(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     const int groups = stage.is_last_chunk ? params.last_groups : params.full_groups;
     const std::uint8_t* const slot = smem + stage.slot * params.slot_bytes;
     mbarrier_wait(barriers.full + 8 * stage.slot, stage.phase);

@@ -25,6 +25,13 @@ enum class LinearEpilogue : std::int32_t {
   kSoftcap,  ///< out[row] = cap * tanh(v / cap)
 };
 
+/// What the blocks of a launch share to deal rows, in device memory: zeros before a launch, and zeros after it.
+/// Launches of one stream may share it.
+struct LinearTickets {
+  std::uint32_t next;     ///< ticket
+  std::uint32_t n_ended;  ///< blocks
+};
+
 namespace detail {
 
 inline constexpr int kLinearWarps = 8;                          ///< that multiply
@@ -55,7 +62,7 @@ struct LinearMatrix {
 
 /// Where things lie in shared memory, in bytes.
 struct LinearSmem {
-  std::int32_t activations, partials, row_parts, barriers, total;
+  std::int32_t activations, partials, row_parts, barriers, notes, total;
 };
 
 /// Groups of a token's activations in shared memory: an even number, so that each token begins at 16 bytes.
@@ -70,8 +77,10 @@ struct LinearSmem {
   const std::int64_t n_task = (chunk_groups(cols) + 31) / 32;
   const std::int64_t row_parts = partials + n_slot * n_task * n_token * kMaxStageRows * 4;
   const std::int64_t barriers = row_parts + std::int64_t{sizeof(float[2][kRowWarps])};
-  return {static_cast<std::int32_t>(ring), static_cast<std::int32_t>(partials), static_cast<std::int32_t>(row_parts),
-          static_cast<std::int32_t>(barriers), static_cast<std::int32_t>(barriers + 16 * n_slot)};
+  const std::int64_t notes = barriers + 2 * 8 * n_slot;
+  return {static_cast<std::int32_t>(ring),      static_cast<std::int32_t>(partials),
+          static_cast<std::int32_t>(row_parts), static_cast<std::int32_t>(barriers),
+          static_cast<std::int32_t>(notes),     static_cast<std::int32_t>(notes + 2 * 4 * n_slot)};
 }
 
 /// What divides is divided on the host: a 64-bit division in the loop over tasks once halved the rate of the kernel.
@@ -89,7 +98,9 @@ struct LinearParams {
   std::int32_t n_task;  ///< of a full chunk
   std::int32_t n_slot;
   std::int32_t slot_bytes;
-  bool is_tall;  ///< see stage_rows()
+  bool is_tall;             ///< see stage_rows()
+  LinearTickets* tickets;   ///< null: each block has an equal share of every matrix
+  std::int32_t share_rows;  ///< of the last matrix that each block has; the others are dealt, a stage a ticket
   LinearSmem smem;
   bool out_is_bf16;
   LinearEpilogue epilogue;
@@ -112,22 +123,39 @@ struct LinearStage {
   bool is_last_chunk;
 };
 
+/// The value of a warp's lanes, which is one, where the compiler sees that it is: what depends on it alone then takes
+/// the registers and instructions that a warp has once.
+[[nodiscard]] __device__ __forceinline__ int warp_value(int value) {
+  return static_cast<int>(__reduce_or_sync(~0u, static_cast<unsigned>(value)));
+}
+
 /// Calls body(matrix, stage) for the stages of this block: matrix by matrix, some rows at a time, chunk by chunk. Keeps
 /// a matrix in registers: parameters at an index that is not known at compile time take long to come.
-template <class TBody>
-__device__ __forceinline__ void for_each_stage(const LinearParams& params, TBody&& body) {
+/// @param next(stage)  the first row of a ticket, whose first stage is `stage`; below zero: there are no more
+template <class TNext, class TBody>
+__device__ __forceinline__ void for_each_stage(const LinearParams& params, TNext&& next, TBody&& body) {
   LinearStage stage{};
 #pragma unroll 1
   for (int index = 0; index < params.n_matrix; ++index) {
     const LinearMatrix matrix = params.matrix[index];
+    const bool is_dealt = params.tickets != nullptr && index + 1 == params.n_matrix;
     // Mirrored for every other matrix, so that it is not always the same blocks that get a row more.
     const std::uint32_t block = index % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const int end = linear_first_row(matrix.rows, params.row_align, block + 1, gridDim.x);
     const int step = stage_rows(matrix.type, params.is_tall);
+    int row = is_dealt ? params.share_rows * static_cast<int>(blockIdx.x)
+                       : linear_first_row(matrix.rows, params.row_align, block, gridDim.x);
+    int end =
+        is_dealt ? row + params.share_rows : linear_first_row(matrix.rows, params.row_align, block + 1, gridDim.x);
 #pragma unroll 1
-    for (stage.row = linear_first_row(matrix.rows, params.row_align, block, gridDim.x); stage.row < end;
-         stage.row += step) {
-      stage.n_row = min(step, end - stage.row);
+    for (;; row += step) {
+      if (row >= end) {
+        if (!is_dealt) break;
+        row = next(stage);
+        if (row < 0) break;
+        end = min(row + step, matrix.rows);
+      }
+      stage.row = row;
+      stage.n_row = min(step, end - row);
 #pragma unroll 1
       for (stage.chunk = 0; stage.chunk < params.n_chunk; ++stage.chunk) {
         stage.is_last_chunk = stage.chunk + 1 == params.n_chunk;
@@ -136,6 +164,13 @@ __device__ __forceinline__ void for_each_stage(const LinearParams& params, TBody
       }
     }
   }
+}
+
+/// The first row of a ticket, beside the slot of its first stage. Two places a slot, in turn, since the finishing warp
+/// reads one while the slot is filled again.
+[[nodiscard]] __device__ __forceinline__ std::int32_t& note_of(const LinearParams& params, unsigned char* smem,
+                                                               const LinearStage& stage) {
+  return reinterpret_cast<std::int32_t*>(smem + params.smem.notes)[stage.phase * params.n_slot + stage.slot];
 }
 
 /// Arrivals that fill a slot: the one that names the bytes of a bulk copy, or each lane's copies; and those of the warp
@@ -163,6 +198,23 @@ __device__ __forceinline__ void init_ring(const LinearParams& params, unsigned c
   mbarrier_init_fence();
 }
 
+/// The copying warp: takes a ticket for the stage to come, and notes its rows. It waits for the kernel in front, which
+/// may have the same tickets; that one has ended long before, where a block's share fills the ring.
+__device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned char* smem, const LinearStage& stage) {
+  const RingBarriers barriers(params, smem);
+  const LinearMatrix& matrix = params.matrix[params.n_matrix - 1];
+  const int lane = threadIdx.x & 31;
+  wait_for_previous_kernel();
+  const int ticket = warp_value(lane == 0 ? static_cast<int>(atomicAdd(&params.tickets->next, 1u)) : 0);
+  int row = params.share_rows * static_cast<int>(gridDim.x) + stage_rows(matrix.type, params.is_tall) * ticket;
+  if (row >= matrix.rows) row = -1;
+  mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
+  if (lane == 0) note_of(params, smem, stage) = row;
+  if (row < 0 && lane < kFullArrivals - 32) mbarrier_arrive(barriers.full + 8 * stage.slot);
+  __syncwarp();
+  return row;
+}
+
 /// The copying warp: all stages, as slots become free; begins before the kernel in front has ended, since no kernel
 /// writes weights. It does nothing else: when one warp copied and also ended the rows, its chain of dependent
 /// instructions took 0.75 us a stage, which was the rate of the whole kernel.
@@ -180,7 +232,8 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
 #endif
   int n_asked = 0;
-  for_each_stage(params, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  const auto next = [&](const LinearStage& stage) { return take_ticket(params, smem, stage); };
+  for_each_stage(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     if (n_asked > 0 && n_asked < params.n_slot) mbarrier_wait(barriers.full + 8 * (n_asked - 1), 0);
     ++n_asked;
     const std::uint32_t bytes = stage.is_last_chunk ? matrix.last_bytes : matrix.chunk_bytes;

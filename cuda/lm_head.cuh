@@ -28,14 +28,14 @@ static __global__ void __launch_bounds__(256)
 /// Mirror: reference/lm_head.hpp
 template <class TIn>
 void lm_head(const View<const TIn, 2>& x, const PackedMatrix& table, float softcap, const View<float, 2>& logits,
-             const DeviceInfo& device, cudaStream_t stream, const LinearHints& hints = {}) {
+             const DeviceInfo& device, cudaStream_t stream, const LinearOptions& options = {}) {
   require(softcap > 0, "lm_head: softcap is ", softcap, ", need a positive number");
   require(x.extent[0] <= kMaxDecodeTokens, "lm_head: ", x.extent[0], " rows, at most ", kMaxDecodeTokens, " a call");
   detail::require_linear("lm_head", x, table, logits, table.rows);
   if (x.extent[0] == 0) return;
   if (is_packed_type(table.type)) {
     detail::packed_decode<float>(detail::linear_source(x), std::span(&table, 1), std::span(&logits, 1),
-                                 {.epilogue = LinearEpilogue::kSoftcap, .softcap = softcap, .hints = hints}, device,
+                                 {.epilogue = LinearEpilogue::kSoftcap, .softcap = softcap, .options = options}, device,
                                  stream);
     return;
   }
@@ -47,14 +47,14 @@ void lm_head(const View<const TIn, 2>& x, const PackedMatrix& table, float softc
 
 /// The same of a residual stream that is finished and normalised on the way; a packed table.
 inline void lm_head(const LinearPrologue& in, const PackedMatrix& table, float softcap, const View<float, 2>& logits,
-                    const DeviceInfo& device, cudaStream_t stream, const LinearHints& hints = {}) {
+                    const DeviceInfo& device, cudaStream_t stream, const LinearOptions& options = {}) {
   require(softcap > 0, "lm_head: softcap is ", softcap, ", need a positive number");
   require(in.residual.extent[0] <= kMaxDecodeTokens, "lm_head: ", in.residual.extent[0], " rows, at most ",
           kMaxDecodeTokens, " a call");
   detail::require_linear("lm_head", in, table, logits, table.rows);
   if (in.residual.extent[0] == 0) return;
   detail::packed_decode<float>(detail::linear_source(in), std::span(&table, 1), std::span(&logits, 1),
-                               {.epilogue = LinearEpilogue::kSoftcap, .softcap = softcap, .hints = hints}, device,
+                               {.epilogue = LinearEpilogue::kSoftcap, .softcap = softcap, .options = options}, device,
                                stream);
 }
 

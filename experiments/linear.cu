@@ -112,6 +112,8 @@ class Bench {
       rows = cuda::DeviceBuffer<float>(
           std::vector<float>(static_cast<std::size_t>(cuda::kMaxDecodeTokens * kHidden), 0.25f));
     }
+    tickets_ = cuda::DeviceBuffer<cuda::LinearTickets>(1);
+    tickets_.fill_bytes(0, stream_);
     copy_gb_per_s_ = copy_gb_per_s(stream_);
   }
 
@@ -141,7 +143,7 @@ class Bench {
   }
 
   void enqueue(const Launch& launch, const std::byte* data, std::int64_t n_token, Start start,
-               const cuda::LinearHints& hints) {
+               const cuda::LinearOptions& hints) {
     std::array<cuda::PackedMatrix, 4> matrices{};
     std::array<View<float, 2>, 4> outs{};
     float* out = out_.data();
@@ -206,7 +208,8 @@ class Bench {
     const Weights weights = make_weights(std::vector<Launch>(static_cast<std::size_t>(n_copy), launch));
     const int n_launch = static_cast<int>(n_copy * ((15 + n_copy) / n_copy));
     return time_calls(stream_, {.n_launch = n_launch, .n_warmup = 4, .n_repeat = 30}, [&](int i) {
-      enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], n_token, start, {});
+      enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], n_token, start,
+              {.tickets = tickets_.data()});
     });
   }
 
@@ -217,8 +220,9 @@ class Bench {
     return time_calls(stream_, {.n_launch = 1, .n_warmup = 3, .n_repeat = 20}, [&](int) {
       for (std::size_t i = 0; i < launches.size(); ++i) {
         const std::size_t next = (i + 1) % launches.size();
-        const cuda::LinearHints hints{.next_weights = weights.bytes.data() + weights.begin[next],
-                                      .next_bytes = std::min(hint_bytes, launches[next].bytes())};
+        const cuda::LinearOptions hints{.tickets = tickets_.data(),
+                                        .next_weights = weights.bytes.data() + weights.begin[next],
+                                        .next_bytes = std::min(hint_bytes, launches[next].bytes())};
         enqueue(launches[i], weights.bytes.data() + weights.begin[i], n_token, start, hints);
       }
     });
@@ -292,6 +296,7 @@ class Bench {
   cuda::DeviceBuffer<float> out_, norms_;
   std::array<cuda::DeviceBuffer<float>, 3> residual_;  ///< the stream, what is pending, the stream again
   std::size_t now_ = 0;                                ///< where the stream is: 0 or 2
+  cuda::DeviceBuffer<cuda::LinearTickets> tickets_;
   double copy_gb_per_s_ = 0;
 };
 

@@ -170,7 +170,10 @@ class Chain {
   }
 
   /// The residual stream behind `n_layer` layers.
-  std::vector<float> run(std::size_t n_layer, bool overlap, bool as_graph, std::int64_t hint_bytes) {
+  /// @param dealt  rows by ticket, all products with the same tickets
+  std::vector<float> run(std::size_t n_layer, bool overlap, bool as_graph, std::int64_t hint_bytes,
+                         bool dealt = false) {
+    dealt_ = dealt;
     DeviceInfo device = device_;
     if (!overlap) device.compute_capability = std::min(device.compute_capability, 80);
     residual_[0] = DeviceBuffer<float>(random_activations(kHidden, 77));
@@ -209,7 +212,9 @@ class Chain {
     for (std::size_t i = 0; i < n_layer; ++i) {
       const Layer& layer = layers_[i % layers_.size()];
       const auto hint = [&](const DeviceWeights& next) {
-        return LinearHints{next.view().data, std::min(hint_bytes, next.view().bytes())};
+        return LinearOptions{.tickets = dealt_ ? tickets_.data() : nullptr,
+                             .next_weights = next.view().data,
+                             .next_bytes = std::min(hint_bytes, next.view().bytes())};
       };
       const PackedMatrix square = layer.square.view();
       const View<float, 2> out = make_view(pending_.data(), 1, kHidden);
@@ -227,6 +232,8 @@ class Chain {
   }
 
   DeviceInfo device_;
+  bool dealt_ = false;
+  DeviceBuffer<LinearTickets> tickets_{std::vector<LinearTickets>(1)};
   gemma4::cuda::Stream stream_;
   std::vector<Layer> layers_;
   std::array<DeviceBuffer<float>, 2> residual_{DeviceBuffer<float>(kHidden), DeviceBuffer<float>(kHidden)};
@@ -244,6 +251,7 @@ TEST(LinearChainGpu, OverlapAndGraphDoNotChangeABit) {
     EXPECT_TRUE(same_bytes(chain.run(100, true, false, 0), expected));
     EXPECT_TRUE(same_bytes(chain.run(100, true, true, 0), expected));
     EXPECT_TRUE(same_bytes(chain.run(100, true, true, 1 << 20), expected)) << "with hints";
+    EXPECT_TRUE(same_bytes(chain.run(100, true, true, 0, true), expected)) << "with tickets";
   }
   EXPECT_FALSE(same_bytes(chain.run(99, true, true, 0), expected));
 }

@@ -241,6 +241,7 @@ class MemoryPlanner {
         concat("of up to ", kDecodeChunk, " tokens that take the path of decoding"));
     add_device("tokens", 2 * round_up(t * 4, kDeviceAlignment) + kDeviceAlignment + options_.context,
                "ids and positions of a chunk, the state of decoding, a mask of the context for runs without kv_len");
+    add("linear_tickets", kDeviceAlignment, "by which rows of products are dealt in decoding");
     add("sampler_workspace", kMiB, "candidates of the sampler");
     add("gemm_workspace", 32 * kMiB, "of the GEMM library");
     if (is_tq4 && options_.cache.tq4.rotation == RotationKind::kDenseHaar && config_.n_full_layer() > 0) {
