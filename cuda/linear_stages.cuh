@@ -260,6 +260,7 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
     }
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
 #endif
+    __syncwarp();  // a lane without a copy would fall behind, or run ahead, by whole rounds, whose parity is the same
   });
   prefetch_share(params.next, params.next_bytes);
 }
