@@ -126,7 +126,11 @@ void run(int argc, char** argv) {
   add_out(app, options);
   add_quiet(app, options);
   parse(app, argc, argv);
-  require(std::ranges::is_sorted(options.depths) && !options.depths.empty(), "--depths: need increasing depths");
+  require(!options.depths.empty(), "--depths: need at least one");
+  for (std::size_t i = 1; i < options.depths.size(); ++i) {
+    require(options.depths[i] >= options.depths[i - 1] + options.chunk, "--depths: ", options.depths[i], " after ",
+            options.depths[i - 1], "; the chunk of ", options.chunk, " that is measured at a depth stays in the cache");
+  }
 
   const RunInfo info = device_run_info("breakdown", argc, argv, options.seed);
   ResultTable table(result_path(options, info), info, kParameters, kMeasures);
