@@ -37,9 +37,9 @@ namespace gemma4::cuda {
 struct SlidingDecodePlan {
   AttentionShape shape;
   std::int64_t window = 1;
-  const char* misfit = nullptr;  ///< why there is no such launch; null: there is
-  int n_split = 1;               ///< blocks of a cluster
-  int n_pair = 1;                ///< pairs of query heads of a KV head, a cluster each
+  const char* misfit = "nothing is planned";  ///< why there is no such launch; null: there is
+  int n_split = 1;                            ///< blocks of a cluster
+  int n_pair = 1;                             ///< pairs of query heads of a KV head, a cluster each
   std::int64_t smem_bytes = 0;
   [[nodiscard]] bool fits() const { return misfit == nullptr; }
 };
@@ -49,7 +49,7 @@ struct SlidingDecodePlan {
 [[nodiscard]] inline SlidingDecodePlan plan_sliding_decode(const AttentionShape& shape, std::int64_t window,
                                                            const DeviceInfo& device,
                                                            std::optional<int> n_split = std::nullopt) {
-  SlidingDecodePlan plan{.shape = shape, .window = window};
+  SlidingDecodePlan plan{.shape = shape, .window = window, .misfit = nullptr};
   plan.n_pair = static_cast<int>((shape.group() + 1) / 2);
   const std::int64_t clusters = shape.n_head_kv * plan.n_pair;
   plan.n_split = detail::kSlidingDecodeSplits;

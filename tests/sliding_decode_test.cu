@@ -340,6 +340,7 @@ TEST(SlidingDecodePlan, WhatDoesNotFitIsSaid) {
   DeviceInfo old = kH200, small = kH200;
   old.compute_capability = 89;
   small.smem_limit_bytes = 99 * 1024;
+  EXPECT_FALSE(SlidingDecodePlan{}.fits());
   EXPECT_EQ(misfit(k31bShape, 1024, kH200), "");
   EXPECT_EQ(misfit(k31bShape, 1024, old), "the device has no clusters");
   EXPECT_EQ(misfit(k31bShape, 1024, small), "the keys do not fit into shared memory");
