@@ -106,8 +106,7 @@ class Run {
              std::int64_t n_depth, const std::vector<double>& rates, std::map<std::string, double>& base) {
     const std::string key = phase + std::to_string(n_depth);
     ResultTable::Row row = table_.row();
-    row.set("model", options_.model.filename().string()).set("model_desc", desc_);
-    row.set("text", options_.ids.empty() ? "random ids" : options_.ids.filename().string());
+    set_run_text(row, options_, desc_);
     row.set("context", options_.context).set("n_batch", options_.chunk).set("cache", options_.caches.front());
     row.set("off", join_gate_up_ ? off : std::string(kGateUp)).set("phase", phase);
     row.set("n_prompt", n_prompt).set("n_gen", n_gen).set("n_depth", n_depth);

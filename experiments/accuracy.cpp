@@ -63,7 +63,7 @@ class Accuracy {
         const auto begin =
             static_cast<std::size_t>(std::ranges::lower_bound(positions, depth - options_.window) - positions.begin());
         const auto part = std::span(trace.positions).subspan(begin, static_cast<std::size_t>(options_.window));
-        ResultTable::Row line = row(text_name(), cache, depth, {depth - options_.window, depth});
+        ResultTable::Row line = row(text_name(options_), cache, depth, {depth - options_.window, depth});
         set_measures(line, summarise(part));
         line.commit();
       }
@@ -94,10 +94,6 @@ class Accuracy {
     if (!options.ids.empty() && !options.contexts.empty()) longest = *std::ranges::max_element(options.contexts);
     if (!options.depths.empty()) longest = std::max(longest, options.depths.back());
     return {.cache = parse_cache_spec(options.base), .context = longest, .max_chunk = options.chunk};
-  }
-
-  [[nodiscard]] std::string text_name() const {
-    return options_.ids.empty() ? "random ids" : options_.ids.filename().string();
   }
 
   /// Runs base and caches side by side; `measure(backends, ids, on_chunk)`. The caches that were asked for come back.
@@ -162,7 +158,7 @@ class Accuracy {
 
   void write_context(const std::string& cache, std::int64_t context, const AccuracyTrace& trace) {
     for (const PositionRange& range : position_ranges(context)) {
-      ResultTable::Row line = row(text_name(), cache, context, range);
+      ResultTable::Row line = row(text_name(options_), cache, context, range);
       set_measures(line, summarise(std::span(trace.positions)
                                        .subspan(static_cast<std::size_t>(range.begin),
                                                 static_cast<std::size_t>(range.end - range.begin))));

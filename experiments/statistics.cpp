@@ -65,7 +65,7 @@ class Statistics {
   ResultTable::Row row(std::int64_t depth, const std::string& cache, const std::string& layer, const char* kind) {
     ResultTable::Row row = table_.row();
     row.set("model", options_.model.filename().string())
-        .set("text", options_.ids.empty() ? "random ids" : options_.ids.filename().string())
+        .set("text", text_name(options_))
         .set("cache", cache)
         .set("base", options_.base)
         .set("depth", depth)

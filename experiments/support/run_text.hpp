@@ -39,10 +39,15 @@ namespace gemma4::experiment {
   return ids;
 }
 
+/// What the column text says of the ids.
+[[nodiscard]] inline std::string text_name(const DriverOptions& options) {
+  return options.ids.empty() ? "random ids" : options.ids.filename().string();
+}
+
 /// The columns model, model_desc and text of a row.
 inline void set_run_text(ResultTable::Row& row, const DriverOptions& options, const std::string& desc) {
   row.set("model", options.model.filename().string()).set("model_desc", desc);
-  row.set("text", options.ids.empty() ? "random ids" : options.ids.filename().string());
+  row.set("text", text_name(options));
 }
 
 }  // namespace gemma4::experiment
