@@ -470,8 +470,7 @@ class Backend {
     pending_ = {};
   }
 
-  /// A product whose output stays pending. (Fetching the next weights into the L2 cache meanwhile, LinearOptions, made
-  /// a step of the 31B on an H200 slower: 7.05 ms without, 7.08 with 2 MB each, 7.26 with 8 MB, 7.50 with 32 MB.)
+  /// A product whose output stays pending.
   void project(const View<const Bf16, 2>& x, const PackedMatrix& weight) {
     if (decodes()) {
       quantized_linear_decode<Bf16, float>(x, weight, make_view(decode_pending_, n_token(), config().hidden),

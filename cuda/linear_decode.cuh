@@ -18,11 +18,10 @@
 ///
 /// A block owns a run of rows, so a contiguous range of memory; with LinearTickets the last fifth of the rows is dealt
 /// to blocks that have done theirs: multiprocessors differ in their share of the memory's rate, so that the blocks of
-/// an equal division end 2 to 13 us apart. (The products of a step of the 31B on an H200, a chain of 241 launches: 5.48
-/// ms in place of 5.69.) Its copying warp fetches it, stage by stage (some rows of one chunk), into a ring of shared
-/// memory (linear_stages.cuh). Eight warps first quantise the activations (linear_input.cuh), then take tasks: 32
-/// groups (a lane each) of every row of a stage. The lanes' sums of a row are added by a tree, the tasks' sums of a row
-/// by the finishing warp, in order, which also ends the row (activation, softcap, store).
+/// an equal division end 2 to 13 us apart. Its copying warp fetches it, stage by stage (some rows of one chunk), into a
+/// ring of shared memory (linear_stages.cuh). Eight warps first quantise the activations (linear_input.cuh), then take
+/// tasks: 32 groups (a lane each) of every row of a stage. The lanes' sums of a row are added by a tree, the tasks'
+/// sums of a row by the finishing warp, in order, which also ends the row (activation, softcap, store).
 ///
 /// Two blocks share a multiprocessor, and the next kernel's blocks may start as soon as these have begun: each takes
 /// the place of one that has ended, and fills its ring while the others end. A grid of one block a multiprocessor does

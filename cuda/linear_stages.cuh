@@ -43,8 +43,8 @@ inline constexpr int kTaskRows = 4;  ///< rows that a lane has under way at a ti
 inline constexpr int kMaxTasks = (kMaxChunkGroups + 31) / 32;
 
 /// Rows of a stage: 24 KB of the widest chunk for Q4_K, 15 to 23 KB for the others. Stages of Q6_K may be tall: 35 KB,
-/// which leaves room for little else, and pays for one token where rows are one chunk and all of this type. On an H200
-/// the 262144 rows of the 31B's output matrix take 278 us in place of 298.
+/// which leaves room for little else, and pays for one token where rows are one chunk and all of this type: the output
+/// matrix of the 31B (lm_head in `linear`).
 [[nodiscard]] GEMMA4_HD constexpr int stage_rows(TensorType type, bool is_tall) {
   return type == TensorType::kQ4K || (type == TensorType::kQ6K && is_tall) ? 8 : 4;
 }

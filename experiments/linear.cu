@@ -143,7 +143,7 @@ class Bench {
   }
 
   void enqueue(const Launch& launch, const std::byte* data, std::int64_t n_token, Start start,
-               const cuda::LinearOptions& hints) {
+               const cuda::LinearOptions& options) {
     std::array<cuda::PackedMatrix, 4> matrices{};
     std::array<View<float, 2>, 4> outs{};
     float* out = out_.data();
@@ -157,13 +157,13 @@ class Bench {
       const std::span weights = std::span(matrices).first(launch.rows.size());
       const std::span<const View<float, 2>> views = std::span(outs).first(launch.rows.size());
       if (launch.end == End::kSoftcap) {
-        cuda::lm_head(input, matrices[0], 30.0f, outs[0], device_, stream_, hints);
+        cuda::lm_head(input, matrices[0], 30.0f, outs[0], device_, stream_, options);
       } else if (launch.end == End::kGeluUp) {
         const auto gated = make_view(reinterpret_cast<Bf16*>(out_.data()), n_token, launch.rows[0] / 2);
         cuda::gate_up_decode<decltype(types)..., Bf16>(input, {.joined = matrices[0], .gate = {}, .up = {}}, {}, gated,
-                                                       device_, stream_, hints);
+                                                       device_, stream_, options);
       } else {
-        cuda::quantized_linear_decode<decltype(types)..., float>(input, weights, views, device_, stream_, hints);
+        cuda::quantized_linear_decode<decltype(types)..., float>(input, weights, views, device_, stream_, options);
       }
     };
     if (start == Start::kPlain || !launch.begins_with_norm) {
@@ -220,10 +220,10 @@ class Bench {
     return time_calls(stream_, {.n_launch = 1, .n_warmup = 3, .n_repeat = 20}, [&](int) {
       for (std::size_t i = 0; i < launches.size(); ++i) {
         const std::size_t next = (i + 1) % launches.size();
-        const cuda::LinearOptions hints{.tickets = tickets_.data(),
-                                        .next_weights = weights.bytes.data() + weights.begin[next],
-                                        .next_bytes = std::min(hint_bytes, launches[next].bytes())};
-        enqueue(launches[i], weights.bytes.data() + weights.begin[i], n_token, start, hints);
+        const cuda::LinearOptions options{.tickets = tickets_.data(),
+                                          .next_weights = weights.bytes.data() + weights.begin[next],
+                                          .next_bytes = std::min(hint_bytes, launches[next].bytes())};
+        enqueue(launches[i], weights.bytes.data() + weights.begin[i], n_token, start, options);
       }
     });
   }
