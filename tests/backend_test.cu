@@ -49,7 +49,8 @@ constexpr double kRounding = 0.10;
 /// sqrt(e * step) of their length: with e = 1 % and 4 bits (step 0.3 where most values are) 5 %, with 2 bits (step 1)
 /// 10 %, and scores by 2.5 times as much. Where all tokens are one, as in shrunk examples, no average over keys lessens
 /// it: three and a half times the bound of bf16, and six. That is loose: it finds a wrong path, not a small error.
-/// Small ones show where each layer is held by itself (below), in the goldens, and in each attention kernel's own tests.
+/// Small ones show where each layer is held by itself (below), in the goldens, and in each attention kernel's own
+/// tests.
 double rounding_of(const std::string& cache) {
   return cache == "bf16" ? kRounding : cache == "tq4-k3v2" ? 6 * kRounding : 3.5 * kRounding;
 }
