@@ -53,7 +53,8 @@ __device__ __forceinline__ void round_to_bf16(float& a, float& b) {
   a = bit_cast<float>(both << 16), b = bit_cast<float>(both & 0xFFFF0000u);
 }
 
-/// Rows of the second form. The weights of the norms are fetched before the kernel in front has ended.
+/// Rows of the second form. The weights of a norm are fetched before the kernel in front has ended, and so is the
+/// residual of the first token where something is pending: the kernel in front wrote that, an earlier one the residual.
 /// @param parts  shared memory of two sums
 template <int kTokens>
 __device__ __forceinline__ void finish_and_quantize(const LinearInput& in, int n_token, int n_piece, int n_group,
@@ -61,30 +62,27 @@ __device__ __forceinline__ void finish_and_quantize(const LinearInput& in, int n
   const int thread = static_cast<int>(threadIdx.x), width = kRowPiece * n_piece;
   const float* const pending_rows = static_cast<const float*>(in.x);
   const bool has_pending = pending_rows != nullptr;
-  float post_norm[kMaxRowPieces][kRowPiece] = {};
+  float post_norm[kMaxRowPieces][kRowPiece] = {}, x[kMaxRowPieces][kRowPiece] = {};
+  const auto load_row = [&](const float* row, float(&to)[kMaxRowPieces][kRowPiece]) {
 #pragma unroll
-  for (int i = 0; i < kMaxRowPieces; ++i) {
-    const int piece = i * kRowThreads + thread;
-    if (piece >= n_piece) continue;
-    if (has_pending) load_piece(in.post_norm, piece, post_norm[i]);
-    if (piece % 4 == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.norm + kRowPiece * piece));
+    for (int i = 0; i < kMaxRowPieces; ++i) {
+      if (i * kRowThreads + thread < n_piece) load_piece(row, i * kRowThreads + thread, to[i]);
+    }
+  };
+  for (int piece = 4 * thread; piece < n_piece; piece += 4 * kRowThreads) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(in.norm + kRowPiece * piece));
   }
+  if (has_pending) load_row(in.post_norm, post_norm), load_row(in.residual, x);
   wait_for_previous_kernel();
   int turn = 0;  // of the two sums
 #pragma unroll 1
   for (int token = 0; token < kTokens; ++token) {
-    float x[kMaxRowPieces][kRowPiece] = {};
     if (token < n_token) {
-      float pending[kMaxRowPieces][kRowPiece] = {};
-#pragma unroll
-      for (int i = 0; i < kMaxRowPieces; ++i) {
-        const int piece = i * kRowThreads + thread;
-        if (piece >= n_piece) continue;
-        if (has_pending) load_piece(pending_rows + token * in.x_stride, piece, pending[i]);
-        load_piece(in.residual + token * in.residual_stride, piece, x[i]);
-      }
       float sum = 0.0f;
       if (has_pending) {
+        float pending[kMaxRowPieces][kRowPiece] = {};
+        load_row(pending_rows + token * in.x_stride, pending);
+        if (token > 0) load_row(in.residual + token * in.residual_stride, x);
 #pragma unroll
         for (int i = 0; i < kMaxRowPieces; ++i) sum = add_squares(sum, pending[i]);
         const float scale = norm_scale(sum_of_row<1>(sum, parts[turn], thread), width, in.epsilon);
@@ -96,12 +94,11 @@ __device__ __forceinline__ void finish_and_quantize(const LinearInput& in, int n
             x[i][j] = finished(x[i][j], pending[i][j], scale, post_norm[i][j], in.scale);
           }
         }
+      } else {
+        load_row(in.residual + token * in.residual_stride, x);
       }
       float norm[kMaxRowPieces][kRowPiece] = {};  // not earlier: registers
-#pragma unroll
-      for (int i = 0; i < kMaxRowPieces; ++i) {
-        if (i * kRowThreads + thread < n_piece) load_piece(in.norm, i * kRowThreads + thread, norm[i]);
-      }
+      load_row(in.norm, norm);
       sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kMaxRowPieces; ++i) {
@@ -121,6 +118,12 @@ __device__ __forceinline__ void finish_and_quantize(const LinearInput& in, int n
           x[i][j + 1] = normalised(x[i][j + 1], scale, norm[i][j + 1]);
           round_to_bf16(x[i][j], x[i][j + 1]);
         }
+      }
+    } else {
+#pragma unroll
+      for (float(&piece)[kRowPiece] : x) {
+#pragma unroll
+        for (float& value : piece) value = 0.0f;
       }
     }
     std::uint8_t* const to = activations + token * n_group * kActivationBytesPerGroup;

@@ -51,7 +51,8 @@ struct LinearOptions {
   LinearTickets* tickets = nullptr;
   /// Fetched into the L2 cache when this product has asked for its own weights. It pays where the memory would else be
   /// idle, and costs where the reads of the blocks that end last wait behind it: `linear` measures both (hint_kb). With
-  /// equal shares of rows it lost; with tickets, where all blocks end at a time, it gains.
+  /// equal shares of rows it lost; with tickets, where all blocks end at a time, it gains. The same weights at the
+  /// places where the blocks of the next launch begin gained less than its first ones in a row.
   const std::byte* next_weights = nullptr;
   std::int64_t next_bytes = 0;
 };
@@ -59,6 +60,10 @@ struct LinearOptions {
 /// The input of a product that begins by finishing the residual stream, in every block for itself (row_norm.cuh):
 ///   x' = (x + rms_norm(pending, post_norm)) * scale, and the input is rms_norm(x', norm), rounded to Bf16.
 /// Same bits as residual_norm() and the product of its result.
+///
+/// Where something is pending and kernels overlap, `residual` is read while the kernel in front still runs: that one
+/// may write `pending`, but an earlier one has to have written `residual`. Two products of a model's residual stream
+/// always have another between them.
 struct LinearPrologue {
   View<const float, 2> residual = {};  ///< [n_token, cols]
   View<const float, 2> pending = {};   ///< [n_token, cols]; null data: x' = x

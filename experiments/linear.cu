@@ -108,10 +108,9 @@ class Bench {
     host_x_ = x_.to_host(stream_);
     out_ = cuda::DeviceBuffer<float>(cuda::kMaxDecodeTokens * kMaxRows);
     norms_ = cuda::DeviceBuffer<float>(std::vector<float>(static_cast<std::size_t>(kHidden), 1.0f));
-    for (cuda::DeviceBuffer<float>& rows : residual_) {
-      rows = cuda::DeviceBuffer<float>(
-          std::vector<float>(static_cast<std::size_t>(cuda::kMaxDecodeTokens * kHidden), 0.25f));
-    }
+    const std::vector<float> rows(static_cast<std::size_t>(cuda::kMaxDecodeTokens * kHidden), 0.25f);
+    pending_ = cuda::DeviceBuffer<float>(rows);
+    for (cuda::DeviceBuffer<float>& residual : residual_) residual = cuda::DeviceBuffer<float>(rows);
     tickets_ = cuda::DeviceBuffer<cuda::LinearTickets>(1);
     tickets_.fill_bytes(0, stream_);
     copy_gb_per_s_ = copy_gb_per_s(stream_);
@@ -173,13 +172,13 @@ class Bench {
       return make_view(static_cast<const float*>(from.data()), n_token, launch.cols);
     };
     run(cuda::LinearPrologue{.residual = rows(residual_[now_]),
-                             .pending = rows(residual_[1]),
+                             .pending = rows(pending_),
                              .post_norm = norms_.data(),
                              .scale = 1.0f,
                              .norm = norms_.data(),
                              .epsilon = 1e-6f,
-                             .residual_out = make_view(residual_[2 - now_].data(), n_token, launch.cols)});
-    now_ = 2 - now_;
+                             .residual_out = make_view(residual_[(now_ + 2) % 3].data(), n_token, launch.cols)});
+    now_ = (now_ + 1) % 3;
   }
 
   /// Largest error of the pool's rows, in units of the bound of 8-bit activations; above 1 is wrong.
@@ -294,8 +293,10 @@ class Bench {
   cuda::DeviceBuffer<Bf16> x_;
   std::vector<Bf16> host_x_;
   cuda::DeviceBuffer<float> out_, norms_;
-  std::array<cuda::DeviceBuffer<float>, 3> residual_;  ///< the stream, what is pending, the stream again
-  std::size_t now_ = 0;                                ///< where the stream is: 0 or 2
+  cuda::DeviceBuffer<float> pending_;
+  /// In turn: a launch reads what the one before the one in front of it has stored.
+  std::array<cuda::DeviceBuffer<float>, 3> residual_;
+  std::size_t now_ = 0;
   cuda::DeviceBuffer<cuda::LinearTickets> tickets_;
   double copy_gb_per_s_ = 0;
 };
