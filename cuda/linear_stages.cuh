@@ -222,8 +222,8 @@ __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned 
 /// The first round of the ring is filled one stage after another. Asked for at once, the rings of a whole grid are 20
 /// to 28 MB, a queue of 5 us before the memory, behind which the end of the kernel in front and the activations have to
 /// wait: that cost 0.13 ms a step of the 31B on an H200, and 0.23 ms where the residual is normalised on the way.
-/// Nor does it pay to go on into the L2 cache while a full ring waits for the activations: a launch that follows its own
-/// like gains, a step of a model does not, and where all rows come that way the stream is slower.
+/// Nor does it pay to go on into the L2 cache while a full ring waits for the activations: a launch that follows one
+/// like itself gains, a step of a model does not, and where all rows come that way the stream is slower.
 __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned char* smem) {
   const std::uint32_t ring = shared_address(smem);
   const RingBarriers barriers(params, smem);
