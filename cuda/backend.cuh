@@ -381,8 +381,8 @@ class Backend {
   [[nodiscard]] bool decodes() const { return n_token() <= kDecodeChunk; }
   /// How products of few tokens run: all are in one stream.
   [[nodiscard]] LinearOptions products() const { return {.tickets = options_.switches.deal_rows ? tickets_ : nullptr}; }
-  /// The same of a product that also asks for the first weights of the next one. attn_output does: it is the shortest,
-  /// and what follows it begins by normalising the residual. Behind the others it gained nothing.
+  /// The same of a product that also asks for the first weights of the next one. attn_output does, the shortest one.
+  /// Behind the others it gained nothing.
   [[nodiscard]] LinearOptions products(const PackedMatrix& next) const {
     LinearOptions options = products();
     if (options_.switches.fetch_ahead) {
@@ -449,8 +449,9 @@ class Backend {
     const auto finish = [&]<class TPending>(const TPending* pending) {
       View<const TPending, 2> view = make_view(pending + first * hidden, count, hidden);
       if (pending_.post_norm == nullptr) view.data = nullptr;
+      // In a step of decoding a product stands in front that does not write x, and one behind it that reads the result.
       residual_norm<TPending, Bf16>(x, view, pending_.post_norm, pending_.scale, norm, config().rms_epsilon, h, stream_,
-                                    overlap());
+                                    overlap(), decodes());
     };
     if (decodes()) {
       finish(static_cast<const float*>(decode_pending_));
@@ -466,7 +467,7 @@ class Backend {
   void with_normalised(const float* norm, std::span<const PackedMatrix> matrices, TMultiply&& multiply) {
     const bool is_packed = std::all_of(matrices.begin(), matrices.end(),
                                        [](const PackedMatrix& matrix) { return is_packed_type(matrix.type); });
-    if (!options_.switches.fuse_norms || !is_packed || config().hidden > detail::kMaxNormCols) {
+    if (options_.switches.norm_launch || !is_packed || config().hidden > detail::kMaxNormCols) {
       normalise(norm);
       return multiply(normed());
     }

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/kernel_chain.cuh"
 #include "cuda/rms_norm.cuh"
@@ -12,10 +13,13 @@
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
+#include "gemma4/platform.hpp"
 #include "gemma4/view.hpp"
 
 /// What stands between two steps of a layer, for any number of tokens: the output that is pending is normalised, added
 /// to the residual stream and scaled, and the stream is normalised for the next step. One launch, one block a row.
+/// In a step of decoding a launch of its own costs less than its work in every block of the product behind it
+/// (LinearPrologue; `ablation`, norm_launch), now that it lets that product in before it waits itself.
 /// Mirror: reference/decoder_layer.hpp, finish_and_normalise
 namespace gemma4::cuda {
 
@@ -34,7 +38,8 @@ struct ResidualNormParams {
   bool whole_pieces;  ///< every piece has kRowPiece values, at a multiple of 16 bytes
 };
 
-/// Eight values as they are stored.
+/// Eight values as they are stored. Read from the L2 cache: what an earlier kernel wrote may be read before the kernel
+/// in front has ended, and a multiprocessor's own cache is only known to be fresh after that.
 template <class T>
 struct alignas(16) StoredPiece {
   T value[kRowPiece];
@@ -42,24 +47,24 @@ struct alignas(16) StoredPiece {
   /// Values k to k + 7 of a row; zeros beyond its end.
   __device__ __forceinline__ void load(const T* row, int k, int width, bool whole_pieces) {
     if (whole_pieces && k < width) {
-      *this = *reinterpret_cast<const StoredPiece*>(row + k);
+      uint4* const words = reinterpret_cast<uint4*>(value);
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(value) / sizeof(uint4)); ++i) {
+        words[i] = __ldcg(reinterpret_cast<const uint4*>(row + k) + i);
+      }
       return;
     }
+    using Bits = std::conditional_t<sizeof(T) == 2, std::uint16_t, std::uint32_t>;
 #pragma unroll
-    for (int i = 0; i < kRowPiece; ++i) value[i] = k + i < width ? row[k + i] : T{};
+    for (int i = 0; i < kRowPiece; ++i) {
+      value[i] = k + i < width ? bit_cast<T>(__ldcg(reinterpret_cast<const Bits*>(row + k) + i)) : T{};
+    }
   }
   __device__ __forceinline__ void widen(float (&piece)[kRowPiece]) const {
 #pragma unroll
     for (int i = 0; i < kRowPiece; ++i) piece[i] = to_float(value[i]);
   }
 };
-
-__device__ __forceinline__ void load_row_piece(const float* row, int k, int width, bool whole_pieces,
-                                               float (&piece)[kRowPiece]) {
-  StoredPiece<float> stored;
-  stored.load(row, k, width, whole_pieces);
-  stored.widen(piece);
-}
 
 template <class T>
 __device__ __forceinline__ void store_row_piece(T* row, int k, int width, bool whole_pieces,
@@ -71,25 +76,48 @@ __device__ __forceinline__ void store_row_piece(T* row, int k, int width, bool w
   }
 }
 
+/// Pieces of a row of float that a thread holds.
+template <int kPieces>
+__device__ __forceinline__ void load_row_pieces(const float* row, int width, bool whole_pieces,
+                                                StoredPiece<float> (&to)[kPieces]) {
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    to[p].load(row, (static_cast<int>(threadIdx.x) + p * kRowThreads) * kRowPiece, width, whole_pieces);
+  }
+}
+
 /// @tparam kPieces pieces that a thread holds, at most
-template <int kPieces, class TPending, class TOut>
-__global__ void __launch_bounds__(kRowThreads, kPieces <= 3 ? (sizeof(TPending) == 2 ? 4 : 3) : 1)
+/// @tparam kAtRest all but what is pending comes, and the next kernel is let in, before the kernel in front has ended
+template <int kPieces, bool kAtRest, class TPending, class TOut>
+__global__ void __launch_bounds__(kRowThreads, kPieces > 3             ? 1
+                                               : kAtRest               ? 2
+                                               : sizeof(TPending) == 2 ? 4
+                                                                       : 3)
     residual_norm_kernel(const __grid_constant__ ResidualNormParams<TPending, TOut> params) {
   __shared__ float parts[2][kRowWarps];
   const int width = static_cast<int>(params.x.extent[1]), thread = static_cast<int>(threadIdx.x);
-  const bool whole = params.whole_pieces;
+  const bool whole = params.whole_pieces, is_pending = params.pending.data != nullptr;
   float* const x_row = params.x.data + blockIdx.x * params.x.stride[0];
-  float x[kPieces][kRowPiece], factor[kRowPiece];
   const auto at = [&](int p) { return (thread + p * kRowThreads) * kRowPiece; };
-  // The weights of the norms are not written by any kernel: they may be on their way before the wait.
-  for (int k = thread * 32; k < width; k += kRowThreads * 32) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(params.norm + k));
-    if (params.pending.data != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(params.post_norm + k));
+  StoredPiece<float> stream[kPieces], post_norm[kPieces], norm[kPieces];
+  if constexpr (kAtRest) {
+    load_row_pieces(params.norm, width, whole, norm);
+    if (is_pending) load_row_pieces(params.post_norm, width, whole, post_norm);
+    if (is_pending) load_row_pieces(x_row, width, whole, stream);
+    allow_next_kernel();
+  } else {
+    // The weights of the norms are not written by any kernel: they may be on their way before the wait.
+    for (int k = thread * 32; k < width; k += kRowThreads * 32) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(params.norm + k));
+      if (is_pending) asm volatile("prefetch.global.L2 [%0];" ::"l"(params.post_norm + k));
+    }
   }
   wait_for_previous_kernel();
+  if (!kAtRest || !is_pending) load_row_pieces(x_row, width, whole, stream);
+  float x[kPieces][kRowPiece], factor[kRowPiece];
 #pragma unroll
-  for (int p = 0; p < kPieces; ++p) load_row_piece(x_row, at(p), width, whole, x[p]);
-  if (params.pending.data != nullptr) {
+  for (int p = 0; p < kPieces; ++p) stream[p].widen(x[p]);
+  if (is_pending) {
     const TPending* const pending_row = params.pending.data + blockIdx.x * params.pending.stride[0];
     StoredPiece<TPending> stored[kPieces];
     float pending[kRowPiece], sum = 0.0f;
@@ -103,14 +131,15 @@ __global__ void __launch_bounds__(kRowThreads, kPieces <= 3 ? (sizeof(TPending) 
     const float scale = norm_scale(sum_of_row<0>(sum, parts[0], thread), width, params.epsilon);
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
-      load_row_piece(params.post_norm, at(p), width, whole, factor);
+      if constexpr (!kAtRest) post_norm[p].load(params.post_norm, at(p), width, whole);
+      post_norm[p].widen(factor);
       stored[p].widen(pending);
 #pragma unroll
       for (int i = 0; i < kRowPiece; ++i) x[p][i] = finished(x[p][i], pending[i], scale, factor[i], params.scale);
       store_row_piece(x_row, at(p), width, whole, x[p]);
     }
   }
-  allow_next_kernel();
+  if constexpr (!kAtRest) allow_next_kernel();
   float sum = 0.0f;
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) sum = add_squares(sum, x[p]);
@@ -118,7 +147,8 @@ __global__ void __launch_bounds__(kRowThreads, kPieces <= 3 ? (sizeof(TPending) 
   TOut* const h_row = params.h.data + blockIdx.x * params.h.stride[0];
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
-    load_row_piece(params.norm, at(p), width, whole, factor);
+    if constexpr (!kAtRest) norm[p].load(params.norm, at(p), width, whole);
+    norm[p].widen(factor);
 #pragma unroll
     for (int i = 0; i < kRowPiece; ++i) factor[i] = normalised(x[p][i], scale, factor[i]);
     store_row_piece(h_row, at(p), width, whole, factor);
@@ -143,14 +173,19 @@ template <class T>
 /// @param norm       [hidden] on the device
 /// @param h          [n_token, hidden] Bf16 or float; may be `pending` where the types agree, not x
 /// @param overlap    on sm_90, lets the kernel be set up while the one before it in the stream still runs
+/// @param x_at_rest  where something is pending, x was written before the kernel in front of this one began, and what
+///                   that one writes is not read by the next kernel before its own wait: a step of decoding, where a
+///                   product stands in front and another behind. Then x and the weights of the norms are read, and the
+///                   next kernel is let in, while the one in front still runs: products behind it fill their rings.
+///                   For width up to 6144; wider rows do without.
 /// @throws std::invalid_argument when extents differ, a norm is missing, h is x, or hidden is above 16384
 /// Error of x': (width / 256 + 20) * 2^-24 of the normalised pending, and 2^-23 of x'; of h the same again, and its
 /// rounding. Bytes for each value: 8 of x, 2 or 4 of pending, 2 or 4 of h: 2048 rows of 5376 in bf16, 132 MB, 31 us at
 /// 4.3 TB/s. Where rows do not begin at multiples of 16 bytes the same bits come in single values, more slowly.
 template <class TPending, class TOut>
 void residual_norm(const View<float, 2>& x, const View<const TPending, 2>& pending, const float* post_norm, float scale,
-                   const float* norm, float epsilon, const View<TOut, 2>& h, cudaStream_t stream,
-                   bool overlap = false) {
+                   const float* norm, float epsilon, const View<TOut, 2>& h, cudaStream_t stream, bool overlap = false,
+                   bool x_at_rest = false) {
   constexpr const char* kWho = "residual_norm";
   const std::int64_t n_token = x.extent[0], width = x.extent[1];
   const bool is_pending = pending.data != nullptr;
@@ -183,9 +218,13 @@ void residual_norm(const View<float, 2>& x, const View<const TPending, 2>& pendi
                             dim3(detail::kRowThreads), stream, overlap, params);
   };
   constexpr int kBlockValues = detail::kRowPiece * detail::kRowThreads;
-  if (width <= kBlockValues) return launch(detail::residual_norm_kernel<1, TPending, TOut>);
-  if (width <= 3 * kBlockValues) return launch(detail::residual_norm_kernel<3, TPending, TOut>);
-  launch(detail::residual_norm_kernel<8, TPending, TOut>);
+  const auto launch_pieces = [&]<int kPieces>() {
+    x_at_rest ? launch(detail::residual_norm_kernel<kPieces, true, TPending, TOut>)
+              : launch(detail::residual_norm_kernel<kPieces, false, TPending, TOut>);
+  };
+  if (width <= kBlockValues) return launch_pieces.template operator()<1>();
+  if (width <= 3 * kBlockValues) return launch_pieces.template operator()<3>();
+  launch(detail::residual_norm_kernel<8, false, TPending, TOut>);
 }
 
 }  // namespace gemma4::cuda

@@ -333,7 +333,7 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
   for (const Switch off :
        {&cuda::BackendSwitches::kv_len_clamp, &cuda::BackendSwitches::causal_skip, &cuda::BackendSwitches::split_k,
         &cuda::BackendSwitches::fuse_qkv_prologue, &cuda::BackendSwitches::fuse_sliding_decode,
-        &cuda::BackendSwitches::fuse_norms, &cuda::BackendSwitches::deal_rows, &cuda::BackendSwitches::fetch_ahead,
+        &cuda::BackendSwitches::norm_launch, &cuda::BackendSwitches::deal_rows, &cuda::BackendSwitches::fetch_ahead,
         &cuda::BackendSwitches::overlap}) {
     cuda::BackendOptions other = options;
     other.switches.*off = false;
@@ -341,7 +341,7 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
     const std::vector<float> actual = logits_of(backend, tokens, chunks);
     testkit::rc_require(rows_close(actual, expected, small.weights.config.vocab, rounding_of(cache)));
     const bool has_same_bits = off == &cuda::BackendSwitches::overlap || off == &cuda::BackendSwitches::causal_skip ||
-                               off == &cuda::BackendSwitches::fuse_norms || off == &cuda::BackendSwitches::deal_rows ||
+                               off == &cuda::BackendSwitches::norm_launch || off == &cuda::BackendSwitches::deal_rows ||
                                off == &cuda::BackendSwitches::fetch_ahead;
     RC_ASSERT(!has_same_bits || actual == expected);
   }

@@ -171,9 +171,10 @@ class Chain {
 
   /// The residual stream behind `n_layer` layers.
   /// @param dealt  rows by ticket, all products with the same tickets
-  std::vector<float> run(std::size_t n_layer, bool overlap, bool as_graph, std::int64_t hint_bytes,
-                         bool dealt = false) {
-    dealt_ = dealt;
+  /// @param apart  the stream is finished and normalised in launches of their own
+  std::vector<float> run(std::size_t n_layer, bool overlap, bool as_graph, std::int64_t hint_bytes, bool dealt = false,
+                         bool apart = false) {
+    dealt_ = dealt, apart_ = apart;
     DeviceInfo device = device_;
     if (!overlap) device.compute_capability = std::min(device.compute_capability, 80);
     residual_[0] = DeviceBuffer<float>(random_activations(kHidden, 77));
@@ -196,6 +197,14 @@ class Chain {
   void enqueue(std::size_t n_layer, const DeviceInfo& device, std::int64_t hint_bytes) {
     int at = 0;
     bool is_pending = false;
+    const auto normalised = [&] {
+      residual_norm<float, Bf16>(
+          make_view(residual_[0].data(), 1, kHidden),
+          make_view(is_pending ? static_cast<const float*>(pending_.data()) : nullptr, 1, kHidden), norm_.data(), 0.9f,
+          norm_.data(), 1e-6f, make_view(normed_.data(), 1, kHidden), stream_, device.compute_capability >= 90, true);
+      is_pending = true;
+      return make_view(static_cast<const Bf16*>(normed_.data()), 1, kHidden);
+    };
     const auto prologue = [&] {
       const LinearPrologue in{
           .residual = make_view(static_cast<const float*>(residual_[at].data()), 1, kHidden),
@@ -220,25 +229,34 @@ class Chain {
       const View<float, 2> out = make_view(pending_.data(), 1, kHidden);
       // `pending_` is read and written by one launch: into another buffer, and back by the product behind it.
       const View<float, 2> between = make_view(between_.data(), 1, kHidden);
-      quantized_linear_decode<float>(prologue(), std::span(&square, 1), std::span(&between, 1), device, stream_,
-                                     hint(layer.square));
+      const auto gated = make_view(gated_.data(), 1, kFfn);
+      const GateUpWeights gate_up{.joined = layer.gate_up.view(), .gate = {}, .up = {}};
+      if (apart_) {
+        quantized_linear_decode<Bf16, float>(normalised(), square, between, device, stream_, hint(layer.square));
+      } else {
+        quantized_linear_decode<float>(prologue(), std::span(&square, 1), std::span(&between, 1), device, stream_,
+                                       hint(layer.square));
+      }
       quantized_linear_decode<float, float>(make_view(static_cast<const float*>(between_.data()), 1, kHidden), square,
                                             out, device, stream_, hint(layer.gate_up));
-      gate_up_decode<Bf16>(prologue(), {.joined = layer.gate_up.view(), .gate = {}, .up = {}}, {},
-                           make_view(gated_.data(), 1, kFfn), device, stream_, hint(layer.down));
+      if (apart_) {
+        gate_up_decode<Bf16, Bf16>(normalised(), gate_up, {}, gated, device, stream_, hint(layer.down));
+      } else {
+        gate_up_decode<Bf16>(prologue(), gate_up, {}, gated, device, stream_, hint(layer.down));
+      }
       quantized_linear_decode<Bf16, float>(make_view(static_cast<const Bf16*>(gated_.data()), 1, kFfn),
                                            layer.down.view(), out, device, stream_, hint(layer.square));
     }
   }
 
   DeviceInfo device_;
-  bool dealt_ = false;
+  bool dealt_ = false, apart_ = false;
   DeviceBuffer<LinearTickets> tickets_{std::vector<LinearTickets>(1)};
   gemma4::cuda::Stream stream_;
   std::vector<Layer> layers_;
   std::array<DeviceBuffer<float>, 2> residual_{DeviceBuffer<float>(kHidden), DeviceBuffer<float>(kHidden)};
   DeviceBuffer<float> pending_{kHidden}, between_{kHidden}, norm_{std::vector<float>(kHidden, 1.0f)};
-  DeviceBuffer<Bf16> gated_{kFfn};
+  DeviceBuffer<Bf16> gated_{kFfn}, normed_{kHidden};
 };
 
 /// Kernels that begin before the one in front has ended read nothing too early and write nothing too early: 400
@@ -252,6 +270,7 @@ TEST(LinearChainGpu, OverlapAndGraphDoNotChangeABit) {
     EXPECT_TRUE(same_bytes(chain.run(100, true, true, 0), expected));
     EXPECT_TRUE(same_bytes(chain.run(100, true, true, 1 << 20), expected)) << "with hints";
     EXPECT_TRUE(same_bytes(chain.run(100, true, true, 0, true), expected)) << "with tickets";
+    EXPECT_TRUE(same_bytes(chain.run(100, true, true, 1 << 20, true, true), expected)) << "normalised apart";
   }
   EXPECT_FALSE(same_bytes(chain.run(99, true, true, 0), expected));
 }

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -61,7 +62,8 @@ std::size_t n_different(const std::vector<float>& a, const std::vector<float>& b
 
 /// Rows lie `stride` values apart, the first one `offset` from an aligned address; what is beside them must stay.
 template <class TPending, class TOut>
-Result on_device(const Case& c, std::int64_t stride, std::int64_t offset = 0, bool overlap = false) {
+Result on_device(const Case& c, std::int64_t stride, std::int64_t offset = 0, bool overlap = false,
+                 bool x_at_rest = false) {
   const std::int64_t n_value = c.n_token * stride + offset;
   const auto spread = [&]<class T>(const std::vector<float>& rows, T fill) {
     std::vector<T> memory(static_cast<std::size_t>(n_value), fill);
@@ -98,7 +100,7 @@ Result on_device(const Case& c, std::int64_t stride, std::int64_t offset = 0, bo
   View<const TPending, 2> pending_view = rows_of(pending.data());
   if (!c.is_pending) pending_view = {};
   residual_norm<TPending, TOut>(rows_of(x.data()), pending_view, c.is_pending ? post_norm.data() : nullptr, c.scale,
-                                norm.data(), kEpsilon, rows_of(h.data()), nullptr, overlap);
+                                norm.data(), kEpsilon, rows_of(h.data()), nullptr, overlap, x_at_rest);
   return {gathered(x.to_host()), gathered(h.to_host())};
 }
 
@@ -181,6 +183,9 @@ RC_GTEST_PROP(ResidualNormGpu, PlaceAndCompanyDoNotChangeABit, ()) {
     const Result moved = on_device<Bf16, Bf16>(c, c.width + 8, offset, true);
     RC_ASSERT(n_different(moved.x, expected.x) == 0u);
     RC_ASSERT(n_different(moved.h, expected.h) == 0u);
+    const Result at_rest = on_device<Bf16, Bf16>(c, c.width + 8, offset, true, true);
+    RC_ASSERT(n_different(at_rest.x, expected.x) == 0u);
+    RC_ASSERT(n_different(at_rest.h, expected.h) == 0u);
   }
   Case last = c;  // the last row alone
   last.n_token = 1;
@@ -192,29 +197,43 @@ RC_GTEST_PROP(ResidualNormGpu, PlaceAndCompanyDoNotChangeABit, ()) {
   RC_ASSERT(n_different(on_device<Bf16, Bf16>(changed, c.width).x, expected.x) > 0u);
 }
 
-/// Sixty steps that each read what the one before wrote, recorded, with and without early starts.
-TEST(ResidualNormGpu, AChainWithEarlyStartsHasTheBitsOfOneWithout) {
-  const Case c(3, 5376, true, 0.9f, 1.0f, 4);
+/// Two streams that read what the other one made, in turn, recorded: 120 steps, of which each reads what the one before
+/// wrote.
+/// @param x_at_rest  of the first stream: between two of its steps stands one of the second
+std::vector<float> run_in_turn(const Case& c, bool overlap, bool x_at_rest) {
   const DeviceBuffer<float> post_norm(c.post_norm), norm(c.norm);
-  const auto run = [&](bool overlap) {
-    DeviceBuffer<float> x(c.x), h(c.pending);
-    const Stream stream;
-    const auto view = [&](float* data) { return make_view(data, c.n_token, c.width); };
-    const Graph graph = Graph::capture(stream, [&] {
-      for (int i = 0; i < 60; ++i) {
-        residual_norm<float, float>(view(x.data()), view(h.data()), post_norm.data(), c.scale, norm.data(), kEpsilon,
-                                    view(h.data()), stream, overlap);
-      }
-    });
-    graph.launch(stream);
-    stream.synchronize();
-    std::vector<float> all = x.to_host(), last = h.to_host();
-    all.insert(all.end(), last.begin(), last.end());
-    return all;
-  };
-  const std::vector<float> plain = run(false);
-  EXPECT_EQ(n_different(run(true), plain), 0u);
-  EXPECT_EQ(n_different(run(true), plain), 0u);
+  std::array<DeviceBuffer<float>, 2> x = {DeviceBuffer<float>(c.x), DeviceBuffer<float>(c.pending)},
+                                     h = {DeviceBuffer<float>(c.pending), DeviceBuffer<float>(c.x)};
+  const Stream stream;
+  const auto view = [&](DeviceBuffer<float>& rows) { return make_view(rows.data(), c.n_token, c.width); };
+  const Graph graph = Graph::capture(stream, [&] {
+    for (std::size_t i = 0; i < 120; ++i) {
+      residual_norm<float, float>(view(x[i % 2]), view(h[i % 2]), post_norm.data(), c.scale, norm.data(), kEpsilon,
+                                  view(h[1 - i % 2]), stream, overlap, x_at_rest && i % 2 == 0);
+    }
+  });
+  graph.launch(stream);
+  stream.synchronize();
+  std::vector<float> all;
+  for (const auto* rows : {&x[0], &x[1], &h[0], &h[1]}) {
+    const std::vector<float> some = rows->to_host();
+    all.insert(all.end(), some.begin(), some.end());
+  }
+  return all;
+}
+
+TEST(ResidualNormGpu, AChainWithEarlyStartsHasTheBitsOfOneWithout) {
+  for (const std::int64_t n_token : {1, 3}) {
+    const Case c(n_token, 5376, true, 0.9f, 1.0f, 4);
+    const std::vector<float> plain = run_in_turn(c, false, false);
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      EXPECT_EQ(n_different(run_in_turn(c, true, false), plain), 0u);
+      EXPECT_EQ(n_different(run_in_turn(c, true, true), plain), 0u);
+    }
+    Case other = c;  // control
+    other.pending[0] += 1.0f;
+    EXPECT_GT(n_different(run_in_turn(other, true, true), plain), 0u);
+  }
 }
 
 TEST(ResidualNormPlan, Refusals) {

@@ -24,7 +24,7 @@ bool* find_switch(cuda::BackendSwitches& switches, std::string_view name) {
       {"split_k", &switches.split_k},
       {"qkv_prologue_fusion", &switches.fuse_qkv_prologue},
       {"sliding_decode_fusion", &switches.fuse_sliding_decode},
-      {"norm_fusion", &switches.fuse_norms},
+      {"norm_launch", &switches.norm_launch},
       {"row_tickets", &switches.deal_rows},
       {"weight_fetch_ahead", &switches.fetch_ahead},
       {"launch_overlap", &switches.overlap},

@@ -51,7 +51,7 @@ struct CudaSettings {
 /// matrix is decided when the model is loaded.
 inline constexpr std::array<std::string_view, 9> kSwitchNames = {
     "kv_len_clamp",        "causal_skip",           "split_k",
-    "qkv_prologue_fusion", "sliding_decode_fusion", "norm_fusion",
+    "qkv_prologue_fusion", "sliding_decode_fusion", "norm_launch",
     "row_tickets",         "weight_fetch_ahead",    "launch_overlap"};
 
 /// A sequence on the device.
