@@ -15,6 +15,7 @@
 #include "cuda/fused_mlp.cuh"
 #include "cuda/lm_head.cuh"
 #include "cuda/quantized_linear.cuh"
+#include "cuda/residual_norm.cuh"
 #include "cuda/weight_repack.cuh"
 #include "experiments/benchmark.cuh"
 #include "experiments/bf16_product.cuh"
@@ -33,9 +34,21 @@ enum class End { kPlain, kGeluUp, kSoftcap };
 
 /// Where a launch has its input from.
 enum class Start {
-  kPlain,     ///< rows of bf16
-  kResidual,  ///< as in a decode step: where the model normalises the residual stream first, that is part of the launch
+  kPlain,       ///< rows of bf16
+  kResidual,    ///< where the model normalises the residual stream first, that is part of the launch
+  kNormLaunch,  ///< there a launch in front does it, as in a decode step of the model
 };
+
+[[nodiscard]] const char* input_name(Start start) {
+  switch (start) {
+    case Start::kPlain:
+      return "bf16";
+    case Start::kResidual:
+      return "residual";
+    default:
+      return "norm_launch";
+  }
+}
 
 /// One launch of a decode step: matrices that share their input.
 struct Launch {
@@ -104,6 +117,7 @@ class Bench {
  public:
   explicit Bench(std::uint64_t seed) : rows_(seed), device_(cuda::current_device()) {
     x_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxDecodeTokens * kMaxCols);
+    normed_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxDecodeTokens * kHidden);
     fill_random(x_.data(), x_.size(), static_cast<std::uint32_t>(seed) + 7, stream_);
     host_x_ = x_.to_host(stream_);
     out_ = cuda::DeviceBuffer<float>(cuda::kMaxDecodeTokens * kMaxRows);
@@ -171,6 +185,12 @@ class Bench {
     const auto rows = [&](const cuda::DeviceBuffer<float>& from) {
       return make_view(static_cast<const float*>(from.data()), n_token, launch.cols);
     };
+    if (start == Start::kNormLaunch) {
+      cuda::residual_norm<float, Bf16>(
+          make_view(residual_[0].data(), n_token, launch.cols), rows(pending_), norms_.data(), 1.0f, norms_.data(),
+          1e-6f, make_view(normed_.data(), n_token, launch.cols), stream_, device_.compute_capability >= 90, true);
+      return run(make_view(static_cast<const Bf16*>(normed_.data()), n_token, launch.cols), Bf16{});
+    }
     run(cuda::LinearPrologue{.residual = rows(residual_[now_]),
                              .pending = rows(pending_),
                              .post_norm = norms_.data(),
@@ -290,7 +310,7 @@ class Bench {
   cuda::DeviceInfo device_;
   cuda::Stream stream_;
   std::map<std::pair<TensorType, std::int64_t>, Pool> pools_;
-  cuda::DeviceBuffer<Bf16> x_;
+  cuda::DeviceBuffer<Bf16> x_, normed_;
   std::vector<Bf16> host_x_;
   cuda::DeviceBuffer<float> out_, norms_;
   cuda::DeviceBuffer<float> pending_;
@@ -324,8 +344,8 @@ class Experiment {
     const std::vector<Launch> launches = launches_of(config, model_tensors(config, mix.only));
     const Bench::Weights weights = bench_.make_weights(launches);
     for (const std::int64_t n_token : tokens) {
-      for (const Start start : {Start::kPlain, Start::kResidual}) {
-        measure_launches(launches, {mix.name, n_token, start});
+      for (const Start start : {Start::kPlain, Start::kResidual, Start::kNormLaunch}) {
+        if (start != Start::kNormLaunch) measure_launches(launches, {mix.name, n_token, start});
         for (const std::int64_t hint_kb : hints_kb) {
           write_step("step_chained", launches, {mix.name, n_token, start, hint_kb},
                      bench_.time_token(launches, weights, n_token, start, hint_kb << 10));
@@ -360,7 +380,7 @@ class Experiment {
     const double gb_per_s = 1e-3 * static_cast<double>(bytes) / timing.median_us;
     auto row = table_.row();
     row.set("mix", context.mix).set("matrix", matrix).set("n_token", context.n_token).set("n_per_step", count);
-    row.set("input", context.start == Start::kPlain ? "bf16" : "residual").set("hint_kb", context.hint_kb);
+    row.set("input", input_name(context.start)).set("hint_kb", context.hint_kb);
     row.set("median_us", timing.median_us).set("p10_us", timing.p10_us).set("p90_us", timing.p90_us);
     row.set("n_repeat", timing.n_repeat).set("bytes", bytes).set("gb_per_s", gb_per_s);
     row.set("copy_gb_per_s", bench_.copy_rate()).set("of_copy", gb_per_s / bench_.copy_rate());
@@ -432,7 +452,7 @@ void run(int argc, char** argv) {
                     {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "hint_kb"},
                     {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy",
                      "step_us", "blas_bf16_us", "over_blas", "error_of_bound"});
-  Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * (14 + 2 * hints_kb.size())),
+  Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * (14 + 3 * hints_kb.size())),
                     progress_options(driver, "row"));
   Experiment experiment(bench, table, progress);
   const std::map<std::string, std::optional<TensorType>> types = {
