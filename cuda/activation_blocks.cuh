@@ -77,7 +77,7 @@ struct EightRaw<Bf16> {
   return larger;
 }
 
-/// 1 / x to 1 ulp, where neither is subnormal. (With an exact division the widest product took 2 to 3 % longer.)
+/// 1 / x to 1 ulp, where neither is subnormal. (An exact division costs the widest product time.)
 [[nodiscard]] __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -26,7 +26,7 @@ __device__ __forceinline__ void allow_next_kernel() {
 
 /// Asks for the largest share of shared memory, also for a kernel that needs little. A multiprocessor changes the share
 /// only when it is idle, so that a kernel with much shared memory could not start under the end of one with another
-/// share: on an H200 that cost 0.3 to 1 us between a small kernel and sliding decode.
+/// share.
 template <class... TParams>
 void keep_smem_share(const char* what, void (*kernel)(TParams...)) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),

@@ -235,8 +235,9 @@ template <class TIn>
 
 inline constexpr int kSharePercent = 80;
 
-/// Rows of the last matrix that each block has before the rest of them is dealt: whole stages. (Of a step of the 31B on
-/// an H200: 5.53 ms with 90 %, 5.48 with 80, 5.6 to 5.9 with 60, 5.69 with equal shares of everything.)
+/// Rows of the last matrix that each block has before the rest of them is dealt: whole stages. (On an H200 a step of
+/// the 31B was slower with 90 %, and slower with 60 %; `ablation`, row_tickets, has it with equal shares of
+/// everything.)
 [[nodiscard]] inline std::int32_t share_of_rows(std::span<const PackedMatrix> weights, const LinearPlan& plan) {
   const PackedMatrix& last = weights.back();
   const int step = stage_rows(last.type, plan.is_tall);

@@ -28,9 +28,9 @@
 /// shape, n_split and the number of keys alone. sliding_decode_kernel.cuh says how.
 ///
 /// A layer of the 31B (32 + 16 heads of 256, window 1024) reads 16.8 MB of keys and values: 4.0 us at 4.2 TB/s. On an
-/// H200 it takes 7.6 us behind itself and 7.3 us between the products of a layer; qkv_prologue() and
-/// sliding_attention(), three launches, 12.6 us and 13.5 us.
-/// The reference composes the same from its components (reference/decoder_layer.hpp and layer_cache.hpp).
+/// H200 it takes 7.6 us behind itself (`attention`, phase step); qkv_prologue() and sliding_attention(), three
+/// launches, take longer (`ablation`, sliding_decode_fusion). The reference composes the same from its components
+/// (reference/decoder_layer.hpp and layer_cache.hpp).
 namespace gemma4::cuda {
 
 /// How a decode step of a sliding layer will run. Where it does not fit, qkv_prologue() and sliding_attention() do it.

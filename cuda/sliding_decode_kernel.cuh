@@ -27,15 +27,14 @@
 /// own keys, and weighted sums of values in float, a lane holding head_dim / 32 dimensions. Warps are merged in shared
 /// memory; each block sends the others of its cluster the part of its sums that they finish.
 ///
-/// What it is not, on an H200 between the products of a layer of the 31B, where it takes 7.3 us:
-/// - all asked for early: 7.8 us, for the end of the kernel in front waits behind that queue; nothing early: 9.0 us;
-/// - all keys in shared memory at once, one block a multiprocessor: 12.5 us. Only 15 clusters of 8 find room at a time,
-///   and no block of the product behind begins early;
-/// - scores in float, a key after another over the lanes: 7.9 us;
-/// - sums left in memory for the last block to merge: 9.2 us by 8 blocks a KV head, 9.5 us by 16;
-/// - the next product's weights fetched into the L2 cache once the own keys have come: 0.1 to 3 us more for 1 to 25 MB.
-/// (All compared with a body that took 7.1 us, whose copying warp passed the block's barriers at places of its own;
-/// synccheck refuses that.)
+/// What it is not, since each was slower on an H200 between the products of a layer of the 31B:
+/// - all asked for early: the end of the kernel in front waits behind that queue; or nothing early, slower still;
+/// - all keys in shared memory at once, one block a multiprocessor: only 15 clusters of 8 find room at a time, and no
+///   block of the product behind begins early;
+/// - scores in float, a key after another over the lanes;
+/// - sums left in memory for the last block to merge, by 8 blocks a KV head or by 16;
+/// - the next product's weights fetched into the L2 cache once the own keys have come: the more, the slower.
+/// A body whose copying warp passes the block's barriers at places of its own is a little faster; synccheck refuses it.
 /// Source of the merge: the PTX ISA, "mapa", "barrier.cluster".
 namespace gemma4::cuda {
 
