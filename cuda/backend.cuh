@@ -12,24 +12,24 @@
 #include <string>
 #include <vector>
 
-#include "cuda/device_arena.cuh"
-#include "cuda/device_info.cuh"
+#include "cuda/device/device_arena.cuh"
+#include "cuda/device/device_info.cuh"
+#include "cuda/device/pinned_buffer.cuh"
+#include "cuda/device/profile.cuh"
+#include "cuda/device/sequence_state.cuh"
+#include "cuda/device/stream.cuh"
 #include "cuda/embedding.cuh"
 #include "cuda/fused_mlp.cuh"
 #include "cuda/layer_cache.cuh"
 #include "cuda/linear_prefill.cuh"
 #include "cuda/lm_head.cuh"
 #include "cuda/model_weights.cuh"
-#include "cuda/pinned_buffer.cuh"
-#include "cuda/profile.cuh"
 #include "cuda/quantized_linear.cuh"
 #include "cuda/residual_norm.cuh"
 #include "cuda/sampler.cuh"
-#include "cuda/sequence_state.cuh"
-#include "cuda/stream.cuh"
 #include "gemma4/cache_spec.hpp"
-#include "gemma4/memory_plan.hpp"
 #include "gemma4/model/model.hpp"
+#include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/sampler.hpp"
 
 /// The CUDA backend of the model graph. Mirror: reference/backend.hpp

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <span>
 
-#include "cuda/flash_launch.cuh"
+#include "cuda/flash/launch.cuh"
 #include "gemma4/attention.hpp"
 
 namespace gemma4::cuda {

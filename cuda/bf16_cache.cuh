@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/check.cuh"
+#include "cuda/device/check.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/cache_update.hpp"
 #include "gemma4/error.hpp"

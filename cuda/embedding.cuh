@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <span>
 
-#include "cuda/check.cuh"
-#include "cuda/kernel_chain.cuh"
-#include "cuda/weight_decode.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/quantized_linear/dequantise.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

@@ -12,8 +12,8 @@
 
 #include "cuda/bf16_attention.cuh"
 #include "cuda/bf16_cache.cuh"
-#include "cuda/device_arena.cuh"
-#include "cuda/device_info.cuh"
+#include "cuda/device/device_arena.cuh"
+#include "cuda/device/device_info.cuh"
 #include "cuda/qkv_prologue.cuh"
 #include "cuda/ring_cache.cuh"
 #include "cuda/rms_norm.cuh"
@@ -24,7 +24,7 @@
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/cache_spec.hpp"
 #include "gemma4/config.hpp"
-#include "gemma4/memory_plan.hpp"
+#include "gemma4/plan/memory_plan.hpp"
 
 /// The caches of all layers of one sequence, and the step `attend` on each kind. Mirror: reference/layer_cache.hpp
 namespace gemma4::cuda {

@@ -16,13 +16,13 @@
 #include <type_traits>
 #include <utility>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/device_info.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/device_info.cuh"
+#include "cuda/device/stream.cuh"
 #include "cuda/fused_mlp.cuh"
 #include "cuda/quantized_linear.cuh"
+#include "cuda/quantized_linear/dequantise.cuh"
 #include "cuda/rotation.cuh"
-#include "cuda/stream.cuh"
-#include "cuda/weight_decode.cuh"
 
 /// Products with quantised weights for many tokens: a slice of rows is decoded to bf16 in a scratch buffer of bounded
 /// size, then cuBLASLt multiplies it with bf16 activations, accumulating in float; slice after slice.

@@ -9,15 +9,15 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/device_arena.cuh"
+#include "cuda/device/device_arena.cuh"
 #include "cuda/fused_mlp.cuh"
-#include "cuda/weight_layout.cuh"
-#include "cuda/weight_upload.cuh"
+#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/quantized_linear/weight_upload.cuh"
 #include "gemma4/config.hpp"
-#include "gemma4/gguf_reader.hpp"
-#include "gemma4/memory_plan.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/model/weights.hpp"
-#include "gemma4/model_tensors.hpp"
+#include "gemma4/plan/memory_plan.hpp"
 
 /// The weights of a model in device memory: one allocation, every matrix once, in the layout of weight_layout.cuh.
 namespace gemma4::cuda {

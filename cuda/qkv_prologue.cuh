@@ -7,14 +7,14 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/check.cuh"
-#include "cuda/flash_params.cuh"
-#include "cuda/kernel_chain.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/flash/params.cuh"
 #include "cuda/rms_norm.cuh"
 #include "cuda/rope.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_cache.cuh"
-#include "cuda/tq4_layout.cuh"
+#include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

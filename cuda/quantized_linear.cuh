@@ -11,11 +11,11 @@
 #include <span>
 #include <type_traits>
 
-#include "cuda/check.cuh"
-#include "cuda/device_info.cuh"
-#include "cuda/linear_decode.cuh"
-#include "cuda/plain_linear.cuh"
-#include "cuda/weight_layout.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/device_info.cuh"
+#include "cuda/quantized_linear/few_tokens.cuh"
+#include "cuda/quantized_linear/plain.cuh"
+#include "cuda/quantized_linear/weight_layout.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/kernel_chain.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/residual_norm/row_norm.cuh"
 #include "cuda/rms_norm.cuh"
 #include "cuda/rotation.cuh"
-#include "cuda/row_norm.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
@@ -164,7 +164,7 @@ template <class T>
 }  // namespace detail
 
 /// x = (x + rms_norm(pending, post_norm)) * scale, then h = rms_norm(x, norm), row by row in float32: the bits of the
-/// prologue that the products of few tokens have, see cuda/row_norm.cuh.
+/// prologue that the products of few tokens have, see cuda/residual_norm/row_norm.cuh.
 ///
 /// Rows of a chunk that nobody wants need not be given: views of the last rows finish and normalise those alone.
 /// @param x          [n_token, hidden], the residual stream, in place

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/check.cuh"
-#include "cuda/device_buffer.cuh"
-#include "cuda/flash_params.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/flash/params.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

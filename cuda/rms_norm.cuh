@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/check.cuh"
+#include "cuda/device/check.cuh"
 #include "cuda/rotation.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/check.cuh"
-#include "cuda/flash_params.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/flash/params.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"

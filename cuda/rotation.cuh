@@ -10,9 +10,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/check.cuh"
-#include "cuda/device_buffer.cuh"
-#include "cuda/mma.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/ptx/mma.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

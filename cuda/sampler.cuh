@@ -9,10 +9,10 @@
 #include <limits>
 #include <span>
 
-#include "cuda/check.cuh"
-#include "cuda/sampler_list.cuh"
-#include "cuda/sampler_select.cuh"
-#include "cuda/sampler_state.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/sampler/list.cuh"
+#include "cuda/sampler/select.cuh"
+#include "cuda/sampler/state.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/sampler.hpp"

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cuda/backend.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/stream.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"

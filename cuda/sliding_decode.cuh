@@ -8,13 +8,13 @@
 #include <numbers>
 #include <optional>
 
-#include "cuda/check.cuh"
-#include "cuda/device_info.cuh"
-#include "cuda/flash_params.cuh"
-#include "cuda/kernel_chain.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/device_info.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/flash/params.cuh"
 #include "cuda/qkv_prologue.cuh"
 #include "cuda/rope.cuh"
-#include "cuda/sliding_decode_kernel.cuh"
+#include "cuda/sliding_decode/kernel.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

@@ -10,9 +10,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "cuda/check.cuh"
+#include "cuda/device/check.cuh"
 #include "cuda/rotation.cuh"
-#include "cuda/tq4_layout.cuh"
+#include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/cache_update.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cuda/bf16_attention.cuh"
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "cuda/sliding_attention.cuh"
 #include "cuda/sliding_decode.cuh"
 #include "cuda/tq4_attention.cuh"
@@ -20,7 +20,7 @@
 #include "experiments/driver.hpp"
 #include "experiments/gpu_run_info.cuh"
 #include "gemma4/config.hpp"
-#include "gemma4/memory_plan.hpp"
+#include "gemma4/plan/memory_plan.hpp"
 #include "reference/bf16_attention.hpp"
 #include "reference/rms_norm.hpp"
 #include "reference/rope.hpp"

@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/check.cuh"
-#include "cuda/device_buffer.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "experiments/benchmark.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "gemma4/run_info.hpp"
+#include "gemma4/report/run_info.hpp"
 
 namespace gemma4::experiment {
 

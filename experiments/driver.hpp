@@ -14,9 +14,9 @@
 
 #include "experiments/build_info.hpp"
 #include "gemma4/cache_spec.hpp"
-#include "gemma4/progress.hpp"
-#include "gemma4/result_table.hpp"
-#include "gemma4/run_info.hpp"
+#include "gemma4/report/progress.hpp"
+#include "gemma4/report/result_table.hpp"
+#include "gemma4/report/run_info.hpp"
 
 /// What the drivers share: flags of one spelling, one way to fail, one place for results.
 ///

@@ -14,11 +14,11 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/cuda_model.hpp"
-#include "gemma4/chat_template.hpp"
-#include "gemma4/config_from_gguf.hpp"
+#include "gemma4/gguf/config_from_gguf.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"
-#include "gemma4/tokenizer.hpp"
+#include "gemma4/text/chat_template.hpp"
+#include "gemma4/text/tokenizer.hpp"
 #include "reference/backend.hpp"
 #include "reference/sampler.hpp"
 

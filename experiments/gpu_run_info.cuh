@@ -8,11 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/check.cuh"
-#include "cuda/device_buffer.cuh"
-#include "cuda/device_info.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/device_info.cuh"
 #include "experiments/build_info.hpp"
-#include "gemma4/run_info.hpp"
+#include "gemma4/report/run_info.hpp"
 
 namespace gemma4::experiment {
 namespace detail {

@@ -11,19 +11,19 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "cuda/fused_mlp.cuh"
 #include "cuda/lm_head.cuh"
 #include "cuda/quantized_linear.cuh"
+#include "cuda/quantized_linear/weight_repack.cuh"
 #include "cuda/residual_norm.cuh"
-#include "cuda/weight_repack.cuh"
 #include "experiments/benchmark.cuh"
 #include "experiments/bf16_product.cuh"
 #include "experiments/driver.hpp"
 #include "experiments/gpu_run_info.cuh"
-#include "gemma4/block_decode.hpp"
-#include "gemma4/model_tensors.hpp"
-#include "gemma4/synthetic_weights.hpp"
+#include "gemma4/gguf/block_dequantise.hpp"
+#include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/synthetic/synthetic_weights.hpp"
 
 namespace gemma4::experiment {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/memory_plan.hpp"
+#include "gemma4/plan/memory_plan.hpp"
 
 #include <charconv>
 #include <cstdio>
@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
-#include "gemma4/config_from_gguf.hpp"
 #include "gemma4/config_json.hpp"
-#include "gemma4/gguf_reader.hpp"
-#include "gemma4/model_tensors.hpp"
+#include "gemma4/gguf/config_from_gguf.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/model_tensors.hpp"
 
 namespace gemma4::experiment {
 namespace {

@@ -13,8 +13,8 @@
 #include "experiments/driver.hpp"
 #include "experiments/support/model_source.hpp"
 #include "experiments/support/run_text.hpp"
-#include "gemma4/accuracy_stats.hpp"
-#include "gemma4/vector_compare.hpp"
+#include "gemma4/report/accuracy_stats.hpp"
+#include "gemma4/report/vector_compare.hpp"
 
 /// Does the model on the device compute what the reference computes, layer by layer?
 namespace {

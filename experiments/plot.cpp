@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
-#include "gemma4/csv_table.hpp"
-#include "gemma4/svg_chart.hpp"
+#include "gemma4/report/csv_table.hpp"
+#include "gemma4/report/svg_chart.hpp"
 
 /// What do the tables look like?
 namespace {

@@ -9,7 +9,7 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/run_text.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/weights.hpp"
 #include "reference/layer_statistics.hpp"
 

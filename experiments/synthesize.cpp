@@ -8,8 +8,8 @@
 
 #include "experiments/driver.hpp"
 #include "gemma4/config_json.hpp"
-#include "gemma4/progress.hpp"
-#include "gemma4/synthetic_model.hpp"
+#include "gemma4/report/progress.hpp"
+#include "gemma4/synthetic/synthetic_model.hpp"
 
 namespace gemma4::experiment {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/tokenizer.hpp"
+#include "gemma4/text/tokenizer.hpp"
 
 #include <filesystem>
 #include <fstream>
@@ -8,8 +8,8 @@
 #include <string>
 
 #include "experiments/driver.hpp"
-#include "gemma4/id_list.hpp"
-#include "gemma4/text_escapes.hpp"
+#include "gemma4/text/id_list.hpp"
+#include "gemma4/text/text_escapes.hpp"
 
 /// What does a model's tokenizer make of a text?
 namespace {

@@ -10,7 +10,7 @@
 
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
-#include "gemma4/nvtx.hpp"
+#include "gemma4/report/nvtx.hpp"
 #include "reference/decoder_layer.hpp"
 #include "reference/embedding.hpp"
 #include "reference/layer_cache.hpp"

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "gemma4/block_decode.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/gguf/block_dequantise.hpp"
 #include "gemma4/quantized_matrix.hpp"
 #include "reference/matrix.hpp"
 

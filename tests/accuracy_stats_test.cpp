@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/accuracy_stats.hpp"
+#include "gemma4/report/accuracy_stats.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/activation_blocks.cuh"
+#include "cuda/quantized_linear/activation_blocks.cuh"
 
 #include <gtest/gtest.h>
 
@@ -10,8 +10,8 @@
 #include <span>
 #include <vector>
 
-#include "cuda/check.cuh"
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/check.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "tests/support/linear_case.hpp"
 #include "tests/support/property.hpp"
 

@@ -3,8 +3,8 @@
 
 #include <gtest/gtest.h>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "reference/bf16_attention.hpp"
 #include "tests/support/attention_promises.hpp"
 #include "tests/support/bf16_values.hpp"

@@ -6,8 +6,8 @@
 #include <numeric>
 #include <random>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "reference/bf16_cache.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/property.hpp"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/chat_template.hpp"
+#include "gemma4/text/chat_template.hpp"
 
 #include <gtest/gtest.h>
 

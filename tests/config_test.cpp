@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "gemma4/config_from_gguf.hpp"
-#include "gemma4/gguf_writer.hpp"
+#include "gemma4/gguf/config_from_gguf.hpp"
+#include "gemma4/gguf/gguf_writer.hpp"
 #include "gemma4/model/weights.hpp"
 #include "tests/support/temp_dir.hpp"
 

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "reference/embedding.hpp"
 #include "tests/support/device_weights.cuh"
 #include "tests/support/property.hpp"

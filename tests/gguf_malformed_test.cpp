@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "tests/support/gguf_image.hpp"
 #include "tests/support/property.hpp"
 

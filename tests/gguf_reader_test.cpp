@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/gguf_writer.hpp"
+#include "gemma4/gguf/gguf_writer.hpp"
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
@@ -14,7 +14,7 @@
 #include <system_error>
 #include <vector>
 
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "tests/support/gguf_image.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/temp_dir.hpp"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/id_file.hpp"
+#include "gemma4/text/id_file.hpp"
 
 #include <gtest/gtest.h>
 

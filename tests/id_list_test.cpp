@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/id_list.hpp"
+#include "gemma4/text/id_list.hpp"
 
 #include <gtest/gtest.h>
 

@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "gemma4/cache_spec.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
-#include "gemma4/synthetic_weights.hpp"
+#include "gemma4/synthetic/synthetic_weights.hpp"
 #include "reference/backend.hpp"
 
 namespace {

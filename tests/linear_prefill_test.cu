@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/stream.cuh"
+#include "cuda/device/stream.cuh"
 #include "reference/quantized_linear.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/device_weights.cuh"

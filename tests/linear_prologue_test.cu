@@ -7,12 +7,12 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "cuda/fused_mlp.cuh"
 #include "cuda/lm_head.cuh"
 #include "cuda/quantized_linear.cuh"
 #include "cuda/residual_norm.cuh"
-#include "cuda/stream.cuh"
 #include "tests/support/device_weights.cuh"
 #include "tests/support/linear_case.hpp"
 #include "tests/support/property.hpp"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/memory_plan.hpp"
+#include "gemma4/plan/memory_plan.hpp"
 
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "reference/bf16_cache.hpp"
 #include "reference/ring_cache.hpp"
 #include "reference/tq4_cache.hpp"

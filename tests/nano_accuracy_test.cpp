@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "gemma4/id_file.hpp"
 #include "gemma4/model/accuracy.hpp"
+#include "gemma4/text/id_file.hpp"
 #include "reference/backend.hpp"
 #include "tests/support/close.hpp"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/progress.hpp"
+#include "gemma4/report/progress.hpp"
 
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
@@ -9,7 +9,7 @@
 #include <sstream>
 #include <string>
 
-#include "gemma4/nvtx.hpp"
+#include "gemma4/report/nvtx.hpp"
 
 namespace {
 

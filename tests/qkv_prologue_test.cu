@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "cuda/bf16_cache.cuh"
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "cuda/ring_cache.cuh"
-#include "cuda/stream.cuh"
 #include "gemma4/config.hpp"
 #include "reference/rms_norm.hpp"
 #include "reference/rope.hpp"

@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "reference/quantized_linear.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/device_weights.cuh"

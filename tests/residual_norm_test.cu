@@ -9,8 +9,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "reference/decoder_layer.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/close.hpp"

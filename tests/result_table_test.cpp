@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/result_table.hpp"
+#include "gemma4/report/result_table.hpp"
 
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>

@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "cuda/stream.cuh"
+#include "cuda/device/stream.cuh"
 #include "reference/ring_cache.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"

@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "reference/rms_norm.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/close.hpp"

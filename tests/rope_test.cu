@@ -3,8 +3,8 @@
 
 #include <gtest/gtest.h>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "reference/rope.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/close.hpp"

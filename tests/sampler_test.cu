@@ -11,8 +11,8 @@
 #include <random>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "reference/sampler.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/small_model.hpp"

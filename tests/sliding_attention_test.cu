@@ -5,9 +5,9 @@
 
 #include <cmath>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "cuda/ring_cache.cuh"
-#include "cuda/stream.cuh"
 #include "reference/sliding_attention.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/bf16_values.hpp"

@@ -13,11 +13,11 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "cuda/sliding_attention.cuh"
-#include "cuda/stream.cuh"
 #include "gemma4/config.hpp"
-#include "gemma4/memory_plan.hpp"
+#include "gemma4/plan/memory_plan.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/bf16_values.hpp"
 #include "tests/support/close.hpp"

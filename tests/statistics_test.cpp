@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/statistics.hpp"
+#include "gemma4/report/statistics.hpp"
 
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>

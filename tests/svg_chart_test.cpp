@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/svg_chart.hpp"
+#include "gemma4/report/svg_chart.hpp"
 
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>

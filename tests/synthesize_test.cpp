@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/synthetic_model.hpp"
+#include "gemma4/synthetic/synthetic_model.hpp"
 
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
@@ -23,11 +23,11 @@ inline void omp_set_num_threads(int) {}
 #include <variant>
 #include <vector>
 
-#include "gemma4/block_decode.hpp"
-#include "gemma4/config_from_gguf.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/block_dequantise.hpp"
+#include "gemma4/gguf/config_from_gguf.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/weights.hpp"
-#include "gemma4/tokenizer.hpp"
+#include "gemma4/text/tokenizer.hpp"
 #include "reference/backend.hpp"
 #include "reference/layer_statistics.hpp"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/text_escapes.hpp"
+#include "gemma4/text/text_escapes.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/tokenizer.hpp"
+#include "gemma4/text/tokenizer.hpp"
 
 #include <gtest/gtest.h>
 
@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "gemma4/id_list.hpp"
 #include "gemma4/json.hpp"
-#include "gemma4/text_escapes.hpp"
+#include "gemma4/text/id_list.hpp"
+#include "gemma4/text/text_escapes.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/text_file.hpp"
 #include "tests/support/toy_vocabulary.hpp"

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "cuda/tq4_attention.cuh"
 #include "gemma4/tq4_golden.hpp"
 #include "reference/tq4_attention.hpp"

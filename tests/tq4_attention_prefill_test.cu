@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/tq4_attention_prefill.cuh"
+#include "cuda/tq4_attention/prefill.cuh"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <numeric>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "reference/tq4_attention.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/bf16_values.hpp"

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "reference/tq4_attention.hpp"
 #include "tests/support/attention_promises.hpp"
 #include "tests/support/bf16_values.hpp"

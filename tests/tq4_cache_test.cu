@@ -9,8 +9,8 @@
 #include <numeric>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/stream.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
 #include "gemma4/tq4_golden.hpp"
 #include "reference/tq4_cache.hpp"
 #include "tests/support/attention_case.hpp"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/tq4_layout.cuh"
+#include "cuda/tq4_cache/layout.cuh"
 
 #include <gtest/gtest.h>
 
@@ -8,7 +8,7 @@
 #include <set>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "reference/tq4_cache.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/vector_compare.hpp"
+#include "gemma4/report/vector_compare.hpp"
 
 #include <gtest/gtest.h>
 

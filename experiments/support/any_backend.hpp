@@ -8,7 +8,7 @@
 
 #include "gemma4/config.hpp"
 #include "gemma4/model/model.hpp"
-#include "gemma4/nvtx.hpp"
+#include "gemma4/report/nvtx.hpp"
 
 namespace gemma4::experiment {
 

@@ -8,10 +8,10 @@
 #include <string_view>
 #include <utility>
 
-#include "cuda/check.cuh"
+#include "cuda/device/check.cuh"
 #include "cuda/session.cuh"
 #include "experiments/gpu_run_info.cuh"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 
 namespace gemma4::experiment {
 namespace {

@@ -15,9 +15,9 @@
 #include "experiments/support/any_backend.hpp"
 #include "gemma4/cache_spec.hpp"
 #include "gemma4/config.hpp"
-#include "gemma4/memory_plan.hpp"
-#include "gemma4/progress.hpp"
-#include "gemma4/run_info.hpp"
+#include "gemma4/plan/memory_plan.hpp"
+#include "gemma4/report/progress.hpp"
+#include "gemma4/report/run_info.hpp"
 #include "gemma4/sampler.hpp"
 
 /// The CUDA model as drivers use it, without a header of CUDA: it is compiled once for all of them, and a driver is

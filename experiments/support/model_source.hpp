@@ -10,7 +10,7 @@
 #include "experiments/support/any_backend.hpp"
 #include "experiments/support/cuda_model.hpp"
 #include "gemma4/cache_spec.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/weights.hpp"
 #include "reference/backend.hpp"
 

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "experiments/support/cuda_model.hpp"
-#include "gemma4/result_table.hpp"
-#include "gemma4/statistics.hpp"
+#include "gemma4/report/result_table.hpp"
+#include "gemma4/report/statistics.hpp"
 
 /// How drivers measure a rate of the whole model, so that their tables can be compared.
 namespace gemma4::experiment {

@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
-#include "gemma4/gguf_reader.hpp"
-#include "gemma4/id_file.hpp"
-#include "gemma4/model_tensors.hpp"
-#include "gemma4/synthetic_weights.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/synthetic/synthetic_weights.hpp"
+#include "gemma4/text/id_file.hpp"
 
 /// What drivers run, in words and in tokens.
 namespace gemma4::experiment {

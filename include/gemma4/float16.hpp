@@ -22,7 +22,9 @@ struct F16 {
 };
 static_assert(sizeof(Bf16) == 2 && sizeof(F16) == 2);
 
-[[nodiscard]] GEMMA4_HD constexpr float to_float(float value) { return value; }
+[[nodiscard]] GEMMA4_HD constexpr float to_float(float value) {
+  return value;
+}
 
 [[nodiscard]] GEMMA4_HD constexpr float to_float(Bf16 value) {
   return bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <span>
 
-#include "gemma4/gguf.hpp"
+#include "gemma4/gguf/gguf.hpp"
 
 namespace gemma4 {
 

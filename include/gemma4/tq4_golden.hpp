@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "gemma4/attention.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/tq4_codebook.hpp"
 
 /// Golden TQ4 attention: one case as another implementation computed it, with its own rotation and codebook.

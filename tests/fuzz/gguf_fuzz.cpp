@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "gemma4/block_decode.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/block_dequantise.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 
 namespace {
 

@@ -8,10 +8,10 @@
 #include <utility>
 #include <vector>
 
-#include "gemma4/chat_template.hpp"
-#include "gemma4/id_list.hpp"
-#include "gemma4/text_escapes.hpp"
-#include "gemma4/tokenizer.hpp"
+#include "gemma4/text/chat_template.hpp"
+#include "gemma4/text/id_list.hpp"
+#include "gemma4/text/text_escapes.hpp"
+#include "gemma4/text/tokenizer.hpp"
 #include "tests/support/toy_vocabulary.hpp"
 
 namespace {

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
-#include "cuda/weight_repack.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/quantized_linear/weight_repack.cuh"
 #include "tests/support/random_weights.hpp"
 
 namespace gemma4::testkit {

@@ -8,8 +8,8 @@
 #include <span>
 #include <vector>
 
-#include "gemma4/block_decode.hpp"
 #include "gemma4/float16.hpp"
+#include "gemma4/gguf/block_dequantise.hpp"
 #include "tests/support/random_weights.hpp"
 
 /// What products with quantised weights are held to: magnitudes from which error bounds follow.

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "gemma4/config.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/weights.hpp"
-#include "gemma4/synthetic_model.hpp"
+#include "gemma4/synthetic/synthetic_model.hpp"
 #include "tests/support/temp_dir.hpp"
 
 /// Small random models with every structural freedom of the architecture.

@@ -5,7 +5,7 @@
 #include <string>
 #include <string_view>
 
-#include "gemma4/vocabulary.hpp"
+#include "gemma4/text/vocabulary.hpp"
 
 namespace gemma4::testkit {
 

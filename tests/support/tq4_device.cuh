@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/device_buffer.cuh"
+#include "cuda/device/device_buffer.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "reference/tq4_attention.hpp"
 #include "tests/support/attention_case.hpp"

@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "gemma4/accuracy_stats.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/model.hpp"
+#include "gemma4/report/accuracy_stats.hpp"
 
 /// What a cache costs in accuracy, measured on a model that runs: next-token predictions over a text, and key recall.
 namespace gemma4 {

@@ -9,9 +9,9 @@
 #include <span>
 #include <vector>
 
-#include "gemma4/accuracy_stats.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/model.hpp"
+#include "gemma4/report/accuracy_stats.hpp"
 
 /// Golden logits: what another implementation computes for a token sequence, and the comparison with a backend.
 namespace gemma4 {

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "gemma4/config_from_gguf.hpp"
-#include "gemma4/gguf_reader.hpp"
+#include "gemma4/gguf/config_from_gguf.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/quantized_matrix.hpp"
 
 /// The tensors of a model, bound by name from a GGUF file; nothing is copied, the file's mapping owns the bytes.

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/device/check.cuh"
+#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/rotation.cuh"
+#include "gemma4/error.hpp"
+#include "gemma4/float16.hpp"
+
+/// Packed weights back to numbers, as block_decode.hpp makes them on the host, bit for bit: the products are exact in
+/// float, and the one rounding is that of the difference in Q4_K and Q5_K, which a fused product and sum makes too.
+namespace gemma4::cuda {
+
+namespace detail {
+
+/// Byte i of `codes` as a float: 0x4B000000 is 2^23, and an integer below it, in the low bits, is added to it.
+[[nodiscard]] __device__ __forceinline__ float code_value(std::uint32_t codes, int i, float offset) {
+  return __fsub_rn(__uint_as_float(__byte_perm(codes, 0x4B000000u, 0x7440u | static_cast<unsigned>(i))),
+                   8388608.0f + offset);
+}
+
+/// Scale and minimum of a group of Q4_K and Q5_K: d * s and dmin * m, both exact.
+struct ScaleAndMin {
+  float scale, min;
+
+  __device__ __forceinline__ ScaleAndMin(const uint4& record, int group) {
+    const int j = group & 7;
+    const std::uint32_t byte = (j < 4 ? record.y : record.z) >> (8 * (j & 3));
+    const std::uint32_t minimum = ((byte >> 6) & 3u) | (((record.w >> (4 * j)) & 15u) << 2);
+    const float2 steps = __half22float2(reinterpret_cast<const __half2&>(record.x));
+    scale = __fmul_rn(steps.x, code_value(byte & 63u, 0, 0.0f));
+    min = __fmul_rn(steps.y, code_value(minimum, 0, 0.0f));
+  }
+};
+
+/// Half a group as it lies in memory, then as numbers: weights 8 * half to 8 * half + 7 (`low`) and those 16 further on
+/// (`high`), whose codes share bytes. Loading is one step and decoding another, so that a thread can have the bytes of
+/// several rows on their way.
+template <TensorType kType>
+struct HalfGroup;
+
+template <TensorType kType>
+requires(kType == TensorType::kQ4K || kType == TensorType::kQ5K) struct HalfGroup<kType> {
+  uint2 codes;
+  std::uint32_t fifth = 0;
+  uint4 meta;
+
+  __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group, int half) {
+    constexpr bool kFifth = kType == TensorType::kQ5K;
+    codes = *reinterpret_cast<const uint2*>(chunk + 16 * group + 8 * half);
+    if (kFifth) fifth = *reinterpret_cast<const std::uint32_t*>(chunk + 16 * groups + 4 * group);
+    meta = *reinterpret_cast<const uint4*>(chunk + (kFifth ? 20 : 16) * groups + 2 * (group & ~7));
+  }
+  __device__ __forceinline__ void decode(int group, int half, float (&low)[8], float (&high)[8]) const {
+    const ScaleAndMin step(meta, group);
+    const std::uint32_t upper = fifth >> (2 * half);
+#pragma unroll
+    for (int word = 0; word < 2; ++word) {
+      const std::uint32_t bytes = word == 0 ? codes.x : codes.y;
+      std::uint32_t first = bytes & 0x0F0F0F0Fu, second = (bytes >> 4) & 0x0F0F0F0Fu;
+      if constexpr (kType == TensorType::kQ5K) {
+        first |= ((upper >> word) & 0x01010101u) << 4, second |= ((upper >> (4 + word)) & 0x01010101u) << 4;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // scale * code is exact: the fused form rounds where the difference would
+        low[4 * word + i] = __fmaf_rn(step.scale, code_value(first, i, 0.0f), -step.min);
+        high[4 * word + i] = __fmaf_rn(step.scale, code_value(second, i, 0.0f), -step.min);
+      }
+    }
+  }
+};
+
+template <>
+struct HalfGroup<TensorType::kQ6K> {
+  uint2 codes, upper;
+  char2 scales;
+  __half d;
+
+  __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group, int half) {
+    codes = *reinterpret_cast<const uint2*>(chunk + 16 * group + 8 * half);
+    upper = *reinterpret_cast<const uint2*>(chunk + 16 * groups + 8 * group);
+    scales = *reinterpret_cast<const char2*>(chunk + 24 * groups + 2 * group);
+    d = *reinterpret_cast<const __half*>(chunk + 26 * groups + (group >> 3) * 2);
+  }
+  __device__ __forceinline__ void decode(int, int half, float (&low)[8], float (&high)[8]) const {
+    constexpr float kOffset = static_cast<float>(Q6KBlock::kOffset);
+    const float step = __half2float(d), low_step = __fmul_rn(step, static_cast<float>(scales.x)),
+                high_step = __fmul_rn(step, static_cast<float>(scales.y));
+    const std::uint32_t x = upper.x >> (4 * half), y = upper.y >> (4 * half);
+#pragma unroll
+    for (int word = 0; word < 2; ++word) {
+      const std::uint32_t bytes = word == 0 ? codes.x : codes.y;
+      const std::uint32_t first = (bytes & 0x0F0F0F0Fu) | ((x >> (2 * word)) & 0x03030303u) << 4;
+      const std::uint32_t second = ((bytes >> 4) & 0x0F0F0F0Fu) | ((y >> (2 * word)) & 0x03030303u) << 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        low[4 * word + i] = __fmul_rn(low_step, code_value(first, i, kOffset));
+        high[4 * word + i] = __fmul_rn(high_step, code_value(second, i, kOffset));
+      }
+    }
+  }
+};
+
+template <>
+struct HalfGroup<TensorType::kQ8_0> {
+  uint2 first, second;
+  __half d;
+
+  __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group, int half) {
+    first = *reinterpret_cast<const uint2*>(chunk + 16 * group + 8 * half);
+    second = *reinterpret_cast<const uint2*>(chunk + 16 * groups + 16 * group + 8 * half);
+    d = *reinterpret_cast<const __half*>(chunk + 32 * groups + 2 * group);
+  }
+  __device__ __forceinline__ void decode(int, int, float (&low)[8], float (&high)[8]) const {
+    const float step = __half2float(d);
+#pragma unroll
+    for (int word = 0; word < 2; ++word) {
+      const std::uint32_t a = (word == 0 ? first.x : first.y) ^ 0x80808080u;
+      const std::uint32_t b = (word == 0 ? second.x : second.y) ^ 0x80808080u;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        low[4 * word + i] = __fmul_rn(step, code_value(a, i, 128.0f));
+        high[4 * word + i] = __fmul_rn(step, code_value(b, i, 128.0f));
+      }
+    }
+  }
+};
+
+/// Plain rows are one chunk of numbers.
+template <class TStored>
+struct PlainHalfGroup {
+  float values[2][8];
+
+  __device__ __forceinline__ void load(const TStored* row, std::int64_t cols, int group, int half) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int at = kGroup * group + 8 * half + i / 8 * 16 + i % 8;
+      values[i / 8][i % 8] = at < cols ? to_float(row[at]) : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void decode(int, int, float (&low)[8], float (&high)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) low[i] = values[0][i], high[i] = values[1][i];
+  }
+};
+template <>
+struct HalfGroup<TensorType::kBf16> : PlainHalfGroup<Bf16> {};
+template <>
+struct HalfGroup<TensorType::kF16> : PlainHalfGroup<F16> {};
+template <>
+struct HalfGroup<TensorType::kF32> : PlainHalfGroup<float> {};
+
+[[nodiscard]] GEMMA4_HD constexpr std::int64_t n_half_group(std::int64_t cols) {
+  return (cols + kGroup - 1) / kGroup * 2;
+}
+
+/// Where a thread's half group is in any row.
+struct HalfGroupPlace {
+  int group, half, groups;  ///< within the chunk, and groups of the chunk
+  std::int64_t chunk_begin;
+  int column;  ///< of low[0]; high[0] is 16 further on
+
+  template <TensorType kType>
+  [[nodiscard]] static __device__ __forceinline__ HalfGroupPlace of(int index, std::int64_t cols, int full_groups) {
+    HalfGroupPlace place{index / 2, index % 2, 0, 0, index / 2 * kGroup + index % 2 * 8};
+    if constexpr (is_packed_type(kType)) {
+      const int chunk = place.group / full_groups;
+      place.group -= chunk * full_groups;
+      place.groups = min(static_cast<int>(cols / kGroup) - chunk * full_groups, full_groups);
+      place.chunk_begin = chunk * chunk_bytes(kType, full_groups);
+    }
+    return place;
+  }
+};
+
+template <TensorType kType>
+__device__ __forceinline__ void load_half_group(const std::uint8_t* row, std::int64_t cols, const HalfGroupPlace& place,
+                                                HalfGroup<kType>& bytes) {
+  if constexpr (is_packed_type(kType)) {
+    bytes.load(row + place.chunk_begin, place.groups, place.group, place.half);
+  } else if constexpr (kType == TensorType::kBf16) {
+    bytes.load(reinterpret_cast<const Bf16*>(row), cols, place.group, place.half);
+  } else if constexpr (kType == TensorType::kF16) {
+    bytes.load(reinterpret_cast<const F16*>(row), cols, place.group, place.half);
+  } else {
+    bytes.load(reinterpret_cast<const float*>(row), cols, place.group, place.half);
+  }
+}
+
+/// Calls body.operator()<kType>() for the type. @throws std::invalid_argument for one that holds no weights
+template <class TBody>
+void for_weight_type(const char* who, TensorType type, TBody&& body) {
+  switch (type) {
+    case TensorType::kQ4K:
+      return body.template operator()<TensorType::kQ4K>();
+    case TensorType::kQ5K:
+      return body.template operator()<TensorType::kQ5K>();
+    case TensorType::kQ6K:
+      return body.template operator()<TensorType::kQ6K>();
+    case TensorType::kQ8_0:
+      return body.template operator()<TensorType::kQ8_0>();
+    case TensorType::kBf16:
+      return body.template operator()<TensorType::kBf16>();
+    case TensorType::kF16:
+      return body.template operator()<TensorType::kF16>();
+    case TensorType::kF32:
+      return body.template operator()<TensorType::kF32>();
+    default:
+      require(false, who, ": ", type_name(type), " holds no weights");
+  }
+}
+
+inline constexpr int kRowsAThread = 4;  ///< rows that a thread decodes, side by side
+
+/// Eight values from `column` on, rounded to bf16.
+__device__ __forceinline__ void store_decoded(Bf16* row, std::int64_t cols, int column, const float (&values)[8]) {
+  if (cols % 8 == 0) {
+    if (column < cols) store_values(row + column, values);
+    return;
+  }
+  for (int i = 0; i < 8 && column + i < cols; ++i) row[column + i] = to_bf16(values[i]);
+}
+
+/// One thread a half group of kRowsAThread rows; neighbours write neighbouring 32 bytes.
+template <TensorType kType>
+__global__ void __launch_bounds__(512)
+    decode_rows_kernel(const std::uint8_t* data, std::int64_t row_step_bytes, std::int64_t n_row, std::int64_t cols,
+                       int full_groups, Bf16* out) {
+  const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (index >= n_half_group(cols)) return;
+  const auto place = HalfGroupPlace::of<kType>(index, cols, full_groups);
+  const std::int64_t first = std::int64_t{kRowsAThread} * blockIdx.y;
+  data += first * row_step_bytes;
+  out += first * cols;
+  const int count = static_cast<int>(min(n_row - first, std::int64_t{kRowsAThread}));
+  HalfGroup<kType> bytes[kRowsAThread];
+#pragma unroll
+  for (int r = 0; r < kRowsAThread; ++r) {
+    if (r < count) load_half_group<kType>(data + r * row_step_bytes, cols, place, bytes[r]);
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsAThread; ++r) {
+    if (r >= count) break;
+    float low[8], high[8];
+    bytes[r].decode(place.group, place.half, low, high);
+    store_decoded(out + r * cols, cols, place.column, low);
+    store_decoded(out + r * cols, cols, place.column + 16, high);
+  }
+}
+
+}  // namespace detail
+
+/// Rows first, first + row_step, ... (`count` of them, at most 262140) of a matrix, rounded to bf16: out [count, cols],
+/// 16-byte aligned.
+inline void decode_rows(const PackedMatrix& matrix, std::int64_t first, std::int64_t count, std::int64_t row_step,
+                        Bf16* out, cudaStream_t stream) {
+  if (count == 0) return;
+  require(first >= 0 && first + (count - 1) * row_step < matrix.rows && count <= 65535 * detail::kRowsAThread,
+          "decode_rows: ", count, " rows from ", first, " in steps of ", row_step, " of ", matrix.rows, ", at most ",
+          65535 * detail::kRowsAThread, " a call");
+  const std::int64_t bytes = matrix.row_bytes();
+  const auto* const data = reinterpret_cast<const std::uint8_t*>(matrix.data) + first * bytes;
+  // As few threads as possible without work: blocks of a row are alike, in whole warps.
+  const std::int64_t n_thread = detail::n_half_group(matrix.cols), n_block = (n_thread + 511) / 512;
+  const std::int64_t block = ((n_thread + n_block - 1) / n_block + 31) / 32 * 32;
+  const dim3 grid(static_cast<unsigned>(n_block),
+                  static_cast<unsigned>((count + detail::kRowsAThread - 1) / detail::kRowsAThread));
+  detail::for_weight_type("decode_rows", matrix.type, [&]<TensorType kType>() {
+    detail::decode_rows_kernel<kType><<<grid, static_cast<unsigned>(block), 0, stream>>>(
+        data, row_step * bytes, count, matrix.cols, chunk_groups(matrix.cols), out);
+  });
+  check_launch("decode_rows_kernel");
+}
+
+}  // namespace gemma4::cuda

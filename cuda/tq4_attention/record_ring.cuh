@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/mma.cuh"
+
+/// A small team of warps and its own stream of equally long records from global into shared memory.
+///
+/// From sm_90 on one thread asks the copy engine for a whole record, which completes on an mbarrier; before that the
+/// team shares the record in 16-byte asynchronous copies. Source: the PTX ISA, "cp.async.bulk", "bar".
+namespace gemma4::cuda::detail {
+
+/// Meets the other threads of a team; `barrier` is 1 to 15 and belongs to the team.
+template <int kTeamThreads>
+__device__ __forceinline__ void team_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kTeamThreads) : "memory");
+}
+
+/// Records of a contiguous sequence, kStages of them in flight or in use; threads of a team are neighbours in the
+/// block. All threads of the team call every function together, except that start() must be followed by a barrier of
+/// the team before the first wait().
+template <int kRecordBytes, int kStages, int kTeamThreads>
+class RecordRing {
+  static_assert(kRecordBytes % 16 == 0, "copies move 16 bytes");
+  static_assert(kStages >= 2, "one record is in use while the next one comes");
+
+ public:
+  /// Begins to fetch records [begin, end): the first of them.
+  /// @param smem     kStages * kRecordBytes, 16-byte aligned, of this team alone
+  /// @param barriers kStages * 8 bytes, of this team alone
+  __device__ __forceinline__ void start(unsigned char* smem, unsigned char* barriers, const unsigned char* records,
+                                        int begin, int end, int team_barrier) {
+    smem_ = smem;
+    barrier_ = shared_address(barriers);
+    records_ = records;
+    team_barrier_ = team_barrier;
+    stage_ = 0;
+    phase_ = 0;
+#if __CUDA_ARCH__ >= 900
+    if (thread() == 0) {
+      // Rolled, so that the other warps branch around it. Unrolled, they pass by with the predicate off, and racecheck
+      // (compute-sanitizer 2025.3) counts that as their write, a race with the copy that follows.
+#pragma unroll 1
+      for (int stage = 0; stage < kStages; ++stage) mbarrier_init(barrier_ + 8 * stage, 1);
+      mbarrier_init_fence();
+    }
+#endif
+    fetch(0, begin, end);
+  }
+
+  /// Fetches as many more as there is room for; once, before the first wait().
+  __device__ __forceinline__ void start_rest(int begin, int end) {
+#pragma unroll
+    for (int stage = 1; stage < kStages; ++stage) fetch(stage, begin + stage, end);
+  }
+
+  /// The next record, once it has arrived. Every other call of wait() is preceded by a release(), except the first two.
+  [[nodiscard]] __device__ __forceinline__ const unsigned char* wait() {
+#if __CUDA_ARCH__ >= 900
+    mbarrier_wait(barrier_ + 8 * stage_, phase_);
+#else
+    copy_async_wait<kStages - 2>();
+    team_sync<kTeamThreads>(team_barrier_);
+#endif
+    const unsigned char* const record = smem_ + stage_ * kRecordBytes;
+    if (++stage_ == kStages) {
+      stage_ = 0;
+      phase_ ^= 1u;
+    }
+    return record;
+  }
+
+  /// How many barriers of the team a wait() holds.
+  [[nodiscard]] static __device__ __forceinline__ int barriers_of_wait() {
+#if __CUDA_ARCH__ >= 900
+    return 0;
+#else
+    return 1;
+#endif
+  }
+
+  /// Gives the place of the last record but one that was waited for, which is `index`, to record index + kStages. The
+  /// whole team is done with it: a barrier of the team has followed its last use.
+  __device__ __forceinline__ void release(int index, int end) {
+    constexpr int kBack = kStages - 2;
+    const int stage = stage_ + kBack < kStages ? stage_ + kBack : stage_ + kBack - kStages;
+    fetch(stage, index + kStages, end);
+  }
+
+ private:
+  [[nodiscard]] static __device__ __forceinline__ int thread() {
+    return static_cast<int>(threadIdx.x) & (kTeamThreads - 1);
+  }
+
+  __device__ __forceinline__ void fetch(int stage, int index, int end) {
+    if (index < end) {
+      const unsigned char* const source = records_ + static_cast<std::int64_t>(index) * kRecordBytes;
+      const std::uint32_t target = shared_address(smem_ + stage * kRecordBytes);
+#if __CUDA_ARCH__ >= 900
+      if (thread() == 0) {
+        const std::uint32_t barrier = barrier_ + 8 * stage;
+        mbarrier_expect(barrier, kRecordBytes);
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+            "l"(source), "n"(kRecordBytes), "r"(barrier)
+            : "memory");
+      }
+#else
+      for (int piece = thread(); piece < kRecordBytes / 16; piece += kTeamThreads) {
+        copy_async_16(target + 16 * piece, source + 16 * piece, true);
+      }
+#endif
+    }
+#if __CUDA_ARCH__ < 900
+    copy_async_commit();  // an empty group too, so that the count of groups is the count of fetches
+#endif
+  }
+
+  unsigned char* smem_;
+  const unsigned char* records_;
+  std::uint32_t barrier_;
+  std::uint32_t phase_;
+  int stage_, team_barrier_;
+};
+
+}  // namespace gemma4::cuda::detail

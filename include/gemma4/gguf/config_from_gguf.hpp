@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "gemma4/config.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
+
+/// Reads a ModelConfig from GGUF metadata (`gemma4.*`) and refuses, by the feature's name, what is not implemented.
+namespace gemma4 {
+
+namespace detail {
+
+inline constexpr std::string_view kArchitecture = "gemma4";
+
+inline void refuse_feature(const GgufFile& file, bool present, const char* feature, const std::string& evidence) {
+  require_format(!present, file.path().string(), ": the model uses ", feature, " (", evidence,
+                 "), which is not implemented");
+}
+
+/// Features of other members of the family, each recognised by its metadata or its tensors.
+inline void refuse_unimplemented(const GgufFile& file) {
+  const auto count = [&](const char* key) { return file.get_or<std::int64_t>(key, 0); };
+  for (const char* key : {"gemma4.embedding_length_per_layer_input"}) {
+    refuse_feature(file, count(key) != 0, "per-layer embeddings", concat(key, " = ", count(key)));
+  }
+  refuse_feature(file, count("gemma4.attention.shared_kv_layers") != 0, "shared KV layers",
+                 concat("gemma4.attention.shared_kv_layers = ", count("gemma4.attention.shared_kv_layers")));
+  refuse_feature(file, count("gemma4.expert_count") != 0, "experts",
+                 concat("gemma4.expert_count = ", count("gemma4.expert_count")));
+  for (const GgufTensor& tensor : file.tensors()) {
+    const std::string_view name = tensor.name;
+    const auto evidence = [&] { return concat("tensor '", tensor.name, "'"); };
+    refuse_feature(file, name.starts_with("per_layer_") || name.find(".per_layer_") != name.npos,
+                   "per-layer embeddings", evidence());
+    refuse_feature(file, name.find("_exps.") != name.npos || name.find(".ffn_gate_inp") != name.npos, "experts",
+                   evidence());
+    refuse_feature(file, name.starts_with("v.") || name.starts_with("mm.") || name.starts_with("a."),
+                   "vision or audio tensors", evidence());
+    refuse_feature(file, name == "output.weight", "an output matrix that is not tied to the embedding", evidence());
+  }
+}
+
+/// The pattern as an array of bool, one a layer.
+inline std::vector<std::uint8_t> read_pattern(const GgufFile& file, std::int64_t n_layer) {
+  const char* key = "gemma4.attention.sliding_window_pattern";
+  const std::vector<bool> flags = file.array<bool>(key);
+  require_format(static_cast<std::int64_t>(flags.size()) == n_layer, file.path().string(), ": ", key, " has ",
+                 flags.size(), " entries, expected gemma4.block_count = ", n_layer);
+  return {flags.begin(), flags.end()};
+}
+
+/// KV heads of the sliding or the full layers; head_count_kv is one number or an array with one a layer.
+inline std::int64_t read_n_head_kv(const GgufFile& file, const std::vector<std::uint8_t>& is_sliding, bool sliding) {
+  const char* key = "gemma4.attention.head_count_kv";
+  if (!file.is_array(key)) return file.get<std::int64_t>(key);
+  const std::vector<std::int64_t> counts = file.array<std::int64_t>(key);
+  require_format(counts.size() == is_sliding.size(), file.path().string(), ": ", key, " has ", counts.size(),
+                 " entries, expected gemma4.block_count = ", is_sliding.size());
+  std::int64_t found = 0;
+  for (std::size_t layer = 0; layer < counts.size(); ++layer) {
+    if ((is_sliding[layer] != 0) != sliding) continue;
+    if (found == 0) found = counts[layer];
+    require_format(counts[layer] == found, file.path().string(), ": ", key, " of layer ", layer, " is ", counts[layer],
+                   ", expected ", found, " as in the other ", sliding ? "sliding" : "full", " layers");
+  }
+  return found;
+}
+
+/// Rotated pairs of the full layers: `rope_freqs.weight` divides each frequency, by 1 for a rotated pair and by a huge
+/// number (1e30) for one that stays.
+inline std::int64_t read_rope_pairs(const GgufFile& file, std::int64_t head_dim) {
+  const GgufTensor& tensor = file.tensor("rope_freqs.weight");
+  const auto factors = data_as<float>(tensor);
+  require_format(static_cast<std::int64_t>(factors.size()) == head_dim / 2, file.path().string(),
+                 ": tensor 'rope_freqs.weight' has ", factors.size(),
+                 " values, expected head_dim / 2 = ", head_dim / 2);
+  std::int64_t n_pair = 0;
+  while (n_pair < head_dim / 2 && factors[static_cast<std::size_t>(n_pair)] == 1.0f) ++n_pair;
+  for (std::int64_t pair = n_pair; pair < head_dim / 2; ++pair) {
+    const float factor = factors[static_cast<std::size_t>(pair)];
+    require_format(factor >= 1e20f, file.path().string(), ": tensor 'rope_freqs.weight' has ", factor, " at ", pair,
+                   ", expected 1 (rotated pairs first) or at least 1e20 (pairs that stay)");
+  }
+  return n_pair;
+}
+
+inline AttentionConfig read_attention(const GgufFile& file, const std::vector<std::uint8_t>& is_sliding, bool sliding) {
+  const std::string suffix = sliding ? "_swa" : "";
+  const std::string key_length = "gemma4.attention.key_length" + suffix;
+  const std::string value_length = "gemma4.attention.value_length" + suffix;
+  AttentionConfig attention;
+  attention.head_dim = file.get<std::int64_t>(key_length);
+  require_format(file.get<std::int64_t>(value_length) == attention.head_dim, file.path().string(), ": ", value_length,
+                 " is ", file.get<std::int64_t>(value_length), ", expected ", key_length, " = ", attention.head_dim);
+  const std::string rope_dims = "gemma4.rope.dimension_count" + suffix;
+  const auto n_rope = file.get_or<std::int64_t>(rope_dims, attention.head_dim);
+  require_format(n_rope == attention.head_dim, file.path().string(), ": ", rope_dims, " is ", n_rope, ", expected ",
+                 key_length, " = ", attention.head_dim);
+  attention.n_head_kv = read_n_head_kv(file, is_sliding, sliding);
+  attention.rope_theta = file.get<double>("gemma4.rope.freq_base" + suffix);
+  attention.rope_pairs = sliding ? attention.head_dim / 2 : read_rope_pairs(file, attention.head_dim);
+  return attention;
+}
+
+}  // namespace detail
+
+/// @throws FormatError naming the key or tensor, what was found and what was expected
+[[nodiscard]] inline ModelConfig config_from_gguf(const GgufFile& file) {
+  const auto architecture = file.get<std::string>("general.architecture");
+  require_format(architecture == detail::kArchitecture, file.path().string(), ": general.architecture is '",
+                 architecture, "', expected '", detail::kArchitecture, "'");
+  detail::refuse_unimplemented(file);
+  ModelConfig config;
+  const auto n_layer = file.get<std::int64_t>("gemma4.block_count");
+  require_format(n_layer >= 1 && n_layer <= 4096, file.path().string(), ": gemma4.block_count is ", n_layer,
+                 ", expected 1 to 4096");
+  config.is_sliding = detail::read_pattern(file, n_layer);
+  config.hidden = file.get<std::int64_t>("gemma4.embedding_length");
+  config.ffn_hidden = file.get<std::int64_t>("gemma4.feed_forward_length");
+  config.n_head = file.get<std::int64_t>("gemma4.attention.head_count");
+  config.window = file.get_or<std::int64_t>("gemma4.attention.sliding_window", 0);
+  config.context = file.get<std::int64_t>("gemma4.context_length");
+  config.rms_epsilon = file.get<float>("gemma4.attention.layer_norm_rms_epsilon");
+  config.softcap = file.get<float>("gemma4.final_logit_softcapping");
+  if (config.n_full_layer() < n_layer) config.sliding = detail::read_attention(file, config.is_sliding, true);
+  if (config.n_full_layer() > 0) config.full = detail::read_attention(file, config.is_sliding, false);
+  const GgufTensor& embedding = file.tensor("token_embd.weight");
+  require_format(embedding.dims.size() == 2, file.path().string(), ": tensor 'token_embd.weight' has ",
+                 embedding.dims.size(), " dimensions, expected 2");
+  config.vocab = embedding.dims[1];
+  try {
+    require_config(config);
+  } catch (const std::invalid_argument& error) {
+    throw FormatError(concat(file.path().string(), ": ", error.what()));
+  }
+  return config;
+}
+
+}  // namespace gemma4
