@@ -49,6 +49,7 @@ struct LinearOptions {
   /// 8 bytes of device memory, zero before the first launch: blocks that end early take rows of others. Null: they do
   /// not. Products of one stream may share it.
   LinearTickets* tickets = nullptr;
+  bool overlap = true;  ///< programmatic dependent launch, where the device has it
   /// Fetched into the L2 cache when this product has asked for its own weights. It pays where the memory would else be
   /// idle, and costs where the reads of the blocks that end last wait behind it: `linear` measures both (hint_kb). With
   /// equal shares of rows it lost; with tickets, where all blocks end at a time, it gains. The same weights at the
@@ -276,8 +277,9 @@ void packed_decode(const LinearSource& source, std::span<const PackedMatrix> wei
                         .rows = static_cast<std::int32_t>(weight.rows),
                         .type = weight.type};
   }
-  const LinearPlan plan =
+  LinearPlan plan =
       plan_linear_decode(cols, source.n_token, std::span<const TensorType>(types, weights.size()), device);
+  plan.overlap = plan.overlap && frame.options.overlap;
   params.n_slot = plan.n_slot;
   params.is_tall = plan.is_tall;
   params.tickets = frame.options.tickets;

@@ -76,9 +76,9 @@ class Run {
 
  private:
   [[nodiscard]] static CudaSettings make_settings(const Options& options) {
-    CudaSettings settings{
-        .cache = parse_cache_spec(options.caches.front()), .context = options.context, .max_chunk = options.chunk};
-    settings.cache.tq4.seed = options.seed;
+    CudaSettings settings{.cache = with_seed(parse_cache_spec(options.caches.front()), options.seed),
+                          .context = options.context,
+                          .max_chunk = options.chunk};
     return settings;
   }
 

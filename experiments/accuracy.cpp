@@ -125,8 +125,7 @@ class Accuracy {
 
   [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const std::string& cache, std::int64_t context,
                                                          std::int64_t n_logit_row) const {
-    CacheSpec spec = parse_cache_spec(cache);
-    spec.tq4.seed = options_.seed;
+    const CacheSpec spec = with_seed(parse_cache_spec(cache), options_.seed);
     return source_.make({.cache = spec, .context = context, .max_chunk = options_.chunk, .n_logit_row = n_logit_row});
   }
 

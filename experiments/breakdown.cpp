@@ -134,8 +134,8 @@ void run(int argc, char** argv) {
   const RunInfo info = device_run_info("breakdown", argc, argv, options.seed);
   ResultTable table(result_path(options, info), info, kParameters, kMeasures);
   const auto settings = [&](const std::string& cache) {
-    CudaSettings result{.cache = parse_cache_spec(cache), .max_chunk = options.chunk, .use_graph = false};
-    result.cache.tq4.seed = options.seed;
+    CudaSettings result{
+        .cache = with_seed(parse_cache_spec(cache), options.seed), .max_chunk = options.chunk, .use_graph = false};
     result.context = options.context > 0 ? options.context : options.depths.back() + options.chunk;
     return result;
   };

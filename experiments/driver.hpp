@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "experiments/build_info.hpp"
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/report/progress.hpp"
 #include "gemma4/report/result_table.hpp"
 #include "gemma4/report/run_info.hpp"
@@ -66,7 +66,7 @@ inline CLI::Option* add_backend(CLI::App& app, DriverOptions& options) {
 
 /// A list: a table compares them.
 inline CLI::Option* add_caches(CLI::App& app, DriverOptions& options) {
-  return app.add_option("--cache", options.caches, "Cache formats, comma-separated: " + std::string(kCacheSpecGrammar))
+  return app.add_option("--cache", options.caches, "Cache formats, comma-separated: " + CacheFormats::grammar())
       ->delimiter(',')
       ->check(CLI::Validator(check_cache_name, "CACHE"))
       ->capture_default_str();
@@ -75,7 +75,7 @@ inline CLI::Option* add_caches(CLI::App& app, DriverOptions& options) {
 /// A single one; the first entry of options.caches.
 inline CLI::Option* add_cache(CLI::App& app, DriverOptions& options) {
   options.caches.resize(1);
-  return app.add_option("--cache", options.caches.front(), "Cache format: " + std::string(kCacheSpecGrammar))
+  return app.add_option("--cache", options.caches.front(), "Cache format: " + CacheFormats::grammar())
       ->check(CLI::Validator(check_cache_name, "CACHE"))
       ->capture_default_str();
 }

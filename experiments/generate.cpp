@@ -190,8 +190,8 @@ int run(int argc, char** argv) {
   const Tokenizer tokenizer(gguf);
   const std::vector<std::int32_t> ids = prompt_ids(options, tokenizer);
   require(!ids.empty(), "the prompt has no tokens: give --prompt, --file or --chat");
-  CudaSettings settings{.cache = parse_cache_spec(options.caches.front()), .max_chunk = options.chunk};
-  settings.cache.tq4.seed = options.seed;
+  CudaSettings settings{.cache = with_seed(parse_cache_spec(options.caches.front()), options.seed),
+                        .max_chunk = options.chunk};
   settings.use_graph = !options.profile;
   settings.context = options.context > 0 ? options.context
                                          : std::min(static_cast<std::int64_t>(ids.size()) + options.max_tokens,

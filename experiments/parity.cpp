@@ -88,8 +88,7 @@ class Parity {
   }
 
   [[nodiscard]] BackendWish wish(const std::string& cache) const {
-    CacheSpec spec = parse_cache_spec(cache);
-    spec.tq4.seed = options_.seed;
+    const CacheSpec spec = with_seed(parse_cache_spec(cache), options_.seed);
     return {.cache = spec,
             .context = options_.n_prompt + options_.n_decode,
             .max_chunk = options_.n_prompt,

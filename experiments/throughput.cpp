@@ -44,8 +44,7 @@ class Run {
     const std::int64_t deepest = *std::max_element(options.depths.begin(), options.depths.end());
     const std::int64_t longest = std::max(deepest, *std::max_element(options.prompts.begin(), options.prompts.end()));
     ids_ = text_ids(options, model.config().vocab, std::min(longest + options.chunk, options.context));
-    CacheSpec spec = parse_cache_spec(cache_);
-    spec.tq4.seed = options.seed;
+    const CacheSpec spec = with_seed(parse_cache_spec(cache_), options.seed);
     session_ = model.make_session({.cache = spec, .context = options.context, .max_chunk = options.chunk});
   }
 

@@ -76,6 +76,16 @@ namespace detail {
   return plan;
 }
 
+/// The flash plan of one pass over heads_per_pass heads.
+[[nodiscard]] inline FlashPlan plan_tq4_pass(const Tq4PrefillPlan& plan, const AttentionOptions& options) {
+  AttentionShape pass = plan.shape;
+  pass.batch = 1;
+  pass.n_head = plan.heads_per_pass * plan.shape.group();
+  pass.n_head_kv = plan.heads_per_pass;
+  pass.buffer_len = plan.max_kv_len;
+  return plan_bf16_attention(pass, options, plan.device, plan.choice);
+}
+
 namespace detail {
 
 struct Tq4UnpackParams {

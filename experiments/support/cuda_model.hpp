@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "experiments/support/any_backend.hpp"
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/report/progress.hpp"
@@ -39,7 +39,7 @@ struct ComponentTime {
 };
 
 struct CudaSettings {
-  CacheSpec cache = {CacheKind::kTq4, {}};
+  CacheSpec cache = Tq4Format{};
   std::int64_t context = 131072;
   std::int64_t max_chunk = 2048;
   std::int64_t n_logit_row = 1;

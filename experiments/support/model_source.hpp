@@ -9,7 +9,7 @@
 #include "experiments/driver.hpp"
 #include "experiments/support/any_backend.hpp"
 #include "experiments/support/cuda_model.hpp"
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/weights.hpp"
 #include "reference/backend.hpp"
