@@ -171,11 +171,9 @@ class Backend {
       const std::array<View<float, 2>, 3> outs{as_rows(heads.q), as_rows(heads.k), as_rows(heads.v)};
       const std::size_t count = config().sliding_layer(layer) ? 3 : 2;
       const std::span<const PackedMatrix> used = std::span(matrices).first(count);
-      const auto multiply = [&](const auto& input) {
-        quantized_linear_decode(input, used, std::span<const View<float, 2>>(outs).first(count), decode_device_,
-                                stream_, products());
-      };
-      with_normalised(weights.attn_norm, used, multiply);
+      normalise(weights.attn_norm);
+      quantized_linear_decode(normed(), used, std::span<const View<float, 2>>(outs).first(count), decode_device_,
+                              stream_, products());
       store(layer, heads);
     } else {
       const ProjectedHeads<Bf16> heads = prefill_heads(layer);
@@ -198,23 +196,17 @@ class Backend {
   void project_output(std::int64_t layer) {
     const PackedLayer& weights = model_.layer(layer);
     const View<Bf16, 3> attended = decodes() ? decode_heads(layer).q_out : prefill_heads(layer).q_out;
-    const PackedMatrix& next = weights.gate_up.is_fused() ? weights.gate_up.joined : weights.gate_up.gate;
-    project(as_rows(attended), weights.attn_output, products(next));
+    project(as_rows(attended), weights.attn_output);
     pending_ = {weights.post_attention_norm, 1.0f};
   }
 
   void gate_up(std::int64_t layer) {
     const PackedLayer& weights = model_.layer(layer);
+    normalise(weights.ffn_norm);
     if (decodes()) {
       const std::span<float> scratch(gate_up_scratch_, static_cast<std::size_t>(2 * n_token() * config().ffn_hidden));
-      const auto multiply = [&](const auto& input) {
-        gate_up_decode(input, weights.gate_up, scratch, activation(), decode_device_, stream_, products());
-      };
-      const std::array<PackedMatrix, 3> matrices{weights.gate_up.joined, weights.gate_up.gate, weights.gate_up.up};
-      const auto all = std::span<const PackedMatrix>(matrices);
-      with_normalised(weights.ffn_norm, weights.gate_up.is_fused() ? all.first(1) : all.last(2), multiply);
+      gate_up_decode(normed(), weights.gate_up, scratch, activation(), decode_device_, stream_, products());
     } else {
-      normalise(weights.ffn_norm);
       gemm_->gate_up<Bf16>(normed(), weights.gate_up,
                            {activations_, static_cast<std::size_t>(2 * n_token() * config().ffn_hidden)}, activation(),
                            stream_);
@@ -223,22 +215,13 @@ class Backend {
 
   void down(std::int64_t layer) {
     const PackedLayer& weights = model_.layer(layer);
-    project(activation(), weights.ffn_down, products());
+    project(activation(), weights.ffn_down);
     pending_ = {weights.post_ffw_norm, weights.output_scale};
   }
 
   /// @param rows increasing
   void lm_head(std::span<const std::int64_t> rows) {
     const auto count = static_cast<std::int64_t>(rows.size());
-    if (count == 1 && n_token() == 1) {  // a step of decoding
-      const auto multiply = [&](const auto& input) {
-        cuda::lm_head(input, model_.token_embd(), config().softcap, make_view(logits_, count, config().vocab),
-                      decode_device_, stream_, products());
-      };
-      with_normalised(model_.output_norm(), std::span(&model_.token_embd(), 1), multiply);
-      n_logit_ = count;
-      return;
-    }
     require(count <= options_.n_logit_row, "backend: logits of ", count, " rows, there is room for ",
             options_.n_logit_row, "; set BackendOptions::n_logit_row");
     for (std::int64_t first = 0; first < count;) {
@@ -279,7 +262,7 @@ class Backend {
     copy_to_host(x.data, std::span(before));
     const Pending pending = pending_;
     normalise(model_.output_norm());
-    copy_to_host(x_[at_], out);
+    copy_to_host(x_, out);
     pending_ = pending;
     check(cudaMemcpyAsync(x.data, before.data(), before.size() * sizeof(float), cudaMemcpyHostToDevice, stream_),
           "copy to device");
@@ -316,8 +299,6 @@ class Backend {
   }
 
  private:
-  static constexpr std::int64_t kFetchAheadBytes = 8 << 20;  ///< 2 us of an H200's memory
-
   /// How the output of a step that is not yet added will be.
   struct Pending {
     const float* post_norm = nullptr;  ///< null: nothing is pending
@@ -345,7 +326,7 @@ class Backend {
 
   void place_activations() {
     const std::int64_t chunk = options_.max_chunk, hidden = config().hidden;
-    x_[0] = arena_.data<float>("residual", chunk * hidden);
+    x_ = arena_.data<float>("residual", chunk * hidden);
     normed_ = arena_.data<Bf16>("normed", chunk * hidden);
     prefill_pending_ = arena_.data<Bf16>("pending", chunk * hidden);
     activations_ = arena_.data<Bf16>("activations", 2 * chunk * config().ffn_hidden);
@@ -353,7 +334,6 @@ class Backend {
     logit_rows_ = arena_.data<Bf16>("logit_rows", options_.n_logit_row * hidden);
     const DecodeActivations bytes = decode_activations(config(), chunk);
     Carver decode(arena_.buffer("decode_activations"));
-    x_[1] = reinterpret_cast<float*>(decode.take<std::byte>(bytes.residual_out));
     decode_pending_ = reinterpret_cast<float*>(decode.take<std::byte>(bytes.pending));
     decode_qkv_ = reinterpret_cast<float*>(decode.take<std::byte>(bytes.qkv));
     decode_attended_ = reinterpret_cast<Bf16*>(decode.take<std::byte>(bytes.attended));
@@ -372,7 +352,6 @@ class Backend {
   void place_chunk(const ChunkPlace& chunk) {
     chunk_ = chunk;
     pending_ = {};
-    at_ = 0;
     if (caches_->masks(chunk)) show_tokens(state_, {mask_, static_cast<std::size_t>(options_.context)}, stream_);
   }
 
@@ -381,19 +360,9 @@ class Backend {
   [[nodiscard]] bool decodes() const { return n_token() <= kDecodeChunk; }
   /// How products of few tokens run: all are in one stream.
   [[nodiscard]] LinearOptions products() const { return {.tickets = options_.switches.deal_rows ? tickets_ : nullptr}; }
-  /// The same of a product that also asks for the first weights of the next one. attn_output does, the shortest one:
-  /// what that gains is less than `ablation` resolves. Behind the others it gained nothing at all.
-  [[nodiscard]] LinearOptions products(const PackedMatrix& next) const {
-    LinearOptions options = products();
-    if (options_.switches.fetch_ahead) {
-      options.next_weights = next.data;
-      options.next_bytes = std::min(kFetchAheadBytes, next.bytes());
-    }
-    return options;
-  }
   [[nodiscard]] bool overlap() const { return decode_device_.compute_capability >= 90; }
 
-  [[nodiscard]] View<float, 2> residual() const { return make_view(x_[at_], n_token(), config().hidden); }
+  [[nodiscard]] View<float, 2> residual() const { return make_view(x_, n_token(), config().hidden); }
   [[nodiscard]] View<const Bf16, 2> normed() const {
     return make_view(static_cast<const Bf16*>(normed_), n_token(), config().hidden);
   }
@@ -444,7 +413,7 @@ class Backend {
   void finish_rows(std::int64_t first, std::int64_t count, const float* norm, Bf16* to) {
     const auto range = this->range("norm");
     const std::int64_t hidden = config().hidden;
-    const View<float, 2> x = make_view(x_[at_] + first * hidden, count, hidden);
+    const View<float, 2> x = make_view(x_ + first * hidden, count, hidden);
     const View<Bf16, 2> h = make_view(to, count, hidden);
     const auto finish = [&]<class TPending>(const TPending* pending) {
       View<const TPending, 2> view = make_view(pending + first * hidden, count, hidden);
@@ -461,34 +430,11 @@ class Backend {
     if (first == 0 && count == n_token()) pending_ = {};
   }
 
-  /// Multiplies the finished and normalised residual stream: `multiply` gets either what the product begins by making
-  /// of the stream, or normed().
-  template <class TMultiply>
-  void with_normalised(const float* norm, std::span<const PackedMatrix> matrices, TMultiply&& multiply) {
-    const bool is_packed = std::all_of(matrices.begin(), matrices.end(),
-                                       [](const PackedMatrix& matrix) { return is_packed_type(matrix.type); });
-    if (options_.switches.norm_launch || !is_packed || config().hidden > detail::kMaxNormCols) {
-      normalise(norm);
-      return multiply(normed());
-    }
-    const auto rows = [&](const float* data) { return make_view(data, n_token(), config().hidden); };
-    LinearPrologue in{.residual = rows(x_[at_]), .norm = norm, .epsilon = config().rms_epsilon};
-    if (pending_.post_norm != nullptr) {
-      at_ = 1 - at_;  // other blocks still read the stream that one of them finishes
-      in.pending = rows(decode_pending_);
-      in.post_norm = pending_.post_norm;
-      in.scale = pending_.scale;
-      in.residual_out = residual();
-    }
-    multiply(in);
-    pending_ = {};
-  }
-
   /// A product whose output stays pending.
-  void project(const View<const Bf16, 2>& x, const PackedMatrix& weight, const LinearOptions& options) {
+  void project(const View<const Bf16, 2>& x, const PackedMatrix& weight) {
     if (decodes()) {
       quantized_linear_decode<Bf16, float>(x, weight, make_view(decode_pending_, n_token(), config().hidden),
-                                           decode_device_, stream_, options);
+                                           decode_device_, stream_, products());
     } else {
       gemm_->linear<Bf16>(x, weight, make_view(prefill_pending_, n_token(), config().hidden), stream_);
     }
@@ -536,8 +482,7 @@ class Backend {
 
   ChunkPlace chunk_;
   Pending pending_;
-  int at_ = 0;        ///< which of x_ holds the residual stream
-  float* x_[2] = {};  ///< [n_token, hidden]; the second for chunks that decode
+  float* x_ = nullptr;  ///< [n_token, hidden], the residual stream
   std::int64_t n_logit_ = 0;
   SequenceState* state_ = nullptr;
   std::int32_t *tokens_ = nullptr, *positions_ = nullptr;

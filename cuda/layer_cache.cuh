@@ -39,10 +39,8 @@ struct BackendSwitches {
   /// Off: in a decode step a sliding layer prepares q, k and v, attends, and merges split keys in a launch each. It is
   /// off where split_k or fuse_qkv_prologue is.
   bool fuse_sliding_decode = true;
-  bool norm_launch = true;  ///< off: each block of a decode product finishes and normalises the residual for itself
-  bool deal_rows = true;    ///< off: each block of a decode product has an equal share of the rows, and no more
-  bool fetch_ahead = true;  ///< off: no decode product asks for weights of the next one
-  bool overlap = true;      ///< off: a decode kernel begins when the one before it has ended
+  bool deal_rows = true;  ///< off: each block of a decode product has an equal share of the rows, and no more
+  bool overlap = true;    ///< off: a decode kernel begins when the one before it has ended
   bool operator==(const BackendSwitches&) const = default;
 };
 

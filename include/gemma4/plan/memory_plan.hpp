@@ -99,17 +99,14 @@ namespace detail {
 
 /// The activations of a chunk that takes the path of decoding, in bytes; each begins at kDeviceAlignment.
 struct DecodeActivations {
-  std::int64_t residual_out = 0;  ///< f32, the residual stream that a fused prologue writes beside the one it reads
-  std::int64_t pending = 0;       ///< f32
-  std::int64_t qkv = 0;           ///< f32, as projected
-  std::int64_t attended = 0;      ///< bf16: q, then the result of attention
-  std::int64_t fresh = 0;         ///< bf16, K and V of a sliding layer
-  std::int64_t activation = 0;    ///< bf16
-  std::int64_t gate_up = 0;       ///< f32, for layers whose gate and up have different types
+  std::int64_t pending = 0;     ///< f32
+  std::int64_t qkv = 0;         ///< f32, as projected
+  std::int64_t attended = 0;    ///< bf16: q, then the result of attention
+  std::int64_t fresh = 0;       ///< bf16, K and V of a sliding layer
+  std::int64_t activation = 0;  ///< bf16
+  std::int64_t gate_up = 0;     ///< f32, for layers whose gate and up have different types
 
-  [[nodiscard]] std::int64_t total() const {
-    return residual_out + pending + qkv + attended + fresh + activation + gate_up;
-  }
+  [[nodiscard]] std::int64_t total() const { return pending + qkv + attended + fresh + activation + gate_up; }
 };
 
 namespace detail {
@@ -140,8 +137,7 @@ struct QkvWidths {
   const auto bytes = [&](std::int64_t width, std::int64_t size) {
     return detail::round_up(n_token * width * size, kDeviceAlignment);
   };
-  return {.residual_out = bytes(config.hidden, kF32),
-          .pending = bytes(config.hidden, kF32),
+  return {.pending = bytes(config.hidden, kF32),
           .qkv = bytes(widths.all, kF32),
           .attended = bytes(widths.q, kBf16),
           .fresh = bytes(2 * widths.kv, kBf16),
