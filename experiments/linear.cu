@@ -190,7 +190,7 @@ class Bench {
                                                make_view(out_.data(), n_token, kPoolRows), device_, stream_);
     const std::vector<float> out = out_.to_host(stream_);
     std::vector<float> weight(static_cast<std::size_t>(kPoolRows * cols));
-    decode_row(type, pool.file, weight);
+    dequantise_row(type, pool.file, weight);
     double worst = 0;
     for (std::int64_t t = 0; t < n_token; ++t) {
       for (std::int64_t row = 0; row < kPoolRows; ++row) {

@@ -227,9 +227,9 @@ class MemoryPlanner {
     add_device("pending", t * hidden * kBf16, "chunk x hidden x bf16");
     add_device("activations", t * std::max(2 * config_.ffn_hidden, qkv_dim_) * kBf16,
                concat("chunk x max(gate + up: 2 x ", config_.ffn_hidden, ", q + k + v: ", qkv_dim_, ") x bf16"));
-    const std::int64_t decoded_kv = is_tq4 && config_.n_full_layer() > 0 ? 2 * context * config_.full.head_dim : 0;
-    add_device("scratch", std::max(largest_matrix(), decoded_kv) * kBf16,
-               "max(largest matrix of a layer, K and V of one full-attention head) x bf16, decoded for a chunk");
+    const std::int64_t dequantised_kv = is_tq4 && config_.n_full_layer() > 0 ? 2 * context * config_.full.head_dim : 0;
+    add_device("scratch", std::max(largest_matrix(), dequantised_kv) * kBf16,
+               "max(largest matrix of a layer, K and V of one full-attention head) x bf16, dequantised for a chunk");
     add("attention_partials", 16 * kMiB, "of keys that are split over blocks");
     add_device("logits", rows * config_.vocab * kF32, concat(rows, " rows x vocab x f32"));
     add_device("logit_rows", rows * hidden * kBf16, concat(rows, " rows x hidden x bf16"));
@@ -273,7 +273,7 @@ class MemoryPlanner {
     std::int64_t widest = 0;
     for (const ModelTensor& tensor : tensors_) widest = std::max(widest, tensor.row_len());
     add("weight_tiles", n_thread * 2 * kTileRows * (widest + t) * kF32,
-        concat(n_thread, " threads x 2 x ", kTileRows, " decoded rows and their products x f32"));
+        concat(n_thread, " threads x 2 x ", kTileRows, " dequantised rows and their products x f32"));
     const std::int64_t head_dim = std::max(config_.sliding.head_dim, config_.full.head_dim);
     add("attention_tiles", n_thread * (5 * kBlock * head_dim + kBlock * kBlock) * kF32,
         concat(n_thread, " threads x (K, V, q, sums, result) of ", kBlock, " rows and their scores x f32"));
