@@ -75,5 +75,4 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention/record_ring.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_cache/layout.cuh"
-    "${PROJECT_SOURCE_DIR}/cuda/weight_prefetch.cuh"
 )

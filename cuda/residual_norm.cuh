@@ -18,9 +18,12 @@
 
 /// What stands between two steps of a layer, for any number of tokens: the output that is pending is normalised, added
 /// to the residual stream and scaled, and the stream is normalised for the next step. One launch, one block a row.
-/// In a step of decoding a launch of its own costs less than its work in every block of the product behind it
-/// (LinearPrologue; `ablation`, norm_launch), now that it lets that product in before it waits itself.
-/// Mirror: reference/decoder_layer.hpp, finish_and_normalise
+///
+/// What was tried in its place, last at e1c3639d on an H200: that every block of the product behind it does this work
+/// for itself made a decode step of the 31B 1.016 and 1.013 times as long at 512 and 32768 tokens (`ablation`,
+/// norm_launch off), since this kernel lets that product in before it waits itself. That attn_output asks for the first
+/// 8 MB of gate and up was not shown to pay: without it 1.00 and 0.99 (weight_fetch_ahead off). Both are in that
+/// commit, with tests. Mirror: reference/decoder_layer.hpp, finish_and_normalise
 namespace gemma4::cuda {
 
 namespace detail {
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kRowThreads, kPieces > 3             ? 1
       stored[p].widen(pending);
       sum = add_squares(sum, pending);
     }
-    const float scale = norm_scale(sum_of_row<0>(sum, parts[0], thread), width, params.epsilon);
+    const float scale = norm_scale(sum_of_row(sum, parts[0], thread), width, params.epsilon);
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
       if constexpr (!kAtRest) post_norm[p].load(params.post_norm, at(p), width, whole);
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(kRowThreads, kPieces > 3             ? 1
   float sum = 0.0f;
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) sum = add_squares(sum, x[p]);
-  const float scale = norm_scale(sum_of_row<0>(sum, parts[1], thread), width, params.epsilon);
+  const float scale = norm_scale(sum_of_row(sum, parts[1], thread), width, params.epsilon);
   TOut* const h_row = params.h.data + blockIdx.x * params.h.stride[0];
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
@@ -163,8 +166,8 @@ template <class T>
 
 }  // namespace detail
 
-/// x = (x + rms_norm(pending, post_norm)) * scale, then h = rms_norm(x, norm), row by row in float32: the bits of the
-/// prologue that the products of few tokens have, see cuda/residual_norm/row_norm.cuh.
+/// x = (x + rms_norm(pending, post_norm)) * scale, then h = rms_norm(x, norm), row by row in float32, see
+/// cuda/residual_norm/row_norm.cuh.
 ///
 /// Rows of a chunk that nobody wants need not be given: views of the last rows finish and normalise those alone.
 /// @param x          [n_token, hidden], the residual stream, in place

@@ -333,16 +333,14 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
   for (const Switch off :
        {&cuda::BackendSwitches::kv_len_clamp, &cuda::BackendSwitches::causal_skip, &cuda::BackendSwitches::split_k,
         &cuda::BackendSwitches::fuse_qkv_prologue, &cuda::BackendSwitches::fuse_sliding_decode,
-        &cuda::BackendSwitches::norm_launch, &cuda::BackendSwitches::deal_rows, &cuda::BackendSwitches::fetch_ahead,
-        &cuda::BackendSwitches::overlap}) {
+        &cuda::BackendSwitches::deal_rows, &cuda::BackendSwitches::overlap}) {
     cuda::BackendOptions other = options;
     other.switches.*off = false;
     cuda::Backend backend(packed, other);
     const std::vector<float> actual = logits_of(backend, tokens, chunks);
     testkit::rc_require(rows_close(actual, expected, small.weights.config.vocab, rounding_of(cache)));
     const bool has_same_bits = off == &cuda::BackendSwitches::overlap || off == &cuda::BackendSwitches::causal_skip ||
-                               off == &cuda::BackendSwitches::norm_launch || off == &cuda::BackendSwitches::deal_rows ||
-                               off == &cuda::BackendSwitches::fetch_ahead;
+                               off == &cuda::BackendSwitches::deal_rows;
     RC_ASSERT(!has_same_bits || actual == expected);
   }
   const cuda::PackedModel apart = cuda::load_model(*small.file, {.join_gate_up = false});

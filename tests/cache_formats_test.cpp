@@ -80,9 +80,9 @@ RC_GTEST_PROP(CacheFormats, AnyTextIsReadOrRefused, (const std::string& tail)) {
 }
 
 TEST(CacheFormats, RowBytes) {
-  EXPECT_EQ(F32Format::row_bytes(CacheSide::kK, 512), 2048);
-  EXPECT_EQ(Bf16Format::row_bytes(CacheSide::kK, 512), 1024);
-  EXPECT_EQ(Tq4Format::row_bytes(CacheSide::kK, 512), 258);
+  EXPECT_EQ(F32Format::allocated_row_bytes(CacheSide::kKey, 512), 2048);
+  EXPECT_EQ(Bf16Format::allocated_row_bytes(CacheSide::kKey, 512), 1024);
+  EXPECT_EQ(Tq4Format::allocated_row_bytes(CacheSide::kKey, 512), 258);
 }
 
 }  // namespace

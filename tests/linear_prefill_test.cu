@@ -45,14 +45,14 @@ RC_GTEST_PROP(LinearPrefill, AgreesWithTheReferenceInEveryFormat, ()) {
       Eigen::Map<const reference::Matrix<float>>(x.data(), n_token, cols).cast<double>();
   reference::Matrix<double> expected(n_token, rows);
   reference::quantized_linear<double>(wide, weight.view(), expected);
-  const DecodedWeights decoded = decode_with_parts(weight);
+  const DequantisedWeights dequantised = dequantise_with_parts(weight);
   std::vector<double> bound;
   for (std::int64_t t = 0; t < n_token; ++t) {
     for (std::int64_t n = 0; n < rows; ++n) {
       double magnitude = 0;
       for (std::int64_t k = 0; k < cols; ++k) {
-        magnitude +=
-            std::abs(wide(t, k)) * std::abs(static_cast<double>(decoded.value[static_cast<std::size_t>(n * cols + k)]));
+        magnitude += std::abs(wide(t, k)) *
+                     std::abs(static_cast<double>(dequantised.value[static_cast<std::size_t>(n * cols + k)]));
       }
       bound.push_back((0x1p-9 + static_cast<double>(cols + 1) * 0x1p-24) * magnitude + 1e-30);
     }
@@ -158,7 +158,7 @@ __global__ void wait_kernel(long long n_cycle) {
 }
 
 /// Decoding ahead, in borrowed memory and recorded: always the bits of taking turns.
-TEST(LinearPrefill, DecodingAheadKeepsTheBits) {
+TEST(LinearPrefill, DequantisingAheadKeepsTheBits) {
   Products products;
   const Stream stream;
   LinearPrefill in_turn(Products::kScratchBytes, false);
@@ -192,8 +192,8 @@ TEST(LinearPrefill, ProductsTakeNoMemory) {  // counts the device's: nothing els
   EXPECT_EQ(after, before);
 }
 
-/// A scratch that served something else is decoded into only afterwards, if it was announced. Control: if not, the
-/// late work overwrites decoded weights.
+/// A scratch that served something else is dequantised into only afterwards, if it was announced. Control: if not, the
+/// late work overwrites dequantised weights.
 TEST(LinearPrefill, ALentScratchIsWaitedFor) {
   Products products;
   const Stream stream;

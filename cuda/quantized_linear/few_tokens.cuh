@@ -229,13 +229,8 @@ __device__ __forceinline__ void multiply_task(const std::uint8_t* slot, int grou
 template <int kTokens>
 __device__ __forceinline__ void multiply(const LinearParams& params, unsigned char* smem) {
   std::uint8_t* const activations = smem + params.smem.activations;
-  if (params.input.norm != nullptr) {
-    finish_and_quantize<kTokens>(params.input, params.n_token, params.n_piece, params.n_group, activations,
-                                 *reinterpret_cast<float(*)[2][kRowWarps]>(smem + params.smem.row_parts));
-  } else {
-    load_and_quantize<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
-                                                  activations);
-  }
+  load_and_quantize<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
+                                                activations);
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kLinearWarps) : "memory");
   const RingBarriers barriers(params, smem);
   float* const partials = reinterpret_cast<float*>(smem + params.smem.partials);

@@ -99,7 +99,7 @@ struct Tq4UnpackParams {
   int kv_len_host = 0;
 };
 
-/// One side of one record into shared memory, decoded and scaled: tile [16][head_dim + 8].
+/// One side of one record into shared memory, dequantised and scaled: tile [16][head_dim + 8].
 template <int kHeadDim, bool kKeys>
 __device__ __forceinline__ void unpack_side(const std::byte* record, const float* levels, Bf16* tile, int thread,
                                             int n_thread) {

@@ -18,15 +18,13 @@ namespace {
 
 /// The switch of a name; null when there is none.
 bool* find_switch(cuda::BackendSwitches& switches, std::string_view name) {
-  const std::array<std::pair<std::string_view, bool*>, 9> all = {{
+  const std::array<std::pair<std::string_view, bool*>, 7> all = {{
       {"kv_len_clamp", &switches.kv_len_clamp},
       {"causal_skip", &switches.causal_skip},
       {"split_k", &switches.split_k},
       {"qkv_prologue_fusion", &switches.fuse_qkv_prologue},
       {"sliding_decode_fusion", &switches.fuse_sliding_decode},
-      {"norm_launch", &switches.norm_launch},
       {"row_tickets", &switches.deal_rows},
-      {"weight_fetch_ahead", &switches.fetch_ahead},
       {"launch_overlap", &switches.overlap},
   }};
   const auto* found = std::find_if(all.begin(), all.end(), [&](const auto& entry) { return entry.first == name; });

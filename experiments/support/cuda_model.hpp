@@ -49,10 +49,9 @@ struct CudaSettings {
 
 /// What may be switched off on a live sequence. The graph is CudaSettings::use_graph; whether gate and up are one
 /// matrix is decided when the model is loaded.
-inline constexpr std::array<std::string_view, 9> kSwitchNames = {
-    "kv_len_clamp",        "causal_skip",           "split_k",
-    "qkv_prologue_fusion", "sliding_decode_fusion", "norm_launch",
-    "row_tickets",         "weight_fetch_ahead",    "launch_overlap"};
+inline constexpr std::array<std::string_view, 7> kSwitchNames = {
+    "kv_len_clamp",          "causal_skip", "split_k",       "qkv_prologue_fusion",
+    "sliding_decode_fusion", "row_tickets", "launch_overlap"};
 
 /// A sequence on the device.
 class CudaSession {

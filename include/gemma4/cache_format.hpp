@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 
+#include "gemma4/cache_update.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/tq4_format.hpp"
 
@@ -17,22 +18,22 @@
 /// of them; reference/cache/ and cuda/cache/ hold a cache type for each, and one that is missing does not compile.
 namespace gemma4 {
 
-enum class CacheSide { kK, kV };
-
 /// A format of the flat cache of the full-attention layers.
 template <class TFormat>
 concept CacheFormat = std::equality_comparable<TFormat> &&
     requires(const TFormat& format, std::string_view name, CacheSide side, std::int64_t n, std::uint64_t seed) {
-  { TFormat::kGrammar } -> std::convertible_to<std::string_view>;       // a line of the grammar of --cache
-  { TFormat::parse(name) } -> std::same_as<std::optional<TFormat>>;     // nothing: another format's; throws: misspelt
-  { format.name() } -> std::same_as<std::string>;                       // without its seed; parse() reads it back
-  { format.with_seed(seed) } -> std::same_as<TFormat>;                  // of everything random in it
-  { format.row_bytes(side, n) } -> std::same_as<std::int64_t>;          // of a stored vector of n values, as allocated
-  { format.claimed_row_bytes(side, n) } -> std::same_as<std::int64_t>;  // what the idea would take; simulated: less
-  { format.rotation_bytes(n) } -> std::same_as<std::int64_t>;           // of its own on a device, for head_dim n
-  { TFormat::kRecordTokens } -> std::convertible_to<std::int64_t>;      // tokens that a device stores together
-  { TFormat::kUnpacksForPrefill } -> std::convertible_to<bool>;         // K and V of a head go through scratch as bf16
-  { TFormat::kRingValueBytes } -> std::convertible_to<std::int64_t>;    // of the sliding layers' rings beside it
+  { TFormat::kGrammar } -> std::convertible_to<std::string_view>;    // a line of the grammar of --cache
+  { TFormat::parse(name) } -> std::same_as<std::optional<TFormat>>;  // nothing: another format's; throws: misspelt
+  { format.name() } -> std::same_as<std::string>;                    // without its seed; parse() reads it back
+  { format.with_seed(seed) } -> std::same_as<TFormat>;               // of everything random in it
+  {
+    format.allocated_row_bytes(side, n)
+    } -> std::same_as<std::int64_t>;                                  // of a stored vector of n values, as allocated
+  { format.row_bytes(side, n) } -> std::same_as<std::int64_t>;        // what the idea would take; simulated: less
+  { format.rotation_bytes(n) } -> std::same_as<std::int64_t>;         // of its own on a device, for head_dim n
+  { TFormat::kRecordTokens } -> std::convertible_to<std::int64_t>;    // tokens that a device stores together
+  { TFormat::kUnpacksForPrefill } -> std::convertible_to<bool>;       // K and V of a head go through scratch as bf16
+  { TFormat::kRingValueBytes } -> std::convertible_to<std::int64_t>;  // of the sliding layers' rings beside it
 };
 
 /// float32, in the reference alone: what rounding costs.
@@ -40,16 +41,17 @@ struct F32Format {
   static constexpr std::string_view kGrammar = "f32";
   static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 4;
   static constexpr bool kUnpacksForPrefill = false;
+  [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<F32Format> parse(std::string_view name) {
     return name == kGrammar ? std::optional(F32Format{}) : std::nullopt;
   }
   [[nodiscard]] static std::string name() { return std::string(kGrammar); }
   [[nodiscard]] static F32Format with_seed(std::uint64_t /*seed*/) { return {}; }
-  [[nodiscard]] static constexpr std::int64_t row_bytes(CacheSide /*side*/, std::int64_t head_dim) {
+  [[nodiscard]] static constexpr std::int64_t allocated_row_bytes(CacheSide /*side*/, std::int64_t head_dim) {
     return 4 * head_dim;
   }
-  [[nodiscard]] static constexpr std::int64_t claimed_row_bytes(CacheSide side, std::int64_t head_dim) {
-    return row_bytes(side, head_dim);
+  [[nodiscard]] static constexpr std::int64_t row_bytes(CacheSide side, std::int64_t head_dim) {
+    return allocated_row_bytes(side, head_dim);
   }
   [[nodiscard]] static constexpr std::int64_t rotation_bytes(std::int64_t /*head_dim*/) { return 0; }
   bool operator==(const F32Format&) const = default;
@@ -60,16 +62,17 @@ struct Bf16Format {
   static constexpr std::string_view kGrammar = "bf16";
   static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 2;
   static constexpr bool kUnpacksForPrefill = false;
+  [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<Bf16Format> parse(std::string_view name) {
     return name == kGrammar ? std::optional(Bf16Format{}) : std::nullopt;
   }
   [[nodiscard]] static std::string name() { return std::string(kGrammar); }
   [[nodiscard]] static Bf16Format with_seed(std::uint64_t /*seed*/) { return {}; }
-  [[nodiscard]] static constexpr std::int64_t row_bytes(CacheSide /*side*/, std::int64_t head_dim) {
+  [[nodiscard]] static constexpr std::int64_t allocated_row_bytes(CacheSide /*side*/, std::int64_t head_dim) {
     return 2 * head_dim;
   }
-  [[nodiscard]] static constexpr std::int64_t claimed_row_bytes(CacheSide side, std::int64_t head_dim) {
-    return row_bytes(side, head_dim);
+  [[nodiscard]] static constexpr std::int64_t row_bytes(CacheSide side, std::int64_t head_dim) {
+    return allocated_row_bytes(side, head_dim);
   }
   [[nodiscard]] static constexpr std::int64_t rotation_bytes(std::int64_t /*head_dim*/) { return 0; }
   bool operator==(const Bf16Format&) const = default;
@@ -110,6 +113,7 @@ struct Tq4Format {
   static constexpr std::int64_t kRingValueBytes = 2;
   static constexpr bool kUnpacksForPrefill = true;
 
+  [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<Tq4Format> parse(std::string_view name) {
     Tq4Format format;
     std::string_view rest = name;
@@ -143,52 +147,17 @@ struct Tq4Format {
     seeded.options.seed = seed;
     return seeded;
   }
-  [[nodiscard]] static constexpr std::int64_t row_bytes(CacheSide /*side*/, std::int64_t head_dim) {
+  [[nodiscard]] static constexpr std::int64_t allocated_row_bytes(CacheSide /*side*/, std::int64_t head_dim) {
     return tq4_row_bytes(head_dim);
   }
-  [[nodiscard]] static constexpr std::int64_t claimed_row_bytes(CacheSide side, std::int64_t head_dim) {
-    return row_bytes(side, head_dim);
+  [[nodiscard]] static constexpr std::int64_t row_bytes(CacheSide side, std::int64_t head_dim) {
+    return allocated_row_bytes(side, head_dim);
   }
   /// Dense, and its transpose, f32; signs alone take none.
   [[nodiscard]] constexpr std::int64_t rotation_bytes(std::int64_t head_dim) const {
     return options.rotation == RotationKind::kDenseHaar ? 2 * head_dim * head_dim * 4 : 0;
   }
   bool operator==(const Tq4Format&) const = default;
-};
-
-/// K and V as `quantiser` would read them back, in the uncompressed flat cache: an idea has its accuracy at the whole
-/// context before it has a kernel. With `hadamard` vectors are rotated by random signs and a Hadamard matrix before
-/// they are quantised, and back before they are stored.
-template <class TQuantiser>
-struct SimulatedFormat {
-  TQuantiser quantiser = {};
-  bool hadamard = false;
-  std::uint64_t seed = 0;
-
-  static constexpr std::string_view kGrammar = TQuantiser::kGrammar;
-  static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 2;
-  static constexpr bool kUnpacksForPrefill = false;
-
-  /// sim-<what the quantiser reads>[-had]
-  [[nodiscard]] static std::optional<SimulatedFormat> parse(std::string_view name) {
-    std::string_view rest = name;
-    if (!detail::take(rest, "sim-")) return std::nullopt;
-    constexpr std::string_view kHadamard = "-had";
-    const bool hadamard = rest.ends_with(kHadamard);
-    if (hadamard) rest.remove_suffix(kHadamard.size());
-    const std::optional<TQuantiser> quantiser = TQuantiser::parse(rest);
-    return quantiser ? std::optional(SimulatedFormat{*quantiser, hadamard, 0}) : std::nullopt;
-  }
-  [[nodiscard]] std::string name() const { return concat("sim-", quantiser.name(), hadamard ? "-had" : ""); }
-  [[nodiscard]] SimulatedFormat with_seed(std::uint64_t to) const { return {quantiser, hadamard, to}; }
-  [[nodiscard]] static constexpr std::int64_t row_bytes(CacheSide side, std::int64_t head_dim) {
-    return Bf16Format::row_bytes(side, head_dim);
-  }
-  [[nodiscard]] std::int64_t claimed_row_bytes(CacheSide side, std::int64_t head_dim) const {
-    return quantiser.row_bytes(side, head_dim);
-  }
-  [[nodiscard]] static constexpr std::int64_t rotation_bytes(std::int64_t /*head_dim*/) { return 0; }
-  bool operator==(const SimulatedFormat&) const = default;
 };
 
 }  // namespace gemma4

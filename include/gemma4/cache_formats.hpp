@@ -9,6 +9,10 @@
 
 #include "gemma4/cache_format.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/quantisers/block32.hpp"
+#include "gemma4/quantisers/int8_token.hpp"
+#include "gemma4/quantisers/quantiser.hpp"
+#include "gemma4/quantisers/scalar_codes.hpp"
 
 /// The one list of cache formats. The grammar of --cache, the memory plan, the caches of both backends and the tests
 /// are made from it.
@@ -24,7 +28,7 @@ struct CacheFormatList {
 
   [[nodiscard]] static std::string grammar() {
     std::string text;
-    ((text += concat(text.empty() ? "" : " | ", TFormats::kGrammar)), ...);
+    ((text += concat(text.empty() ? "" : " | ", TFormats::grammar())), ...);
     return text;
   }
   /// @throws std::invalid_argument naming what was not understood, and the grammar
@@ -39,7 +43,8 @@ struct CacheFormatList {
   }
 };
 
-using CacheFormats = CacheFormatList<Bf16Format, F32Format, Tq4Format>;
+using CacheFormats = CacheFormatList<Bf16Format, F32Format, Tq4Format, Simulated<ScalarCodes>, Simulated<Int8Token>,
+                                     Simulated<Q80Cache>, Simulated<Q40Cache>>;
 
 /// What the flat cache of the full-attention layers holds: one of the list.
 using CacheSpec = CacheFormats::Variant;

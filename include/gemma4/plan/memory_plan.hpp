@@ -98,16 +98,14 @@ namespace detail {
 
 /// The activations of a chunk that takes the path of decoding, in bytes; each begins at kDeviceAlignment.
 struct DecodeActivations {
-  std::int64_t pending = 0;       ///< f32
-  std::int64_t qkv = 0;           ///< f32, as projected
-  std::int64_t attended = 0;      ///< bf16: q, then the result of attention
-  std::int64_t fresh = 0;         ///< bf16, K and V of a sliding layer
-  std::int64_t activation = 0;    ///< bf16
-  std::int64_t gate_up = 0;       ///< f32, for layers whose gate and up have different types
+  std::int64_t pending = 0;     ///< f32
+  std::int64_t qkv = 0;         ///< f32, as projected
+  std::int64_t attended = 0;    ///< bf16: q, then the result of attention
+  std::int64_t fresh = 0;       ///< bf16, K and V of a sliding layer
+  std::int64_t activation = 0;  ///< bf16
+  std::int64_t gate_up = 0;     ///< f32, for layers whose gate and up have different types
 
-  [[nodiscard]] std::int64_t total() const {
-    return pending + qkv + attended + fresh + activation + gate_up;
-  }
+  [[nodiscard]] std::int64_t total() const { return pending + qkv + attended + fresh + activation + gate_up; }
 };
 
 namespace detail {
@@ -221,8 +219,8 @@ class MemoryPlanner {
   void add_caches(const TFormat& format, std::int64_t context, std::int64_t n_slot) {
     const AttentionConfig& full = config_.full;
     if (config_.n_full_layer() > 0) {
-      const std::int64_t k = format.row_bytes(CacheSide::kK, full.head_dim);
-      const std::int64_t v = format.row_bytes(CacheSide::kV, full.head_dim);
+      const std::int64_t k = format.allocated_row_bytes(CacheSide::kKey, full.head_dim);
+      const std::int64_t v = format.allocated_row_bytes(CacheSide::kValue, full.head_dim);
       add_device("cache_full", config_.n_full_layer() * full.n_head_kv * context * (k + v),
                  concat(config_.n_full_layer(), " layers x ", full.n_head_kv, " heads x ", context,
                         context == options_.context ? " tokens"
@@ -304,7 +302,7 @@ class MemoryPlanner {
     std::int64_t widest = 0;
     for (const ModelTensor& tensor : tensors_) widest = std::max(widest, tensor.row_len());
     add("weight_tiles", n_thread * 2 * kTileRows * (widest + t) * kF32,
-        concat(n_thread, " threads x 2 x ", kTileRows, " decoded rows and their products x f32"));
+        concat(n_thread, " threads x 2 x ", kTileRows, " dequantised rows and their products x f32"));
     const std::int64_t head_dim = std::max(config_.sliding.head_dim, config_.full.head_dim);
     add("attention_tiles", n_thread * (5 * kBlock * head_dim + kBlock * kBlock) * kF32,
         concat(n_thread, " threads x (K, V, q, sums, result) of ", kBlock, " rows and their scores x f32"));

@@ -20,6 +20,7 @@ namespace gemma4 {
 
 /// q8_0: d = max|x| / 127, code = round(x / d), ties away from zero. 34 bytes a block.
 struct Q80Cache {
+  static constexpr std::string_view kGrammar = "q8_0";
   bool operator==(const Q80Cache&) const = default;
 
   [[nodiscard]] std::int64_t block_size(std::int64_t) const { return Q80Block::kSize; }
@@ -45,6 +46,7 @@ static_assert(Quantiser<Q80Cache>);
 /// q4_0: d = m / -8 for the value m of the largest magnitude (the first of equals), which so gets the code 0 of 0 to
 /// 15; code = min(15, trunc(x / d + 8.5)), read back as d * (code - 8). 18 bytes a block.
 struct Q40Cache {
+  static constexpr std::string_view kGrammar = "q4_0";
   static constexpr std::int64_t kBlockSize = 32, kBlockBytes = 18;
   bool operator==(const Q40Cache&) const = default;
 

@@ -19,6 +19,7 @@ namespace gemma4 {
 /// of float: no vector overflows it. It is up to 2^-9 too small, which moves the largest value by a quarter of a step.
 /// Row: head_dim bytes and the scale.
 struct Int8Token {
+  static constexpr std::string_view kGrammar = "int8";
   bool operator==(const Int8Token&) const = default;
 
   [[nodiscard]] std::int64_t block_size(std::int64_t head_dim) const { return head_dim; }

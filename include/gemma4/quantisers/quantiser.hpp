@@ -35,6 +35,7 @@ concept Quantiser = std::is_trivially_copyable_v<T> && std::equality_comparable<
   { quantiser.block_size(head_dim) } -> std::same_as<std::int64_t>;       // values that share a scale; divides head_dim
   { quantiser.roundtrip(side, values, n) } -> std::same_as<void>;         // values [n], in place
   { quantiser.row_bytes(side, head_dim) } -> std::same_as<std::int64_t>;  // of one vector, scales and norms included
+  { T::kGrammar } -> std::convertible_to<std::string_view>;               // of the stem, for --help
   { quantiser.name() } -> std::same_as<std::string>;                      // the stem: "k4v3", "q8_0"
   { T::parse(stem) } -> std::same_as<std::optional<T>>;                   // parse(name()) == *this; else nullopt
 };
@@ -73,6 +74,11 @@ struct Simulated {
   std::uint64_t seed = 0;  ///< of the rotation, not part of the name; the same seed rotates as TQ4 does
   bool operator==(const Simulated&) const = default;
 
+  static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 2;
+  static constexpr bool kUnpacksForPrefill = false;
+
+  [[nodiscard]] static std::string grammar() { return "sim-" + std::string(TQuantiser::kGrammar) + "[-had]"; }
+
   /// The format of a name, seed 0; nothing where the name is another's.
   [[nodiscard]] static std::optional<Simulated> parse(std::string_view name) {
     constexpr std::string_view kPrefix = "sim-", kSuffix = "-had";
@@ -90,6 +96,12 @@ struct Simulated {
   [[nodiscard]] std::int64_t row_bytes(CacheSide side, std::int64_t head_dim) const {
     return quantiser.row_bytes(side, head_dim);
   }
+  /// Bytes that it does take: bf16.
+  [[nodiscard]] static constexpr std::int64_t allocated_row_bytes(CacheSide /*side*/, std::int64_t head_dim) {
+    return 2 * head_dim;
+  }
+  [[nodiscard]] static constexpr std::int64_t rotation_bytes(std::int64_t /*head_dim*/) { return 0; }
+  [[nodiscard]] Simulated with_seed(std::uint64_t to) const { return {quantiser, hadamard, to}; }
 };
 
 }  // namespace gemma4

@@ -23,6 +23,7 @@ namespace gemma4 {
 /// With the Hadamard rotation and 2 to 4 bits it is what a TQ4 cache of the default options reads back, within
 /// rounding: TQ4 divides by |x| before it rotates, this after. Row: ceil(bits * head_dim / 8) bytes and the norm.
 struct ScalarCodes {
+  static constexpr std::string_view kGrammar = "k<bits>v<bits>";
   int k_bits = 0;
   int v_bits = 0;
   UnitCodebook k_table;
