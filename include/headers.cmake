@@ -28,6 +28,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/philox.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/memory_plan.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/packed_rows.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/plan/step_bytes.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/platform.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/quantized_matrix.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/accuracy_stats.hpp"
