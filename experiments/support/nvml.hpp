@@ -80,7 +80,8 @@ class Nvml {
   DriverSays says{.release = nvml.driver_release(), .power_limit_w = nvml.power_limit_w(pci_bus_id)};
   if (says.release.empty()) {
     std::ifstream file("/proc/driver/nvidia/version");
-    says.release = driver_release_in({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
+    const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    says.release = driver_release_in(text);
   }
   return says;
 }
