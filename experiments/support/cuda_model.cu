@@ -10,6 +10,7 @@
 
 #include "cuda/device/check.cuh"
 #include "cuda/session.cuh"
+#include "experiments/benchmark.cuh"
 #include "experiments/gpu_run_info.cuh"
 #include "gemma4/gguf/gguf_reader.hpp"
 
@@ -159,6 +160,12 @@ std::int64_t device_bytes_in_use() {
 
 std::int64_t device_bytes_free() {
   return memory_info().free;
+}
+
+double device_copy_gb_per_s() {
+  if (const auto reason = missing_device()) require(false, *reason);
+  const cuda::Stream stream;
+  return copy_gb_per_s(stream);
 }
 
 RunInfo device_run_info(std::string experiment, int argc, const char* const* argv, std::uint64_t seed) {

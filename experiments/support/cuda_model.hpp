@@ -111,6 +111,9 @@ struct CudaLoadSettings {
 [[nodiscard]] std::int64_t device_bytes_in_use();
 [[nodiscard]] std::int64_t device_bytes_free();
 
+/// GB/s of a copy on the device, bytes read plus bytes written. Takes 4 GiB of the device while it measures.
+[[nodiscard]] double device_copy_gb_per_s();
+
 /// run_info() of a run on the current GPU.
 [[nodiscard]] RunInfo device_run_info(std::string experiment, int argc, const char* const* argv, std::uint64_t seed);
 
