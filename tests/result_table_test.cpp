@@ -4,8 +4,17 @@
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <barrier>
+#include <chrono>
 #include <clocale>
 #include <cmath>
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -260,6 +269,126 @@ TEST(ResultTable, ConcurrentRunsInterleaveWholeRows) {
   const auto rows = parse_csv(read_text(folder / "t.csv"));
   ASSERT_EQ(rows.size(), 201u) << "one header and every row";
   for (const auto& row : rows) EXPECT_EQ(row.size(), rows[0].size());
+}
+
+TEST(ResultTable, WritersThatBeginTogetherMakeOneHeader) {
+  // Every round begins with no file, so that all of them would write the header.
+  constexpr int kWriters = 8, kRounds = 40;
+  for (int round = 0; round < kRounds; ++round) {
+    const TemporaryFolder folder;
+    std::barrier start(kWriters);
+    std::vector<std::thread> writers;
+    for (int writer = 0; writer < kWriters; ++writer) {
+      writers.emplace_back([&, writer] {
+        ResultTable table(folder / "t.csv", example_run(), {"writer"}, {"nll"});
+        auto row = table.row().set("writer", writer);
+        start.arrive_and_wait();
+        row.commit();
+      });
+    }
+    for (std::thread& writer : writers) writer.join();
+    const auto rows = parse_csv(read_text(folder / "t.csv"));
+    ASSERT_EQ(rows.size(), static_cast<std::size_t>(kWriters + 1)) << "round " << round;
+    EXPECT_EQ(rows[0][0], "schema");
+    for (std::size_t i = 1; i < rows.size(); ++i) ASSERT_NE(rows[i][0], "schema") << "a second header";
+  }
+}
+
+/// Another program that has the table locked, as a reader would: an exclusive lock has to wait for it.
+class OtherProgram {
+ public:
+  explicit OtherProgram(const std::filesystem::path& path)
+      : file_(open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644)) {
+    if (file_ < 0 || flock(file_, LOCK_SH) != 0) throw std::runtime_error("cannot lock the file");
+  }
+  ~OtherProgram() { close(file_); }
+  OtherProgram(const OtherProgram&) = delete;
+  OtherProgram& operator=(const OtherProgram&) = delete;
+  void append(const std::string& text) const {
+    if (write(file_, text.data(), text.size()) != static_cast<ssize_t>(text.size())) throw std::runtime_error("write");
+  }
+  void unlock() const { flock(file_, LOCK_UN); }
+
+ private:
+  int file_;
+};
+
+/// What commit() says ("" when it wrote), with `meanwhile` in the file before the lock is let go.
+std::string commit_behind_a_lock(const std::filesystem::path& path, const std::string& meanwhile) {
+  ResultTable table(path, example_run(), {"context"}, {"nll"});
+  OtherProgram other(path);
+  std::atomic<bool> is_done = false;
+  std::string said;
+  std::thread writer([&] {
+    said = message_of([&] { table.row().set("context", 1).commit(); });
+    is_done = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  EXPECT_FALSE(is_done) << "the row was written although the file is locked";
+  other.append(meanwhile);
+  other.unlock();
+  writer.join();
+  return said;
+}
+
+std::string header_of(const std::string& measure) {
+  const TemporaryFolder folder;
+  ResultTable(folder / "t.csv", example_run(), {"context"}, {measure}).row().set("context", 7).commit();
+  return read_text(folder / "t.csv");
+}
+
+TEST(ResultTable, ARowWaitsForTheLockAndThenLooksAgain) {
+  const TemporaryFolder folder;
+  EXPECT_EQ(commit_behind_a_lock(folder / "empty.csv", ""), "");
+  EXPECT_EQ(parse_csv(read_text(folder / "empty.csv")).size(), 2u);
+  // Who had the lock wrote the header and a row.
+  EXPECT_EQ(commit_behind_a_lock(folder / "same.csv", header_of("nll")), "");
+  const auto rows = parse_csv(read_text(folder / "same.csv"));
+  ASSERT_EQ(rows.size(), 3u) << "one header and two rows";
+  EXPECT_EQ(rows[2][gemma4::kRunColumns.size()], "1");
+  // Who had the lock wrote another table, or stopped within a line.
+  const std::string another = header_of("kl_mean");
+  EXPECT_NE(commit_behind_a_lock(folder / "another.csv", another).find("another header"), std::string::npos);
+  EXPECT_EQ(read_text(folder / "another.csv"), another);
+  const std::string whole = header_of("nll"), part = whole.substr(0, whole.size() - 3);
+  EXPECT_NE(commit_behind_a_lock(folder / "part.csv", part).find("incomplete"), std::string::npos);
+  EXPECT_EQ(read_text(folder / "part.csv"), part);
+}
+
+TEST(ResultTable, TheHeaderIsLookedAtBeforeEveryRow) {
+  const TemporaryFolder folder;
+  const auto path = folder / "t.csv";
+  ResultTable table(path, example_run(), {"context"}, {"nll"});
+  table.row().set("context", 1).commit();
+  const std::string another = header_of("kl_mean");
+  std::ofstream(path, std::ios::trunc) << another;
+  EXPECT_NE(message_of([&] { table.row().set("context", 2).commit(); }).find("another header"), std::string::npos);
+  EXPECT_EQ(read_text(path), another);
+  std::filesystem::remove(path);
+  table.row().set("context", 3).commit();
+  EXPECT_EQ(parse_csv(read_text(path)).size(), 2u) << "a file that is gone begins anew";
+}
+
+TEST(ResultTable, ARowThatTheDiskTookInPartIsTakenBack) {
+  const TemporaryFolder folder;
+  const auto path = folder / "t.csv";
+  ResultTable table(path, example_run(), {"context"}, {"nll"});
+  table.row().set("context", 1).commit();
+  const std::string before = read_text(path);
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &limit), 0);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  rlimit small = limit;
+  small.rlim_cur = before.size() + 10;
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+  const std::string said = message_of([&] { table.row().set("context", 2).commit(); });
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_NE(said.find("took only a part"), std::string::npos) << said;
+  EXPECT_EQ(said.find("incomplete"), std::string::npos) << said;
+  EXPECT_EQ(read_text(path), before);
+  table.row().set("context", 3).commit();
+  EXPECT_EQ(parse_csv(read_text(path)).size(), 3u);
 }
 
 TEST(ResultTable, PrintsChosenColumnsAligned) {

@@ -22,7 +22,7 @@ namespace gemma4 {
 template <class TFormat>
 concept CacheFormat = std::equality_comparable<TFormat> &&
     requires(const TFormat& format, std::string_view name, CacheSide side, std::int64_t n, std::uint64_t seed) {
-  { TFormat::kGrammar } -> std::convertible_to<std::string_view>;    // a line of the grammar of --cache
+  { TFormat::grammar() } -> std::same_as<std::string>;               // its part of the grammar of --cache
   { TFormat::parse(name) } -> std::same_as<std::optional<TFormat>>;  // nothing: another format's; throws: misspelt
   { format.name() } -> std::same_as<std::string>;                    // without its seed; parse() reads it back
   { format.with_seed(seed) } -> std::same_as<TFormat>;               // of everything random in it

@@ -3,9 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <variant>
 #include <vector>
 
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
@@ -23,6 +24,25 @@ struct StepBytes {
   [[nodiscard]] std::int64_t total() const { return weights + cache; }
 };
 
+namespace detail {
+
+/// Of the keys and values that a token behind `depth` others sees, as they are allocated.
+template <class TFormat>
+[[nodiscard]] std::int64_t cache_read_bytes(const ModelConfig& config, const TFormat& format, std::int64_t depth) {
+  std::int64_t bytes = 0;
+  for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
+    const AttentionConfig& attention = config.attention(layer);
+    const auto row = [&](CacheSide side) { return format.allocated_row_bytes(side, attention.head_dim); };
+    bytes += config.sliding_layer(layer)
+                 ? std::min(depth, config.window - 1) * attention.n_head_kv * 2 * TFormat::kRingValueBytes *
+                       attention.head_dim
+                 : depth * attention.n_head_kv * (row(CacheSide::kKey) + row(CacheSide::kValue));
+  }
+  return bytes;
+}
+
+}  // namespace detail
+
 /// Of one step behind `depth` tokens. The embedding is the output matrix too, and is read whole for the logits; the row
 /// that is looked up is among it. Activations stay in the cache of the device and do not count.
 /// @throws std::invalid_argument for a negative depth
@@ -37,14 +57,7 @@ struct StepBytes {
       bytes.weights += 4 * tensor.size();
     }
   }
-  const CacheKind ring = cache.kind == CacheKind::kF32 ? CacheKind::kF32 : CacheKind::kBf16;
-  for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
-    const AttentionConfig& attention = config.attention(layer);
-    const bool is_sliding = config.sliding_layer(layer);
-    const std::int64_t n_key = is_sliding ? std::min(depth, config.window - 1) : depth;
-    bytes.cache +=
-        2 * n_key * attention.n_head_kv * cache_row_bytes(is_sliding ? ring : cache.kind, attention.head_dim);
-  }
+  std::visit([&](const auto& format) { bytes.cache = detail::cache_read_bytes(config, format, depth); }, cache);
   return bytes;
 }
 
