@@ -55,8 +55,8 @@ struct LayerCachePlan {
   bool overlap = true;         ///< programmatic dependent launch
   bool causal_skip = true;
   bool needs_positions = false;  ///< ChunkPlace::positions is read
-  SlidingPlan sliding;
-  std::variant<std::monostate, FlashPlan, Tq4AttentionPlan> full;  ///< of the type that the format's caches take
+  SlidingPlan sliding = {};
+  std::variant<std::monostate, FlashPlan, Tq4AttentionPlan> full = {};  ///< of the type that the format's caches take
 
   [[nodiscard]] bool commits_after() const { return !sliding.into_ring_at_once; }
 };

@@ -31,8 +31,9 @@ struct Options : DriverOptions {
   std::int64_t repeat = 4;
 };
 
-const std::vector<std::string> kParameters = {"model",  "model_desc", "text",  "context",  "n_batch", "type_k",
-                                              "type_v", "mode",       "phase", "n_prompt", "n_gen",   "n_depth"};
+const std::vector<std::string> kParameters = {"model",  "model_desc", "text", "context", "n_batch",
+                                              "type_k", "type_v",     "mode", "phase",   "n_prompt",
+                                              "n_gen",  "n_depth",    "off",  "plan"};
 const std::vector<std::string> kMeasures = {
     "avg_ts",      "stddev_ts",     "n_sample",          "us_a_token",      "read_bytes", "copy_gb_per_s",
     "of_roofline", "planned_bytes", "peak_device_bytes", "load_peak_bytes", "load_s"};
@@ -59,7 +60,10 @@ class Run {
     const std::int64_t longest = std::max(deepest, *std::max_element(options.prompts.begin(), options.prompts.end()));
     ids_ = text_ids(options, model.config().vocab, std::min(longest + options.chunk, options.context));
     spec_ = with_seed(parse_cache_spec(cache_), options.seed);
-    session_ = model.make_session({.cache = spec_, .context = options.context, .max_chunk = options.chunk});
+    session_ = model.make_session(
+        {.cache = spec_, .context = options.context, .max_chunk = options.chunk, .policy = options.policy()});
+    show_plans(options, cache_, session_->step_plans());
+    plan_ = digest(session_->step_plans());
   }
 
   void run() {
@@ -104,7 +108,9 @@ class Run {
   }
 
   void run_decode(const std::string& mode, std::int64_t depth) {
-    session_->set_use_graph(mode == "graph");
+    ExecutionPolicy policy = options_.policy();
+    policy.graph = mode == "graph";
+    session_->set_policy(policy);
     const std::vector<double> rates = decode_rates(*session_, options_.window, options_.repeat);
     note_memory();
     write("decode", {.n_gen = options_.window, .n_depth = depth, .mode = mode}, rates);
@@ -127,6 +133,7 @@ class Run {
   void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
     ResultTable::Row row = table_.row();
     set_run_text(row, options_, desc_);
+    set_run_plan(row, options_.policy(), plan_);
     row.set("context", options_.context).set("n_batch", options_.chunk).set("type_k", cache_).set("type_v", cache_);
     if (!what.mode.empty()) row.set("mode", what.mode);
     row.set("phase", phase).set("n_prompt", what.n_prompt).set("n_gen", what.n_gen).set("n_depth", what.n_depth);
@@ -144,7 +151,7 @@ class Run {
   ResultTable& table_;
   const CudaModel& model_;
   const Roofline& roofline_;
-  std::string cache_, desc_;
+  std::string cache_, desc_, plan_;
   CacheSpec spec_;
   std::vector<std::int32_t> ids_;
   std::unique_ptr<CudaSession> session_;
@@ -177,6 +184,7 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--repeat", options.repeat, "Windows at a depth, and runs of a prompt")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
+  add_policy(app, options);
   add_ids(app, options);
   add_seed(app, options);
   add_out(app, options);
@@ -202,8 +210,10 @@ void run(int argc, char** argv) {
   const std::string desc = model_desc(options.model);
   const Roofline roofline{.tensors = model_tensors(GgufFile::open(options.model)),
                           .copy_gb_per_s = device_copy_gb_per_s()};  // before the model takes the memory
-  CudaSettings planned{
-      .cache = parse_cache_spec(options.caches.front()), .context = options.context, .max_chunk = options.chunk};
+  CudaSettings planned{.cache = parse_cache_spec(options.caches.front()),
+                       .context = options.context,
+                       .max_chunk = options.chunk,
+                       .policy = options.policy()};
   const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, planned);
   for (const std::string& cache : options.caches) Run(options, table, *model, roofline, cache, desc).run();
   table.print(std::cout, {"type_k", "mode", "phase", "n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts",

@@ -29,9 +29,9 @@ struct PendingOutput {
 
 /// One forward pass: what embed() sets before its first kernel.
 struct Pass {
-  ChunkPlace chunk;
-  LayerCachePlan caches;
-  PendingOutput pending;
+  ChunkPlace chunk = {};
+  LayerCachePlan caches = {};
+  PendingOutput pending = {};
   bool overlap = true;       ///< programmatic dependent launch of what reads or writes the residual stream
   bool dynamic_rows = true;  ///< blocks of a decode product that end early take rows of others
   [[nodiscard]] std::int64_t n_token() const { return chunk.n_token; }

@@ -16,8 +16,8 @@ namespace gemma4::cuda {
 /// The tokens that a forward pass takes: how many, and where they stand.
 struct ChunkPlace {
   std::int64_t n_token = 0;
-  DeviceCount position;                     ///< of the first
-  DeviceCount kv_len;                       ///< position + n_token
+  DeviceCount position = {};                ///< of the first
+  DeviceCount kv_len = {};                  ///< position + n_token
   const std::int32_t* positions = nullptr;  ///< [n_token] on the device; where LayerCachePlan::needs_positions
 };
 

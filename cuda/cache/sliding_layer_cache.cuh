@@ -24,8 +24,8 @@ namespace gemma4::cuda {
 
 /// How a chunk goes through the sliding layers.
 struct SlidingPlan {
-  SlidingDecodePlan step;          ///< one launch for a step; used where it fits
-  FlashPlan attention;             ///< otherwise
+  SlidingDecodePlan step = {};     ///< one launch for a step; used where it fits
+  FlashPlan attention = {};        ///< otherwise
   bool into_ring_at_once = false;  ///< the chunk is so short that the ring loses nothing that one of it sees
   bool overlap = true;
   [[nodiscard]] bool is_one_launch() const { return step.fits(); }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -15,7 +14,9 @@
 #include "experiments/support/any_backend.hpp"
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
+#include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/memory_plan.hpp"
+#include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/progress.hpp"
 #include "gemma4/report/run_info.hpp"
 #include "gemma4/sampler.hpp"
@@ -43,15 +44,8 @@ struct CudaSettings {
   std::int64_t context = 131072;
   std::int64_t max_chunk = 2048;
   std::int64_t n_logit_row = 1;
-  bool use_graph = true;
-  std::vector<std::string> off = {};  ///< of kSwitchNames
+  ExecutionPolicy policy = {};
 };
-
-/// What may be switched off on a live sequence. The graph is CudaSettings::use_graph; whether gate and up are one
-/// matrix is decided when the model is loaded.
-inline constexpr std::array<std::string_view, 7> kSwitchNames = {
-    "kv_len_clamp",          "causal_skip", "split_k",       "qkv_prologue_fusion",
-    "sliding_decode_fusion", "row_tickets", "launch_overlap"};
 
 /// A sequence on the device.
 class CudaSession {
@@ -70,9 +64,10 @@ class CudaSession {
   /// The last tokens, fewer than kMaxRewind, never were.
   virtual void rewind(std::int64_t n_token) = 0;
   virtual void reset() = 0;
-  virtual void set_use_graph(bool use_graph) = 0;
-  /// The switches that are off from here on; the sequence goes on.
-  virtual void set_off(const std::vector<std::string>& off) = 0;
+  /// From here on; the sequence goes on. Whether gate and up are one matrix was decided when the model was loaded.
+  virtual void set_policy(const ExecutionPolicy& policy) = 0;
+  /// How a decode step and the longest chunk run.
+  [[nodiscard]] virtual std::vector<StepPlan> step_plans() const = 0;
   /// Runs `work` with an event around every component.
   [[nodiscard]] virtual std::vector<ComponentTime> profile(const std::function<void()>& work) = 0;
   virtual void copy_logits(std::int64_t row, std::span<float> out) const = 0;
@@ -95,12 +90,11 @@ class CudaModel {
 };
 
 struct CudaLoadSettings {
-  bool join_gate_up = true;
   ProgressOptions progress = {};
 };
 
 /// Loads a GGUF file. `planned` are the sequences that will live beside the weights: when they do not fit, this refuses
-/// before it loads, and says what would.
+/// before it loads, and says what would. Its policy decides whether gate and up are one matrix.
 [[nodiscard]] std::unique_ptr<CudaModel> load_cuda_model(const std::filesystem::path& path,
                                                          const CudaLoadSettings& settings, const CudaSettings& planned);
 

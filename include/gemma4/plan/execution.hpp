@@ -27,6 +27,9 @@ struct ExecutionPolicy {
   bool operator==(const ExecutionPolicy&) const = default;
 };
 
+/// One of them.
+using PolicyField = bool ExecutionPolicy::*;
+
 enum class Phase : std::uint8_t { kDecode = 1, kPrefill = 2 };
 
 /// What must differ when a switch is off; a test looks, for each phase in which the switch acts.
@@ -41,7 +44,7 @@ enum class SwitchEvidence {
 enum class SwitchScope { kStep, kSession, kLoad };
 
 struct ExecutionSwitch {
-  bool ExecutionPolicy::*field;
+  PolicyField field;
   std::string_view name;  ///< of the field, in tables and behind --off
   std::string_view help;  ///< what off means
   std::uint8_t phases;    ///< in which it acts, of Phase
