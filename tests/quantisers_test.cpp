@@ -248,6 +248,15 @@ RC_GTEST_PROP(BlockQuantisers, ReadBackWhatLlamaCppStores, (std::uint64_t seed))
   RC_ASSERT(!close(roundtrip(Q80Cache{}, CacheSide::kKey, shifted), q8_0_through_bytes(x), 0.0));
 }
 
+/// A quotient of 2.4999993 in float, whose sum with 8.5 rounds up to 11: g++ 12 fused the two, also through a sum in
+/// double, and got 10.
+TEST(BlockQuantisers, ProductIsRoundedBeforeTheSum) {
+  std::vector<float> x(32, 0.0f);
+  x[0] = 0x1.0c92bap-11f, x[1] = -0x1.4fb764p-13f;
+  EXPECT_EQ(roundtrip(Q40Cache{}, CacheSide::kKey, x)[1], 3.0f * to_float(to_f16(x[0] / -8.0f)));
+  EXPECT_LT(std::fma(x[1], 1.0f / (x[0] / -8.0f), 8.5f), 11.0f) << "negative control: fused, it is another code";
+}
+
 /// Worked by hand. q4_0: the largest is -4, so d = 0.5: 3.74 / 0.5 + 8.5 = 15.98 -> 15, read back 3.5; the same but 4
 /// is the code 16, cut to 15. q8_0: d = 1 exactly, ties go away from zero.
 TEST(BlockQuantisers, KnownValues) {
