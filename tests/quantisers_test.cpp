@@ -22,6 +22,7 @@
 #include "tests/support/attention_case.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/text_file.hpp"
 
 namespace {
 
@@ -330,6 +331,18 @@ TEST(Quantisers, RelativeErrorOfANormalVector) {
   EXPECT_LT(error(Q80Cache{}), error(Int8Token{}));
   EXPECT_GT(error(Q40Cache{}), 10 * error(Q80Cache{}));
   EXPECT_LT(error(Q40Cache{}), 3.0 / 8 / std::sqrt(12.0));
+}
+
+// ---- What an idea costs
+
+/// The files of the recipe "add a simulated cache format", and one line in the list of gemma4/quantisers.hpp.
+TEST(Recipes, AnAccuracyRowCostsThreeFilesAndEightyLines) {
+  std::ptrdiff_t lines = 1;
+  for (const char* file : {"recipes/e4m3_token.hpp", "recipes_test.cpp"}) {
+    const std::string text = testkit::read_text(std::string(GEMMA4_TEST_DATA) + "/../" + file);
+    lines += std::count(text.begin(), text.end(), '\n');
+  }
+  EXPECT_LE(lines, 80);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "cuda/device/stream.cuh"
 #include "gemma4/quantisers.hpp"
 #include "reference/simulated_cache.hpp"
+#include "tests/recipes/e4m3_token.hpp"
 #include "tests/support/attention_case.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
@@ -168,14 +169,16 @@ RC_GTEST_PROP(SimulatedCacheGpu, LeavesTheBitsOfTheReference, ()) {
   const int k_bits = *rc::gen::inRange(2, 9), v_bits = (k_bits - 2 + *rc::gen::inRange(1, 7)) % 7 + 2;  // apart
   const auto seed = *rc::gen::inRange<std::uint64_t>(0, 1000);
   const std::string scalar = concat("sim-k", k_bits, "v", v_bits);
-  for (const std::string& stem : {scalar, std::string("sim-int8"), std::string("sim-q8_0"), std::string("sim-q4_0")}) {
+  using Formats = SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache, recipes::E4m3Token>;
+  for (const std::string& stem :
+       {scalar, std::string("sim-int8"), std::string("sim-q8_0"), std::string("sim-q4_0"), std::string("sim-e4m3")}) {
     for (const char* rotation : {"", "-had"}) {
       std::visit(
           [&](auto format) {
             format.seed = seed;
             check_bits(u, format);
           },
-          *ShippedSimulatedFormats::parse(stem + rotation));
+          *Formats::parse(stem + rotation));
     }
   }
 }
