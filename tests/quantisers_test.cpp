@@ -22,6 +22,7 @@
 #include "tests/support/attention_case.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/text_file.hpp"
 
 namespace {
 
@@ -248,6 +249,15 @@ RC_GTEST_PROP(BlockQuantisers, ReadBackWhatLlamaCppStores, (std::uint64_t seed))
   RC_ASSERT(!close(roundtrip(Q80Cache{}, CacheSide::kKey, shifted), q8_0_through_bytes(x), 0.0));
 }
 
+/// A quotient of 2.4999993 in float, whose sum with 8.5 rounds up to 11: g++ 12 fused the two, also through a sum in
+/// double, and got 10.
+TEST(BlockQuantisers, ProductIsRoundedBeforeTheSum) {
+  std::vector<float> x(32, 0.0f);
+  x[0] = 0x1.0c92bap-11f, x[1] = -0x1.4fb764p-13f;
+  EXPECT_EQ(roundtrip(Q40Cache{}, CacheSide::kKey, x)[1], 3.0f * to_float(to_f16(x[0] / -8.0f)));
+  EXPECT_LT(std::fma(x[1], 1.0f / (x[0] / -8.0f), 8.5f), 11.0f) << "negative control: fused, it is another code";
+}
+
 /// Worked by hand. q4_0: the largest is -4, so d = 0.5: 3.74 / 0.5 + 8.5 = 15.98 -> 15, read back 3.5; the same but 4
 /// is the code 16, cut to 15. q8_0: d = 1 exactly, ties go away from zero.
 TEST(BlockQuantisers, KnownValues) {
@@ -321,6 +331,18 @@ TEST(Quantisers, RelativeErrorOfANormalVector) {
   EXPECT_LT(error(Q80Cache{}), error(Int8Token{}));
   EXPECT_GT(error(Q40Cache{}), 10 * error(Q80Cache{}));
   EXPECT_LT(error(Q40Cache{}), 3.0 / 8 / std::sqrt(12.0));
+}
+
+// ---- What an idea costs
+
+/// The files of the recipe "add a simulated cache format", and one line in the list of gemma4/quantisers.hpp.
+TEST(Recipes, AnAccuracyRowCostsThreeFilesAndEightyLines) {
+  std::ptrdiff_t lines = 1;
+  for (const char* file : {"recipes/e4m3_token.hpp", "recipes_test.cpp"}) {
+    const std::string text = testkit::read_text(std::string(GEMMA4_TEST_DATA) + "/../" + file);
+    lines += std::count(text.begin(), text.end(), '\n');
+  }
+  EXPECT_LE(lines, 80);
 }
 
 }  // namespace

@@ -34,11 +34,12 @@ class SimulatedLayerCache {
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
     const std::int64_t n_token = qkv.q.rows();
     const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
-    simulated_cache_update<Scalar>(*codec_, detail::heads_view(qkv.k, head_dim_), detail::heads_view(qkv.v, head_dim_), positions, cache_);
+    simulated_cache_update<Scalar>(*codec_, detail::heads_view(qkv.k, head_dim_), detail::heads_view(qkv.v, head_dim_),
+                                   positions, cache_);
     const auto& stored = cache_;
     Matrix<Scalar> out(n_token, qkv.q.cols());
-    bf16_attention<Scalar, Bf16>(detail::heads_view(qkv.q, head_dim_), stored.k(), stored.v(), {.scale = ModelConfig::kAttentionScale},
-                                 position + n_token,
+    bf16_attention<Scalar, Bf16>(detail::heads_view(qkv.q, head_dim_), stored.k(), stored.v(),
+                                 {.scale = ModelConfig::kAttentionScale}, position + n_token,
                                  make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_));
     return out;
   }

@@ -58,10 +58,8 @@ struct Q40Cache {
     const float d = largest / -8.0f, stored = to_float(to_f16(d));
     const float inverse = stored == 0.0f ? 0.0f : 1.0f / d;
     for (int i = 0; i < n; ++i) {
-      // The product is rounded to float before 8.5 is added, as in ggml built without fused multiply-add; the sum of
-      // two floats in double, rounded to float, is their float sum.
-      const float quotient = values[i] * inverse;
-      const float code = truncf(static_cast<float>(static_cast<double>(quotient) + 8.5));
+      // Two roundings, as in ggml built without fused multiply-add: the fused sum turns a tie.
+      const float code = truncf(product(values[i], inverse) + 8.5f);
       values[i] = stored * (fminf(code, 15.0f) - 8.0f);
     }
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <optional>
@@ -19,8 +20,8 @@
 ///
 /// Host and device compile the same functor and must get the same bits. Two habits are enough for that:
 ///   - +, *, / and sqrt are rounded correctly on both sides, but either compiler may fuse a * b + c into one rounding.
-///     So a product that is added to something is exact (two floats, multiplied in double), or it is first rounded to
-///     float and the sum taken in double, which no compiler fuses through the conversion.
+///     So a product that is added to something is exact (two floats, multiplied in double), or it is `product(a, b)`.
+///     A conversion to double and back does not keep them apart: g++ 12 removes it and fuses.
 ///   - nothing of exp, log or pow: tables are made on the host and travel inside the functor.
 namespace gemma4 {
 
@@ -43,6 +44,12 @@ concept Quantiser = std::is_trivially_copyable_v<T> && std::equality_comparable<
 /// The one NaN that a simulated cache stores: what a float NaN becomes on the device. x86 makes others.
 [[nodiscard]] GEMMA4_HD constexpr float quiet_nan() {
   return bit_cast<float>(std::uint32_t{0x7FFFFFFFu});
+}
+
+/// a * b rounded to float before anything is added to it: a sum that is fused already cannot be fused again, and adding
+/// zero cannot be dropped, because it turns -0 into 0.
+[[nodiscard]] GEMMA4_HD inline float product(float a, float b) {
+  return fmaf(a, b, 0.0f);
 }
 
 /// max |x| of `n` values by their bits, in which NaN is above infinity and infinity above every number.
