@@ -4,6 +4,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/backend.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_cache.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/device/allocation_count.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/device/check.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/device/device_arena.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/device/device_buffer.cuh"
