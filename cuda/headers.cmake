@@ -14,6 +14,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/cache/simulated_layer_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/sliding_layer_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/tq4_layer_cache.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/device/allocation_count.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/device/check.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/device/device_arena.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/device/device_buffer.cuh"

@@ -5,8 +5,10 @@
 
 #include <cmath>
 #include <complex>
+#include <cstdint>
 #include <vector>
 
+#include "tests/support/attention_case.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
 
@@ -21,9 +23,13 @@ std::vector<double> flat(const Matrix<double>& m) {
   return {m.data(), m.data() + m.size()};
 }
 
+Matrix<double> seeded_matrix(std::uint64_t seed, Eigen::Index rows, Eigen::Index cols) {
+  const std::vector<float> values = testkit::draw(seed, rows * cols, 1.0f);
+  return Eigen::Map<const Matrix<float>>(values.data(), rows, cols).cast<double>();
+}
+
 Matrix<double> random_matrix(Eigen::Index rows, Eigen::Index cols) {
-  std::srand(*rc::gen::arbitrary<unsigned>());
-  return Matrix<double>::Random(rows, cols);
+  return seeded_matrix(*rc::gen::arbitrary<std::uint64_t>(), rows, cols);
 }
 
 AttentionConfig any_attention() {
@@ -104,7 +110,7 @@ RC_GTEST_PROP(Rope, FloatStaysWithinItsRoundingAtTheLastPosition, ()) {
 
 TEST(Rope, PartialRotationLeavesTheRestUntouched) {
   const AttentionConfig full = gemma4_31b().full;
-  Matrix<double> x = Matrix<double>::Random(2, full.head_dim);
+  Matrix<double> x = seeded_matrix(1, 2, full.head_dim);
   const Matrix<double> before = x;
   reference::rope<double>(x, 5000, full);
   const Eigen::Index half = full.head_dim / 2, pairs = full.rope_pairs;
@@ -115,7 +121,7 @@ TEST(Rope, PartialRotationLeavesTheRestUntouched) {
 }
 
 TEST(Rope, PositionZeroIsTheIdentity) {
-  Matrix<double> x = Matrix<double>::Random(1, 256);
+  Matrix<double> x = seeded_matrix(2, 1, 256);
   const Matrix<double> before = x;
   reference::rope<double>(x, 0, gemma4_31b().sliding);
   EXPECT_EQ(x, before);

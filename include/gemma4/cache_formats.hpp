@@ -9,18 +9,16 @@
 
 #include "gemma4/cache_format.hpp"
 #include "gemma4/error.hpp"
-#include "gemma4/quantisers/block32.hpp"
-#include "gemma4/quantisers/int8_token.hpp"
-#include "gemma4/quantisers/quantiser.hpp"
-#include "gemma4/quantisers/scalar_codes.hpp"
+#include "gemma4/quantisers.hpp"
 
 /// The one list of cache formats. The grammar of --cache, the memory plan, the caches of both backends and the tests
 /// are made from it.
 namespace gemma4 {
 
 /// Formats as a list of types: what is made from it is a template on the list, so that a test can ask for one more.
-template <CacheFormat... TFormats>
+template <class... TFormats>
 struct CacheFormatList {
+  static_assert((CacheFormat<TFormats> && ...), "a type of the list is no cache format: gemma4/cache_format.hpp");
   using Variant = std::variant<TFormats...>;
   /// TCacheOf<TFormat>... as a variant: a format without a cache does not compile.
   template <template <class> class TCacheOf>
@@ -43,8 +41,7 @@ struct CacheFormatList {
   }
 };
 
-using CacheFormats = CacheFormatList<Bf16Format, F32Format, Tq4Format, Simulated<ScalarCodes>, Simulated<Int8Token>,
-                                     Simulated<Q80Cache>, Simulated<Q40Cache>>;
+using CacheFormats = ShippedSimulatedFormats::AppendTo<CacheFormatList, Bf16Format, F32Format, Tq4Format>;
 
 /// What the flat cache of the full-attention layers holds: one of the list.
 using CacheSpec = CacheFormats::Variant;

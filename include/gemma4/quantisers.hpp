@@ -18,6 +18,9 @@ namespace gemma4 {
 template <Quantiser... TQuantiser>
 struct SimulatedFormats {
   using Any = std::variant<Simulated<TQuantiser>...>;
+  /// TList<TFirst..., Simulated<TQuantiser>...>: how gemma4/cache_formats.hpp takes them in.
+  template <template <class...> class TList, class... TFirst>
+  using AppendTo = TList<TFirst..., Simulated<TQuantiser>...>;
 
   /// The format of a name, seed 0; nothing where no format of the list has it.
   [[nodiscard]] static std::optional<Any> parse(std::string_view name) {

@@ -15,6 +15,7 @@ namespace gemma4::recipes {
 
 /// e4m3 (4 bits of exponent, 3 of fraction, largest 448) with a bf16 scale a token: sim-e4m3[-had].
 struct E4m3Token {
+  static constexpr std::string_view kGrammar = "e4m3";
   bool operator==(const E4m3Token&) const = default;
   [[nodiscard]] std::int64_t block_size(std::int64_t head_dim) const { return head_dim; }
   [[nodiscard]] std::int64_t row_bytes(CacheSide, std::int64_t head_dim) const { return head_dim + 2; }
