@@ -7,6 +7,7 @@
 
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/random_matrix.hpp"
 #include "tests/support/random_weights.hpp"
 
 namespace {
@@ -24,9 +25,8 @@ Case any_case() {
   const std::int64_t cols = *rc::gen::inRange<std::int64_t>(1, 4) * 256;
   const std::int64_t rows = *rc::gen::inRange<std::int64_t>(1, 300);  // below, at and beyond the tile of 128
   const std::int64_t n_token = *rc::gen::inRange<std::int64_t>(1, 9);
-  std::srand(*rc::gen::arbitrary<unsigned>());
   return {testkit::random_weights(type, rows, cols, *rc::gen::arbitrary<std::uint32_t>()),
-          Matrix<float>::Random(n_token, cols).cast<double>()};
+          testkit::random_matrix<float>(*rc::gen::arbitrary<std::uint64_t>(), n_token, cols).cast<double>()};
 }
 
 /// The definition in double on the whole dequantised matrix, and for each output the sum of |x| |w|.
