@@ -27,9 +27,10 @@ struct Q80Cache {
 
   GEMMA4_HD void roundtrip(CacheSide, float* values, int n) const {
     const float d = block_magnitude(values, n) / 127.0f, stored = to_float(to_f16(d));
-    // A d below the smallest f16 may have no finite inverse, and its codes are not seen.
+    // product(), because a library may round by adding a half. A d below the smallest f16 may have no finite inverse,
+    // and its codes are not seen.
     const float inverse = stored == 0.0f ? 0.0f : 1.0f / d;
-    for (int i = 0; i < n; ++i) values[i] = stored * roundf(values[i] * inverse);
+    for (int i = 0; i < n; ++i) values[i] = stored * roundf(product(values[i], inverse));
   }
 
   [[nodiscard]] std::int64_t row_bytes(CacheSide, std::int64_t head_dim) const {
