@@ -13,6 +13,7 @@
 #include "cuda/bf16_attention.cuh"
 #include "cuda/bf16_cache.cuh"
 #include "cuda/device/device_arena.cuh"
+#include "cuda/device/device_count.cuh"
 #include "cuda/device/device_info.cuh"
 #include "cuda/qkv_prologue.cuh"
 #include "cuda/ring_cache.cuh"

@@ -10,13 +10,14 @@
 #include <optional>
 #include <span>
 
+#include "cuda/device/device_count.cuh"
 #include "cuda/device/device_info.cuh"
-#include "cuda/flash/params.cuh"
 #include "cuda/tq4_attention/decode_launch.cuh"
 #include "cuda/tq4_attention/prefill.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"

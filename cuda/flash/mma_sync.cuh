@@ -4,9 +4,16 @@
 #include <array>
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
 #include "cuda/flash/params.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/copy_async.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/ptx/matrix.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared_memory.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
+#include "gemma4/attention.hpp"
 
 /// Flash attention with mma.sync: every head_dim, group, mask and source of keys, on every device from sm_80.
 /// It is the path of decode (few rows, keys split over blocks) and the prefill of devices without wgmma.
@@ -117,7 +124,7 @@ __device__ __forceinline__ void load_keys(const FlashParams& params, const KeyEx
   static_assert(TTraits::kThreads % TTraits::kChunks == 0 && kTileKv % kRowsAtOnce == 0);
   const int chunk = threadIdx.x % TTraits::kChunks, row0 = threadIdx.x / TTraits::kChunks;
   const bool fresh = first >= extent.fresh_begin;  // of the first row
-  const int slot = fresh ? first - extent.fresh_begin : first % params.ring_len;
+  const int slot = fresh ? first - extent.fresh_begin : ring_slot(first, params.ring_len);
   const bool one_source = fresh || (first + kTileKv <= extent.fresh_begin && slot + kTileKv <= params.ring_len);
   const auto base = [&](const Bf16* data, const std::int64_t(&stride)[3]) {
     return data + batch * stride[0] + head_kv * stride[1] + chunk * 8;
@@ -139,7 +146,7 @@ __device__ __forceinline__ void load_keys(const FlashParams& params, const KeyEx
     const int position = first + row, fresh_row = position - extent.fresh_begin;
     const bool valid = position >= keys.lo && position < keys.hi;
     int old_row = slot + row;
-    if (fresh_row < 0 && old_row >= params.ring_len) old_row %= params.ring_len;
+    if (fresh_row < 0 && old_row >= params.ring_len) old_row = ring_slot(old_row, params.ring_len);
     const Bf16* const k =
         fresh_row >= 0 ? fresh_k + fresh_row * params.fresh.k_stride[2] : old_k + old_row * params.old.k_stride[2];
     const Bf16* const v =
@@ -211,8 +218,7 @@ __device__ __forceinline__ void absorb(FlashState<TTraits>& state, float (&s)[2]
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float maximum = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
-    maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
-    maximum = fmaxf(state.m[half], fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2)));
+    maximum = fmaxf(state.m[half], quad_max(maximum));
     const float reference = maximum == -INFINITY ? 0.0f : maximum;  // (-inf) - (-inf) is not a number
     alpha[half] = exp2_approx(state.m[half] - reference);
     state.m[half] = maximum;
@@ -358,10 +364,7 @@ __device__ __forceinline__ void merge_and_store(FlashState<TTraits>& state, cons
                                                 int batch, int head_kv, int row0, int warp_m, int warp_k, int dim0) {
   const int warp_row = warp_m * 16 + (threadIdx.x & 31) / 4;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    state.l[half] += __shfl_xor_sync(~0u, state.l[half], 1);
-    state.l[half] += __shfl_xor_sync(~0u, state.l[half], 2);
-  }
+  for (int half = 0; half < 2; ++half) warp_sum_in_place<1, 2>(state.l[half]);
   if constexpr (TTraits::kWarpsK == 1) {
     store_rows(state, params, batch, head_kv, row0 + warp_row, dim0);
   } else {
@@ -479,8 +482,7 @@ __global__ void __launch_bounds__(kHeadDim / 4 * kCombineGroups)
   for (int split = lane; split < params.n_split; split += 32) {
     maximum = fmaxf(maximum, params.partial_ml[2 * index(split)]);
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+  maximum = warp_max(maximum);
   const float reference = maximum == -INFINITY ? 0.0f : maximum;
   float total = 0.0f;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

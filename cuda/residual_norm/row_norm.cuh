@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
 #include "gemma4/float16.hpp"
 
 /// What "finish the residual, then normalise it" is for one row, in operations that are spelled out one by one: whoever
@@ -34,13 +36,7 @@ inline constexpr int kRowPiece = 8;  ///< values
 /// @tparam kBarrier a named barrier of the row's threads; 0 where they are the whole block
 template <int kBarrier>
 [[nodiscard]] __device__ __forceinline__ float sum_of_row(float sum, float (&parts)[kRowWarps], int thread) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
-  if ((thread & 31) == 0) parts[thread / 32] = sum;
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kRowThreads) : "memory");
-  sum = 0.0f;
-#pragma unroll
-  for (const float part : parts) sum = __fadd_rn(sum, part);
+  block_sum_in_place(sum, parts, thread, [] { named_barrier_sync<kBarrier, kRowThreads>(); });
   return sum;
 }
 

@@ -6,14 +6,21 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/ptx/cache_hint.cuh"
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/qkv_prologue.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/shared_memory.cuh"
+#include "cuda/ptx/vector_io.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/rms_norm.cuh"
 #include "cuda/rope.cuh"
-#include "cuda/rotation.cuh"
-#include "cuda/tq4_attention/record_ring.cuh"
+#include "gemma4/attention.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/platform.hpp"
 #include "gemma4/view.hpp"
@@ -35,7 +42,6 @@
 /// - sums left in memory for the last block to merge, by 8 blocks a KV head or by 16;
 /// - the next product's weights fetched into the L2 cache once the own keys have come: the more, the slower.
 /// A body whose copying warp passes the block's barriers at places of its own is a little faster; synccheck refuses it.
-/// Source of the merge: the PTX ISA, "mapa", "barrier.cluster".
 namespace gemma4::cuda {
 
 namespace detail {
@@ -129,19 +135,15 @@ __device__ __forceinline__ void fetch_chunk(const SlidingDecodeParams& params, c
   const int in_kind = chunk % T::kChunks, n_row = min(share.n_old - in_kind * T::kChunkKeys, T::kChunkKeys);
   if (in_kind * T::kChunkKeys >= share.n_key) return;
   const std::uint32_t barrier = shared_address(smem + SlidingDecodeSmem<T>::kFull) + 8 * chunk;
-  if (n_row <= 0) return mbarrier_arrive(barrier);  // nothing but the newest
-  std::uint64_t policy;                             // a ring is not read again before all weights have been
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  const auto slot = static_cast<int>(static_cast<std::uint32_t>(share.first + in_kind * T::kChunkKeys) %
-                                     static_cast<std::uint32_t>(params.ring_len));  // ring_slot()
+  if (n_row <= 0) return mbarrier_arrive(barrier);    // nothing but the newest
+  const std::uint64_t policy = evict_first_policy();  // a ring is not read again before all weights have been
+  const auto slot = static_cast<int>(ring_slot(static_cast<std::uint32_t>(share.first + in_kind * T::kChunkKeys),
+                                               static_cast<std::uint32_t>(params.ring_len)));
   const int n_before_end = min(n_row, params.ring_len - slot);
   const View<Bf16, 3>& ring = chunk < T::kChunks ? params.ring_k : params.ring_v;
   const auto copy = [&](int to_row, int from_row, int count) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-        "%4;" ::"r"(shared_address(smem + chunk % T::kSlots * T::kSlotBytes) + to_row * T::kHeadDim * 2),
-        "l"(&ring(share.head_kv, from_row, 0)), "r"(count * T::kHeadDim * 2), "r"(barrier), "l"(policy)
-        : "memory");
+    bulk_load(shared_address(smem + chunk % T::kSlots * T::kSlotBytes) + to_row * T::kHeadDim * 2,
+              &ring(share.head_kv, from_row, 0), count * T::kHeadDim * 2, barrier, policy);
   };
   mbarrier_expect(barrier, n_row * T::kHeadDim * 2);
   copy(0, slot, n_before_end);
@@ -222,7 +224,7 @@ __device__ __forceinline__ void prepare_heads(const SlidingDecodeParams& params,
   if (is_q) return store_values(reinterpret_cast<Bf16*>(smem + Smem::kQ) + vector * T::kHeadDim + first, x);
   store_values(reinterpret_cast<Bf16*>(smem + Smem::kFresh) + (is_k ? 0 : T::kHeadDim) + first, x);
   if (share.pair != 0 || share.position < 0) return;
-  const auto slot = static_cast<std::uint32_t>(share.position) % static_cast<std::uint32_t>(params.ring_len);
+  const auto slot = ring_slot(static_cast<std::uint32_t>(share.position), static_cast<std::uint32_t>(params.ring_len));
   store_values(&(is_k ? params.ring_k : params.ring_v)(share.head_kv, slot, first), x);
 }
 
@@ -304,14 +306,12 @@ __device__ __forceinline__ void weigh_keys(const float (&score)[2][2], unsigned 
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float maximum = fmaxf(score[0][h], score[1][h]);
-#pragma unroll
-    for (int step = 16; step >= 4; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+    maximum = warp_max<16, 4>(maximum);
     const float reference = maximum == -INFINITY ? 0.0f : maximum;
     weight[0][h] = exp2_approx(score[0][h] - reference);
     weight[1][h] = exp2_approx(score[1][h] - reference);
     float total = weight[0][h] + weight[1][h];
-#pragma unroll
-    for (int step = 16; step >= 4; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+    total = warp_sum<16, 4>(total);
     if (lane == 0) {
       reinterpret_cast<float2*>(smem + Smem::kStates)[warp * T::kHeads + h] = make_float2(maximum, total);
     }
@@ -388,13 +388,6 @@ template <class TState, class TPart>
   return merged;
 }
 
-/// Stores two floats at an address of another block's shared memory.
-__device__ __forceinline__ void store_to_block(unsigned char* local, int rank, float2 value) {
-  std::uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(local)), "r"(rank));
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(value.x), "f"(value.y) : "memory");
-}
-
 /// Merges the warps of this block and sends each block of the cluster what it finishes: 2 * head_dim / n_split values.
 template <class T>
 __device__ __forceinline__ void send_parts(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
@@ -443,7 +436,7 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   extern __shared__ __align__(128) unsigned char sliding_smem_bytes[];
   unsigned char* const smem = sliding_smem_bytes;
   const bool copies = threadIdx.x / 32 == T::kWarps;
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // "I have begun": may be written to
+  cluster_arrive_relaxed();  // "I have begun": may be written to
   const SlidingDecodeShare share(params);
   if (copies) {
     fetch_early<T>(params, share, smem);
@@ -457,17 +450,17 @@ __global__ void __launch_bounds__(T::kThreads, 2)
     fetch_rest<T>(params, share, smem);
   } else {
     prepare_heads<T>(params, share, smem);
-    team_sync<32 * T::kWarps>(1);
+    named_barrier_sync<32 * T::kWarps>(1);
     float score[2][2];
     score_keys_of_warp<T>(params, share, smem, score);
     weigh_keys<T>(score, smem);
     add_values<T>(share, smem);
-    team_sync<32 * T::kWarps>(1);
+    named_barrier_sync<32 * T::kWarps>(1);
   }
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // the others have begun
+  cluster_wait();  // the others have begun
   if (!copies) send_parts<T>(params, share, smem);
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive_release();
+  cluster_wait_acquire();
   if (!copies) finish_parts<T>(params, share, smem);
 #endif
 }

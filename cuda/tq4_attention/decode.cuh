@@ -5,8 +5,16 @@
 
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/ptx/matrix.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/opaque.cuh"
+#include "cuda/ptx/shared_memory.cuh"
+#include "cuda/ptx/vector_io.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention/decode_params.cuh"
 #include "cuda/tq4_cache/layout.cuh"
@@ -46,29 +54,6 @@ struct Tq4DecodeThread {
     return {warp >> 1, warp & 1, lane, lane >> 2, lane & 3};
   }
 };
-
-/// c += a b in fp16 with float sums; fragments as in mma_bf16.
-__device__ __forceinline__ void mma_f16(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                                        std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-[[nodiscard]] __device__ __forceinline__ std::uint32_t pack_f16(float low, float high) {
-  std::uint32_t packed;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-/// The transpose of an 8x8 matrix of 16-bit values whose row g, columns 2t and 2t + 1 are in lane 4g + t.
-[[nodiscard]] __device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t pair) {
-  std::uint32_t result;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
 
 /// floor(n * i / of) for i <= of, in 32 bits.
 [[nodiscard]] __device__ __forceinline__ int share(int n, int i, int of) {
@@ -141,8 +126,7 @@ __device__ __forceinline__ void stage_query(const Tq4DecodeParams& params, float
   float largest = 0.0f;
 #pragma unroll
   for (const float value : x) largest = fmaxf(largest, fabsf(value));
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+  largest = warp_max(largest);
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);  // biased; 0: zero, 255: not finite
   const bool scaled = exponent > 0 && exponent < 254;
   const float down = scaled ? __uint_as_float(static_cast<std::uint32_t>(254 - exponent) << 23) : 1.0f;
@@ -165,21 +149,6 @@ __device__ __forceinline__ void decode_levels(std::uint32_t word, const Tq4Decod
     decode_word_bytes(word, kKeys ? levels.k_bytes : levels.v_bytes, levels.two_16, levels.sixteen, out);
   } else {
     decode_word(word, kKeys ? levels.k : levels.v, out);
-  }
-}
-
-/// kCount consecutive words in shared memory, aligned to their size up to 16 bytes.
-template <int kCount>
-__device__ __forceinline__ void load_words(const std::uint32_t* source, std::uint32_t (&words)[kCount]) {
-  if constexpr (kCount == 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(source);
-    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-  } else if constexpr (kCount == 2) {
-    const uint2 two = *reinterpret_cast<const uint2*>(source);
-    words[0] = two.x, words[1] = two.y;
-  } else {
-    static_assert(kCount == 1);
-    words[0] = *source;
   }
 }
 
@@ -227,8 +196,8 @@ __device__ __forceinline__ void score_record(float (&s)[4], const unsigned char*
       std::uint32_t a[4], b[4];
       decode_levels<TTraits, true>(first[i], levels, a);
       decode_levels<TTraits, true>(second[i], levels, b);
-      mma_f16(chain[(2 * i) & 3], a[0], b[0], a[1], b[1], q.x, q.y);
-      mma_f16(chain[(2 * i + 1) & 3], a[2], b[2], a[3], b[3], q.z, q.w);
+      mma_f16(chain[(2 * i) & 3], {a[0], b[0], a[1], b[1]}, q.x, q.y);
+      mma_f16(chain[(2 * i + 1) & 3], {a[2], b[2], a[3], b[3]}, q.z, q.w);
     }
   }
 #pragma unroll
@@ -271,10 +240,7 @@ __device__ __forceinline__ void raise_reference(Tq4DecodeState<TTraits>& state, 
   float alpha[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    float maximum = fmaxf(s[c], s[2 + c]);
-#pragma unroll
-    for (int bit = 4; bit < 32; bit *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, bit));
-    maximum = fmaxf(maximum, state.m[c]);
+    const float maximum = fmaxf(warp_max<4, 16>(fmaxf(s[c], s[2 + c])), state.m[c]);
     alpha[c] = exp2_approx(state.m[c] - maximum);
     state.m[c] = maximum;
     state.l[c] *= alpha[c];
@@ -303,8 +269,8 @@ __device__ __forceinline__ void weigh_tokens(Tq4DecodeState<TTraits>& state, con
     state.l[i & 1] += p[i];
     p[i] *= v_norm[i];
   }
-  fragment[0] = transpose_8x8(pack_bf16(p[0], p[1]));
-  fragment[1] = transpose_8x8(pack_bf16(p[2], p[3]));
+  fragment[0] = transpose_matrix(pack_bf16(p[0], p[1]));
+  fragment[1] = transpose_matrix(pack_bf16(p[2], p[3]));
 }
 
 /// O^T += V^T weight for the warp's half of the dims.
@@ -371,7 +337,7 @@ __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, c
     float s[4];
     score_record<TTraits>(s, record, q_smem, at, params.levels);
     post_scores(s, scores, at, index);
-    team_sync<64>(1 + at.pair);
+    named_barrier_sync<64>(1 + at.pair);
     if (index > begin) ring.release(index - 1, end);
     take_scores(s, scores, at, index);
     const auto k_norm = Tq4TokenNorms::load(record + tq4_k_norms_offset(kHeadDim), at.g, 1.0f);
@@ -387,7 +353,7 @@ __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, c
   }
 #pragma unroll 1
   for (int missing = (most - (end - begin)) * (1 + ring.barriers_of_wait()); missing > 0; --missing) {
-    team_sync<64>(1 + at.pair);
+    named_barrier_sync<64>(1 + at.pair);
   }
 }
 
@@ -400,8 +366,7 @@ __device__ __forceinline__ void merge_pairs(Tq4DecodeState<TTraits>& state, cons
   auto* const ml = reinterpret_cast<float2*>(smem + TTraits::kMlOffset);  // [kPairs, 8]
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-#pragma unroll
-    for (int bit = 4; bit < 32; bit *= 2) state.l[c] += __shfl_xor_sync(~0u, state.l[c], bit);
+    warp_sum_in_place<4, 16>(state.l[c]);
     if (at.g == 0 && at.half == 0) ml[at.pair * 8 + 2 * at.t + c] = make_float2(state.m[c], state.l[c]);
   }
   __syncthreads();  // from here on the rings are the merge's memory, too
@@ -462,7 +427,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, TTraits::kBlocksPerSm)
   // then lie beside the end of the kernel before and not one after another behind the copies of this one.
   std::uint32_t negative = sign_bits<TTraits::kHeadDim>(params.rotation);
   std::uint32_t touched = params.levels.k_bytes[0] ^ params.levels.v_bytes[1] ^ params.levels.sixteen;
-  asm volatile("" : "+r"(negative), "+r"(touched));
+  have_now(negative, touched);
   wait_for_previous_kernel();
   allow_next_kernel();
   float x[TTraits::kValues];

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/flash/params.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention/record_ring.cuh"
 #include "cuda/tq4_cache/layout.cuh"
