@@ -5,8 +5,10 @@
 
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
-#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/cache_hint.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/ptx/vector_io.cuh"
 #include "cuda/quantized_linear/activation_blocks.cuh"
 #include "cuda/residual_norm/row_norm.cuh"
 #include "gemma4/float16.hpp"
@@ -36,9 +38,9 @@ struct LinearInput {
 
 /// A piece of a row of float, from memory that this kernel does not write.
 __device__ __forceinline__ void load_piece(const float* row, int piece, float (&values)[kRowPiece]) {
-  EightRaw<float> raw;
-  raw.load(row + kRowPiece * piece);
-  raw.values(values);
+  RawValues<kRowPiece, float> raw;
+  raw.load_from_l2(row + kRowPiece * piece);
+  raw.widen(values);
 }
 
 __device__ __forceinline__ void store_piece(float* row, int piece, const float (&values)[kRowPiece]) {
@@ -70,7 +72,7 @@ __device__ __forceinline__ void finish_and_quantize(const LinearInput& in, int n
     }
   };
   for (int piece = 4 * thread; piece < n_piece; piece += 4 * kRowThreads) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(in.norm + kRowPiece * piece));
+    prefetch_line(in.norm + kRowPiece * piece);
   }
   if (has_pending) load_row(in.post_norm, post_norm), load_row(in.residual, x);
   wait_for_previous_kernel();
