@@ -56,7 +56,7 @@ struct SlidingDecodePlan {
   while (plan.n_split > 1 && clusters * plan.n_split > device.sm_count) plan.n_split /= 2;
   if (n_split) plan.n_split = *n_split;
   const auto smem = [&]<int kHeadDim>() {
-    return detail::SlidingDecodeSmem<detail::SlidingDecodeTraits<kHeadDim>>::kBytes;
+    return sizeof(detail::SlidingDecodeSmem<detail::SlidingDecodeTraits<kHeadDim>>);
   };
   plan.smem_bytes = shape.head_dim == 256   ? smem.template operator()<256>()
                     : shape.head_dim == 128 ? smem.template operator()<128>()
