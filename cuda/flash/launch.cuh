@@ -13,6 +13,8 @@
 
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/flash/combine.cuh"
+#include "cuda/flash/mma_load.cuh"
 #include "cuda/flash/mma_sync.cuh"
 #include "cuda/flash/wgmma_256.cuh"
 #include "cuda/flash/wgmma_512.cuh"

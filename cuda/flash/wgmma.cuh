@@ -13,6 +13,7 @@
 #include "cuda/ptx/tensor_copy.cuh"
 #include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/softmax_state.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/checks.hpp"
 #include "gemma4/view.hpp"
@@ -71,10 +72,9 @@ struct NoTransform {
   return make_tensor_map(what, data, map);
 }
 
-/// Running softmax of a thread's two rows; m in units of the unscaled score.
+/// Running softmax of a thread's two rows; the maximum is that of the unscaled scores.
 struct WgmmaSoftmax {
-  float m[2] = {-INFINITY, -INFINITY};
-  float l[2] = {0.0f, 0.0f};
+  SoftmaxState row[2];
 };
 
 /// Hides the keys that a row does not see; `first` is the position of the tile's first key.
@@ -92,13 +92,14 @@ __device__ __forceinline__ void hide_tile(float (&s)[32], int first, const KeyRa
 __device__ __forceinline__ void softmax_tile(WgmmaSoftmax& state, float (&s)[32], float (&alpha)[2], float scale_log2) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    SoftmaxState& row = state.row[half];
     float maximum = s[2 * half];
 #pragma unroll
     for (int i = 0; i < 8; ++i) maximum = fmaxf(maximum, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
-    maximum = fmaxf(state.m[half], quad_max(maximum));
-    const float shift = maximum == -INFINITY ? 0.0f : maximum * scale_log2;  // (-inf) - (-inf) is not a number
-    alpha[half] = state.m[half] == maximum ? 1.0f : exp2_approx(fmaf(state.m[half], scale_log2, -shift));
-    state.m[half] = maximum;
+    maximum = fmaxf(row.maximum, quad_max(maximum));
+    const float shift = softmax_reference(maximum) * scale_log2;
+    alpha[half] = row.maximum == maximum ? 1.0f : exp2_approx(fmaf(row.maximum, scale_log2, -shift));
+    row.maximum = maximum;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -109,7 +110,7 @@ __device__ __forceinline__ void softmax_tile(WgmmaSoftmax& state, float (&s)[32]
         sum += p;
       }
     }
-    state.l[half] = fmaf(state.l[half], alpha[half], sum);
+    row.sum = fmaf(row.sum, alpha[half], sum);
   }
 }
 
@@ -133,8 +134,7 @@ __device__ __forceinline__ void rescale(float (&o)[128], const float (&alpha)[2]
 __device__ __forceinline__ void inverse_sum(const WgmmaSoftmax& state, float (&inverse)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float l = quad_sum(state.l[half]);
-    inverse[half] = l > 0.0f ? 1.0f / l : 0.0f;
+    inverse[half] = softmax_inverse(quad_sum(state.row[half].sum));
   }
 }
 
