@@ -11,7 +11,8 @@
 #include "cuda/ptx/vector_io.cuh"
 #include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/rotation.cuh"
-#include "cuda/tq4_attention/decode.cuh"
+#include "cuda/softmax_state.cuh"
+#include "cuda/tq4_attention/decode_query.cuh"
 
 /// The second kernel of TQ4 decode: adds what the blocks of the first one left of each query row and rotates the result
 /// back.
@@ -91,7 +92,8 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
   float scale = params.rotation.scale;
   have_now(negative, scale);
   const auto partial = [&](int split) {
-    return *reinterpret_cast<const float4*>(params.partial_o + ((unit.first + split) * 8 + slot) * kHeadDim + dim);
+    return *reinterpret_cast<const float4*>(params.partial_o + ((unit.first + split) * kRowTile + slot) * kHeadDim +
+                                            dim);
   };
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -103,13 +105,13 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
     if (group + i * kGroups < keys.n_active) part[i] = partial(group + i * kGroups);
   }
   if (thread < 32) {
-    float maximum = kTq4NoKey, total = 0.0f;
+    float maximum = kFarBelow, total = 0.0f;
     for (int split = lane; split < keys.n_active; split += 32) {
-      maximum = fmaxf(maximum, params.partial_ml[(unit.first + split) * 8 + slot].x);
+      maximum = fmaxf(maximum, params.partial_ml[(unit.first + split) * kRowTile + slot].x);
     }
     maximum = warp_max(maximum);
     for (int split = lane; split < keys.n_active; split += 32) {
-      const float2 ml = params.partial_ml[(unit.first + split) * 8 + slot];
+      const float2 ml = params.partial_ml[(unit.first + split) * kRowTile + slot];
       const float weight = exp2_approx(ml.x - maximum);
       weights[split] = weight;
       total += weight * ml.y;

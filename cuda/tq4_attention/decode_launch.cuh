@@ -57,7 +57,8 @@ struct Tq4DecodePlan {
             device.smem_limit_bytes, " B of shared memory a block");
     plan.tile = *found;
   }
-  const std::int64_t rows = shape.n_query * shape.group(), n_row_tile = (rows + 7) / 8;
+  const std::int64_t rows = shape.n_query * shape.group(),
+                     n_row_tile = (rows + detail::kRowTile - 1) / detail::kRowTile;
   const std::int64_t n_unit = shape.batch * shape.n_head_kv * n_row_tile;
   require(shape.n_head_kv <= 65535 && shape.batch * n_row_tile <= 65535, who, ": n_head_kv ", shape.n_head_kv,
           " and batch * n_query * group / 8 = ", shape.batch * n_row_tile, ", need at most 65535 of each");
@@ -69,9 +70,11 @@ struct Tq4DecodePlan {
   plan.n_row_tile = static_cast<int>(n_row_tile);
   plan.grid = dim3(static_cast<unsigned>(plan.n_split), static_cast<unsigned>(shape.n_head_kv),
                    static_cast<unsigned>(shape.batch * n_row_tile));
-  plan.combine_grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(rows, 8)), plan.grid.y, plan.grid.z);
+  plan.combine_grid =
+      dim3(static_cast<unsigned>(std::min<std::int64_t>(rows, detail::kRowTile)), plan.grid.y, plan.grid.z);
   plan.smem_bytes = plan.tile.smem_bytes();
-  plan.workspace_bytes = n_unit * plan.n_split * 8 * (shape.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  plan.workspace_bytes =
+      n_unit * plan.n_split * detail::kRowTile * (shape.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
   plan.overlap = device.compute_capability >= 90;
   return plan;
 }
