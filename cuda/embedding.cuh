@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <span>
 
-#include "cuda/device/check.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/quantized_linear/dequantise.cuh"
-#include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
@@ -76,9 +76,9 @@ void embedding(const DeviceTokens& tokens, const PackedMatrix& table, float scal
   const dim3 grid(static_cast<unsigned>((detail::n_half_group(table.cols) + 127) / 128),
                   static_cast<unsigned>(tokens.count));
   detail::for_weight_type("embedding", table.type, [&]<TensorType kType>() {
-    detail::launch_in_chain("embedding_kernel", detail::embedding_kernel<kType, TOut>, grid, dim3(128), stream, overlap,
-                            tokens.device, reinterpret_cast<const std::uint8_t*>(table.data), table.row_bytes(),
-                            table.rows, chunk_groups(table.cols), scale, out);
+    detail::Launch{.what = "embedding_kernel", .grid = grid, .block = 128, .stream = stream, .overlap = overlap}(
+        detail::embedding_kernel<kType, TOut>, tokens.device, reinterpret_cast<const std::uint8_t*>(table.data),
+        table.row_bytes(), table.rows, chunk_groups(table.cols), scale, out);
   });
 }
 

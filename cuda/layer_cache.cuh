@@ -19,6 +19,7 @@
 #include "cuda/cache/sliding_layer_cache.cuh"
 #include "cuda/cache/tq4_layer_cache.cuh"
 #include "cuda/device/device_arena.cuh"
+#include "cuda/device/device_count.cuh"
 #include "cuda/device/device_info.cuh"
 #include "cuda/qkv_prologue.cuh"
 #include "cuda/rms_norm.cuh"

@@ -13,6 +13,7 @@
 
 #include "cuda/device/check.cuh"
 #include "cuda/device/device_info.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/quantized_linear/few_tokens.cuh"
 #include "cuda/quantized_linear/plain.cuh"
 #include "cuda/quantized_linear/weight_layout.cuh"
@@ -103,21 +104,13 @@ namespace detail {
 
 template <int kTokens>
 void launch_linear_tokens(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
-  check(cudaFuncSetAttribute(linear_decode_kernel<kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.smem_limit_bytes)),
-        "shared memory of linear_decode_kernel");
-  keep_smem_share("linear_decode_kernel", linear_decode_kernel<kTokens>);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.n_block));
-  config.blockDim = dim3(kLinearThreads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(plan.smem_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = plan.overlap ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, linear_decode_kernel<kTokens>, params), "linear_decode_kernel");
+  Launch{.what = "linear_decode_kernel",
+         .grid = static_cast<unsigned>(plan.n_block),
+         .block = kLinearThreads,
+         .stream = stream,
+         .overlap = plan.overlap,
+         .smem_bytes = plan.smem_bytes,
+         .smem_limit_bytes = plan.smem_limit_bytes}(linear_decode_kernel<kTokens>, params);
 }
 
 inline void launch_linear_decode(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {

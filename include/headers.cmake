@@ -6,6 +6,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/cache_format.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/cache_formats.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/cache_update.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/checks.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/config.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/config_json.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/error.hpp"

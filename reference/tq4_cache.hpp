@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "gemma4/attention.hpp"
 #include "gemma4/cache_update.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/tq4_codebook.hpp"

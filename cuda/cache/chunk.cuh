@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <span>
 
-#include "cuda/flash/params.cuh"
+#include "cuda/device/device_count.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"

@@ -57,7 +57,7 @@ class FullLayerCaches<Tq4Format> {
     return {.component = "attention_full",
             .path = concat("tq4 decode, ", bytes ? "byte levels" : "level tables"),
             .tile = concat("d", tile.head_dim, " pairs ", tile.pairs, " stages ", tile.n_stage,
-                           plan.decode.programmatic ? "" : ", no PDL"),
+                           plan.decode.overlap ? "" : ", no PDL"),
             .n_split = plan.decode.n_split,
             .bytes = plan.workspace_bytes,
             .why = bytes ? "" : "the codebook has no byte levels"};

@@ -8,8 +8,8 @@
 #include <type_traits>
 
 #include "cuda/device/check.cuh"
+#include "cuda/ptx/vector_io.cuh"
 #include "cuda/quantized_linear/weight_layout.cuh"
-#include "cuda/rotation.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 

@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/ptx/vector_io.cuh"
 #include "cuda/quantized_linear/activation_blocks.cuh"
 #include "gemma4/float16.hpp"
 

@@ -7,9 +7,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/ptx/cache_hint.cuh"
+#include "cuda/ptx/copy_async.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared_memory.cuh"
 #include "cuda/quantized_linear/input.cuh"
 #include "cuda/quantized_linear/weight_layout.cuh"
 
@@ -225,8 +228,7 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
   const int lane = threadIdx.x & 31;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const bool contiguous = params.n_chunk == 1;
-  std::uint64_t policy;  // weights are not read again before everything else has been
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const std::uint64_t policy = evict_first_policy();  // weights are not read again before everything else has been
 #endif
   int n_asked = 0;
   const auto next = [&](const LinearStage& stage) { return take_ticket(params, smem, stage); };
@@ -242,11 +244,7 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
     if (lane < (contiguous ? 1 : stage.n_row)) {
       mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
       if (lane == 0) mbarrier_expect(full, total);
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-          "%4;" ::"r"(slot + lane * bytes),
-          "l"(from + lane * matrix.row_bytes), "r"(contiguous ? total : bytes), "r"(full), "l"(policy)
-          : "memory");
+      bulk_load(slot + lane * bytes, from + lane * matrix.row_bytes, contiguous ? total : bytes, full, policy);
     }
 #else
     mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
@@ -255,7 +253,7 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
         copy_async_16(slot + row * bytes + at_byte, from + row * matrix.row_bytes + at_byte, true);
       }
     }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+    copy_async_arrive(full);
 #endif
     __syncwarp();  // a lane without a copy would fall behind, or run ahead, by whole rounds, whose parity is the same
   });

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/ptx/warp_reduce.cuh"
 #include "gemma4/float16.hpp"
 
 /// What "finish the residual, then normalise it" is for one row, in operations that are spelled out one by one: every
@@ -31,13 +32,7 @@ inline constexpr int kRowPiece = 8;  ///< values
 /// The sum over the threads of a row, which are the whole block, in every one of them. `thread` counts them. `parts` is
 /// shared memory of this sum alone until the next barrier after the call: two sums in a row take two in turn.
 [[nodiscard]] __device__ __forceinline__ float sum_of_row(float sum, float (&parts)[kRowWarps], int thread) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
-  if ((thread & 31) == 0) parts[thread / 32] = sum;
-  __syncthreads();
-  sum = 0.0f;
-#pragma unroll
-  for (const float part : parts) sum = __fadd_rn(sum, part);
+  block_sum_in_place(sum, parts, thread, [] { __syncthreads(); });
   return sum;
 }
 
