@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <span>
 
+#include "cuda/device/device_count.cuh"
 #include "cuda/flash/launch.cuh"
 #include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 
 namespace gemma4::cuda {
 
@@ -23,11 +25,23 @@ namespace gemma4::cuda {
 
 namespace detail {
 
-/// bf16_attention on behalf of `who`; with `rotation` (where rotates_inside(plan, *rotation)) in the rotated space.
-inline void attend_flat(const char* who, View<const Bf16, 4> q, View<const Bf16, 4> k, View<const Bf16, 4> v,
-                        const AttentionOptions& options, DeviceCount kv_len, View<Bf16, 4> out, const FlashPlan& plan,
-                        std::span<std::byte> workspace, cudaStream_t stream, unsigned long long* tile_count,
-                        const RotationParams* rotation) {
+/// A call over a flat cache, as bf16_attention() describes it.
+struct FlatAttentionCall {
+  View<const Bf16, 4> q, k, v;
+  DeviceCount kv_len;
+  View<Bf16, 4> out;
+  std::span<std::byte> workspace;
+  cudaStream_t stream = nullptr;
+  unsigned long long* tile_count = nullptr;
+};
+
+/// bf16_attention on behalf of `who`; with a transform of the queries and results where the plan transforms_inside().
+template <class TTransform = NoTransform>
+void attend_flat(const char* who, const FlatAttentionCall& call, const AttentionOptions& options, const FlashPlan& plan,
+                 const TTransform& transform = {}) {
+  const View<const Bf16, 4>&q = call.q, &k = call.k, &v = call.v;
+  const View<Bf16, 4>& out = call.out;
+  const DeviceCount kv_len = call.kv_len;
   const AttentionShape shape = flat_attention_shape(who, q, k, v, out);
   require_attention(who, shape, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
   require(shape == plan.shape, who, ": the plan is of another shape; make it with plan_bf16_attention()");
@@ -46,8 +60,8 @@ inline void attend_flat(const char* who, View<const Bf16, 4> q, View<const Bf16,
   params.count = kv_len.device;
   params.count_host = static_cast<int>(kv_len.known() ? kv_len.host : shape.buffer_len);
   params.max_kv_end = static_cast<int>(shape.buffer_len);
-  params.tile_count = tile_count;
-  launch_flash(who, plan, params, options, workspace, stream, rotation);
+  params.tile_count = call.tile_count;
+  launch_flash(who, plan, params, options, call.workspace, call.stream, transform);
 }
 
 }  // namespace detail
@@ -67,7 +81,16 @@ inline void bf16_attention(View<const Bf16, 4> q, View<const Bf16, 4> k, View<co
                            const AttentionOptions& options, DeviceCount kv_len, View<Bf16, 4> out,
                            const FlashPlan& plan, std::span<std::byte> workspace, cudaStream_t stream,
                            unsigned long long* tile_count = nullptr) {
-  detail::attend_flat("bf16_attention", q, k, v, options, kv_len, out, plan, workspace, stream, tile_count, nullptr);
+  detail::attend_flat("bf16_attention",
+                      {.q = q,
+                       .k = k,
+                       .v = v,
+                       .kv_len = kv_len,
+                       .out = out,
+                       .workspace = workspace,
+                       .stream = stream,
+                       .tile_count = tile_count},
+                      options, plan);
 }
 
 }  // namespace gemma4::cuda

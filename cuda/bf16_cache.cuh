@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
-#include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/ptx/vector_io.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/cache_update.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
@@ -65,8 +67,8 @@ void bf16_cache_update(const View<const TIn, 4>& k, const View<const TIn, 4>& v,
   require(positions.device != nullptr, kWho, ": positions are null");
   const dim3 grid(static_cast<unsigned>((n_head_kv * head_dim / 8 + 127) / 128), static_cast<unsigned>(positions.count),
                   static_cast<unsigned>(batch));
-  detail::bf16_update_kernel<TIn><<<grid, 128, 0, stream>>>(k, v, positions.device, k_cache, v_cache);
-  check_launch("bf16_update_kernel");
+  detail::Launch{.what = "bf16_update_kernel", .grid = grid, .block = 128, .stream = stream}(
+      detail::bf16_update_kernel<TIn>, k, v, positions.device, k_cache, v_cache);
 }
 
 }  // namespace gemma4::cuda

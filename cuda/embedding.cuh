@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <span>
 
-#include "cuda/device/check.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/quantized_linear/dequantise.cuh"
-#include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(128)
   HalfGroup<kType> bytes;
   load_half_group<kType>(data + (known ? token : 0) * row_bytes, cols, place, bytes);
   float values[2][8];
-  bytes.decode(place.group, place.half, values[0], values[1]);
+  bytes.dequantise(place.group, place.half, values[0], values[1]);
   TOut* const to = out.data + blockIdx.y * out.stride[0];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -76,9 +76,9 @@ void embedding(const DeviceTokens& tokens, const PackedMatrix& table, float scal
   const dim3 grid(static_cast<unsigned>((detail::n_half_group(table.cols) + 127) / 128),
                   static_cast<unsigned>(tokens.count));
   detail::for_weight_type("embedding", table.type, [&]<TensorType kType>() {
-    detail::launch_in_chain("embedding_kernel", detail::embedding_kernel<kType, TOut>, grid, dim3(128), stream, overlap,
-                            tokens.device, reinterpret_cast<const std::uint8_t*>(table.data), table.row_bytes(),
-                            table.rows, chunk_groups(table.cols), scale, out);
+    detail::Launch{.what = "embedding_kernel", .grid = grid, .block = 128, .stream = stream, .overlap = overlap}(
+        detail::embedding_kernel<kType, TOut>, tokens.device, reinterpret_cast<const std::uint8_t*>(table.data),
+        table.row_bytes(), table.rows, chunk_groups(table.cols), scale, out);
   });
 }
 

@@ -45,24 +45,25 @@ __global__ void __launch_bounds__(256) gelu_times_kernel(const TIn* gate, const 
 
 }  // namespace detail
 
-namespace detail {
-
-/// @param source  the input, a View or a LinearPrologue, of n_token rows
-template <class TSource, class TOut, class TMultiply>
-void gate_up_from(const TSource& source, std::int64_t n_token, const GateUpWeights& weights, std::span<float> scratch,
-                  const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream, const LinearOptions& options,
-                  TMultiply&& multiply_pair) {
-  const std::int64_t ffn_hidden = weights.ffn_hidden();
+/// @param x        [n_token, hidden] Bf16 or float, 1 to 8 tokens
+/// @param scratch  [2, n_token, ffn_hidden] float on the device; may be empty when fused
+/// @param out      [n_token, ffn_hidden] Bf16 or float
+/// @throws std::invalid_argument when a shape differs, the scratch is too small, or for more than 8 tokens
+template <class TIn, class TOut>
+void gate_up_decode(const View<const TIn, 2>& x, const GateUpWeights& weights, std::span<float> scratch,
+                    const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream,
+                    const LinearOptions& options = {}) {
+  const std::int64_t n_token = x.extent[0], ffn_hidden = weights.ffn_hidden();
   require(n_token <= kMaxDecodeTokens, "gate_up_decode: ", n_token, " tokens, at most ", kMaxDecodeTokens);
   require_extents("gate_up_decode", "out", out, {n_token, ffn_hidden});
   if (n_token == 0) return;
   if (weights.is_fused()) {
-    require_linear("gate_up_decode", source, weights.joined, out, ffn_hidden);
+    detail::require_linear("gate_up_decode", x, weights.joined, out, ffn_hidden);
     require(is_packed_type(weights.joined.type) && weights.joined.rows % 2 == 0,
             "gate_up_decode: the joined matrix has ", weights.joined.rows, " rows of ", type_name(weights.joined.type),
             ", need pairs of a packed type");
-    packed_decode<TOut>(linear_source(source), std::span(&weights.joined, 1), std::span(&out, 1),
-                        {.epilogue = LinearEpilogue::kGeluUp, .options = options}, device, stream);
+    detail::packed_decode<TOut>(detail::linear_source(x), std::span(&weights.joined, 1), std::span(&out, 1),
+                                {.epilogue = LinearEpilogue::kGeluUp, .options = options}, device, stream);
     return;
   }
   require(weights.gate.rows == weights.up.rows && weights.gate.cols == weights.up.cols, "gate_up_decode: gate is ",
@@ -73,36 +74,12 @@ void gate_up_from(const TSource& source, std::int64_t n_token, const GateUpWeigh
   const std::array<PackedMatrix, 2> pair{weights.gate, weights.up};
   const std::array<View<float, 2>, 2> halves{make_view(scratch.data(), n_token, ffn_hidden),
                                              make_view(scratch.data() + count, n_token, ffn_hidden)};
-  multiply_pair(std::span<const PackedMatrix>(pair), std::span<const View<float, 2>>(halves));
-  gelu_times_kernel<<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(
+  quantized_linear_decode<TIn, float>(x, std::span<const PackedMatrix>(pair), std::span<const View<float, 2>>(halves),
+                                      device, stream, options);
+  detail::gelu_times_kernel<<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(
       static_cast<const float*>(halves[0].data), static_cast<const float*>(halves[1].data), count, ffn_hidden, out.data,
       out.stride[0]);
   check_launch("gelu_times_kernel");
-}
-
-}  // namespace detail
-
-/// @param x        [n_token, hidden] Bf16 or float, 1 to 8 tokens
-/// @param scratch  [2, n_token, ffn_hidden] float on the device; may be empty when fused
-/// @param out      [n_token, ffn_hidden] Bf16 or float
-/// @throws std::invalid_argument when a shape differs, the scratch is too small, or for more than 8 tokens
-template <class TIn, class TOut>
-void gate_up_decode(const View<const TIn, 2>& x, const GateUpWeights& weights, std::span<float> scratch,
-                    const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream,
-                    const LinearOptions& options = {}) {
-  detail::gate_up_from(x, x.extent[0], weights, scratch, out, device, stream, options, [&](auto pair, auto halves) {
-    quantized_linear_decode<TIn, float>(x, pair, halves, device, stream, options);
-  });
-}
-
-/// The same of a residual stream that is finished and normalised on the way.
-template <class TOut>
-void gate_up_decode(const LinearPrologue& in, const GateUpWeights& weights, std::span<float> scratch,
-                    const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream,
-                    const LinearOptions& options = {}) {
-  detail::gate_up_from(
-      in, in.residual.extent[0], weights, scratch, out, device, stream, options,
-      [&](auto pair, auto halves) { quantized_linear_decode<float>(in, pair, halves, device, stream, options); });
 }
 
 }  // namespace gemma4::cuda

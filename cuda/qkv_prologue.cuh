@@ -8,14 +8,17 @@
 #include <type_traits>
 
 #include "cuda/device/check.cuh"
+#include "cuda/device/device_count.cuh"
+#include "cuda/device/for_head_dim.cuh"
 #include "cuda/device/launch.cuh"
-#include "cuda/flash/params.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/ptx/vector_io.cuh"
 #include "cuda/rms_norm.cuh"
 #include "cuda/rope.cuh"
-#include "cuda/rotation.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
@@ -35,13 +38,6 @@
 /// tq4_cache_update alone takes 3.9 us for a token and 41 us for 2048.
 /// The reference composes the same from its components (reference/decoder_layer.hpp and layer_cache.hpp).
 namespace gemma4::cuda {
-
-/// Learned weights of the norms of q and k, [head_dim] each, on the device.
-struct QkNorms {
-  const float* q = nullptr;
-  const float* k = nullptr;
-  float epsilon = 1e-6f;
-};
 
 /// K and V as bf16 [n_token, n_head_kv, head_dim], for a chunk that attends before its ring is committed.
 struct FreshKv {
@@ -99,7 +95,7 @@ struct RingSink {
                                         const float (&x)[kHeadDim / 32]) const {
     fresh.store<kHeadDim>(is_k, token, head, position, x);
     if (position < 0) return;  // the host may not know: never out of bounds
-    const auto slot = static_cast<std::uint32_t>(position) % static_cast<std::uint32_t>(k.extent[1]);  // ring_slot()
+    const auto slot = ring_slot(static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(k.extent[1]));
     store_values(&(is_k ? k : v)(head, slot, (threadIdx.x & 31) * (kHeadDim / 32)), x);
   }
 };
@@ -127,47 +123,8 @@ struct Tq4Sink {
   }
 };
 
-/// Turns the pairs of a vector in a warp: the partner of value i of lane l is value i of lane l ^ 16. `cos_sin` holds
-/// pair l * kValues + i at i * 16 + l, so that the lanes of a warp read neighbours.
-template <int kHeadDim>
-__device__ __forceinline__ void rope_warp(const float2* cos_sin, int n_pair, float (&x)[kHeadDim / 32]) {
-  constexpr int kValues = kHeadDim / 32;
-  const int lane = threadIdx.x & 31, column = lane & 15;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    const float other = __shfl_xor_sync(~0u, x[i], 16);
-    if (column * kValues + i < n_pair) x[i] = rope_turn(x[i], other, cos_sin[i * 16 + column], lane >= 16);
-  }
-}
-
 inline constexpr int kQkvWarps = 4;
 inline constexpr std::int64_t kQkvBlocks = 4096;  ///< about; 1024 to 8192 differ by 6 % for a chunk of 2048 on an H200
-
-/// A lane's values of a vector as they lie in memory: read one vector ahead, widened when it is its turn.
-template <int kValues, class TIn>
-struct RawValues {
-  static constexpr int kBytes = kValues * static_cast<int>(sizeof(TIn)), kPiece = kBytes < 16 ? kBytes : 16;
-  struct alignas(kPiece) Piece {
-    std::uint32_t word[kPiece / 4];
-  } piece[kBytes / kPiece];
-
-  __device__ __forceinline__ void load(const TIn* from) {
-#pragma unroll
-    for (int p = 0; p < kBytes / kPiece; ++p) piece[p] = reinterpret_cast<const Piece*>(from)[p];
-  }
-  __device__ __forceinline__ void widen(float (&x)[kValues]) const {
-    constexpr int kEach = 4 / static_cast<int>(sizeof(TIn)), kPieceValues = kPiece / static_cast<int>(sizeof(TIn));
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const std::uint32_t word = piece[i / kPieceValues].word[i % kPieceValues / kEach];
-      if constexpr (std::is_same_v<TIn, float>) {
-        x[i] = __uint_as_float(word);
-      } else {
-        x[i] = to_float(TIn{static_cast<std::uint16_t>(word >> (16 * (i % 2)))});
-      }
-    }
-  }
-};
 
 /// grid: x = token, y = share of its vectors, of which K and V come first because they take longest. What depends on no
 /// earlier kernel comes before the wait, and the first vector is on its way while the angles are made.
@@ -345,20 +302,14 @@ void qkv_prologue(const View<const TIn, 3>& q, const View<const TIn, 3>& k, cons
   // One token is spread over as many blocks as it has fours of vectors; a long chunk shares its angles.
   const std::int64_t n_share =
       std::clamp<std::int64_t>(detail::kQkvBlocks / n_token, 1, (n_vector + detail::kQkvWarps - 1) / detail::kQkvWarps);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(n_token), static_cast<unsigned>(n_share));
-  config.blockDim = dim3(32 * detail::kQkvWarps);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  const detail::Launch launch{.what = "qkv_prologue_kernel",
+                              .grid = dim3(static_cast<unsigned>(n_token), static_cast<unsigned>(n_share)),
+                              .block = 32 * detail::kQkvWarps,
+                              .stream = stream,
+                              .overlap = overlap};
   for_head_dim(kWho, q.extent[2], [&](auto head_dim) {
     using Sink = std::remove_const_t<decltype(sink)>;
-    const auto kernel = detail::qkv_prologue_kernel<decltype(head_dim)::value, TIn, Sink>;
-    if (overlap) detail::keep_smem_share("qkv_prologue_kernel", kernel);
-    check(cudaLaunchKernelEx(&config, kernel, params, sink), "qkv_prologue_kernel");
+    launch(detail::qkv_prologue_kernel<decltype(head_dim)::value, TIn, Sink>, params, sink);
   });
 }
 

@@ -7,10 +7,11 @@
 #include <type_traits>
 
 #include "cuda/device/launch.cuh"
+#include "cuda/ptx/cache_hint.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/ptx/vector_io.cuh"
 #include "cuda/residual_norm/row_norm.cuh"
-#include "cuda/rms_norm.cuh"
-#include "cuda/rotation.cuh"
-#include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/platform.hpp"
@@ -18,9 +19,12 @@
 
 /// What stands between two steps of a layer, for any number of tokens: the output that is pending is normalised, added
 /// to the residual stream and scaled, and the stream is normalised for the next step. One launch, one block a row.
-/// In a step of decoding a launch of its own costs less than its work in every block of the product behind it
-/// (LinearPrologue; `ablation`, norm_launch), now that it lets that product in before it waits itself.
-/// Mirror: reference/decoder_layer.hpp, finish_and_normalise
+///
+/// What was tried in its place, last at e1c3639d on an H200: that every block of the product behind it does this work
+/// for itself made a decode step of the 31B 1.016 and 1.013 times as long at 512 and 32768 tokens (`ablation`,
+/// norm_launch off), since this kernel lets that product in before it waits itself. That attn_output asks for the first
+/// 8 MB of gate and up was not shown to pay: without it 1.00 and 0.99 (weight_fetch_ahead off). Both are in that
+/// commit, with tests. Mirror: reference/decoder_layer.hpp, finish_and_normalise
 namespace gemma4::cuda {
 
 namespace detail {
@@ -38,33 +42,20 @@ struct ResidualNormParams {
   bool whole_pieces;  ///< every piece has kRowPiece values, at a multiple of 16 bytes
 };
 
-/// Eight values as they are stored. Read from the L2 cache: what an earlier kernel wrote may be read before the kernel
-/// in front has ended, and a multiprocessor's own cache is only known to be fresh after that.
+/// Eight values of a row as they are stored.
 template <class T>
-struct alignas(16) StoredPiece {
-  T value[kRowPiece];
+using StoredPiece = RawValues<kRowPiece, T>;
 
-  /// Values k to k + 7 of a row; zeros beyond its end.
-  __device__ __forceinline__ void load(const T* row, int k, int width, bool whole_pieces) {
-    if (whole_pieces && k < width) {
-      uint4* const words = reinterpret_cast<uint4*>(value);
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(value) / sizeof(uint4)); ++i) {
-        words[i] = __ldcg(reinterpret_cast<const uint4*>(row + k) + i);
-      }
-      return;
-    }
-    using Bits = std::conditional_t<sizeof(T) == 2, std::uint16_t, std::uint32_t>;
-#pragma unroll
-    for (int i = 0; i < kRowPiece; ++i) {
-      value[i] = k + i < width ? bit_cast<T>(__ldcg(reinterpret_cast<const Bits*>(row + k) + i)) : T{};
-    }
+/// Values k to k + 7 of a row; zeros beyond its end. From the L2, since what an earlier kernel wrote may be read before
+/// the kernel in front has ended.
+template <class T>
+__device__ __forceinline__ void load_row_piece(StoredPiece<T>& to, const T* row, int k, int width, bool whole_pieces) {
+  if (whole_pieces && k < width) {
+    to.load_from_l2(row + k);
+  } else {
+    to.load_some_from_l2(row + k, width - k);
   }
-  __device__ __forceinline__ void widen(float (&piece)[kRowPiece]) const {
-#pragma unroll
-    for (int i = 0; i < kRowPiece; ++i) piece[i] = to_float(value[i]);
-  }
-};
+}
 
 template <class T>
 __device__ __forceinline__ void store_row_piece(T* row, int k, int width, bool whole_pieces,
@@ -82,7 +73,7 @@ __device__ __forceinline__ void load_row_pieces(const float* row, int width, boo
                                                 StoredPiece<float> (&to)[kPieces]) {
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
-    to[p].load(row, (static_cast<int>(threadIdx.x) + p * kRowThreads) * kRowPiece, width, whole_pieces);
+    load_row_piece(to[p], row, (static_cast<int>(threadIdx.x) + p * kRowThreads) * kRowPiece, width, whole_pieces);
   }
 }
 
@@ -108,8 +99,8 @@ __global__ void __launch_bounds__(kRowThreads, kPieces > 3             ? 1
   } else {
     // The weights of the norms are not written by any kernel: they may be on their way before the wait.
     for (int k = thread * 32; k < width; k += kRowThreads * 32) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(params.norm + k));
-      if (is_pending) asm volatile("prefetch.global.L2 [%0];" ::"l"(params.post_norm + k));
+      prefetch_line(params.norm + k);
+      if (is_pending) prefetch_line(params.post_norm + k);
     }
   }
   wait_for_previous_kernel();
@@ -122,16 +113,16 @@ __global__ void __launch_bounds__(kRowThreads, kPieces > 3             ? 1
     StoredPiece<TPending> stored[kPieces];
     float pending[kRowPiece], sum = 0.0f;
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p) stored[p].load(pending_row, at(p), width, whole);
+    for (int p = 0; p < kPieces; ++p) load_row_piece(stored[p], pending_row, at(p), width, whole);
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
       stored[p].widen(pending);
       sum = add_squares(sum, pending);
     }
-    const float scale = norm_scale(sum_of_row<0>(sum, parts[0], thread), width, params.epsilon);
+    const float scale = norm_scale(sum_of_row(sum, parts[0], thread), width, params.epsilon);
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
-      if constexpr (!kAtRest) post_norm[p].load(params.post_norm, at(p), width, whole);
+      if constexpr (!kAtRest) load_row_piece(post_norm[p], params.post_norm, at(p), width, whole);
       post_norm[p].widen(factor);
       stored[p].widen(pending);
 #pragma unroll
@@ -143,11 +134,11 @@ __global__ void __launch_bounds__(kRowThreads, kPieces > 3             ? 1
   float sum = 0.0f;
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) sum = add_squares(sum, x[p]);
-  const float scale = norm_scale(sum_of_row<0>(sum, parts[1], thread), width, params.epsilon);
+  const float scale = norm_scale(sum_of_row(sum, parts[1], thread), width, params.epsilon);
   TOut* const h_row = params.h.data + blockIdx.x * params.h.stride[0];
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
-    if constexpr (!kAtRest) norm[p].load(params.norm, at(p), width, whole);
+    if constexpr (!kAtRest) load_row_piece(norm[p], params.norm, at(p), width, whole);
     norm[p].widen(factor);
 #pragma unroll
     for (int i = 0; i < kRowPiece; ++i) factor[i] = normalised(x[p][i], scale, factor[i]);
@@ -163,8 +154,8 @@ template <class T>
 
 }  // namespace detail
 
-/// x = (x + rms_norm(pending, post_norm)) * scale, then h = rms_norm(x, norm), row by row in float32: the bits of the
-/// prologue that the products of few tokens have, see cuda/residual_norm/row_norm.cuh.
+/// x = (x + rms_norm(pending, post_norm)) * scale, then h = rms_norm(x, norm), row by row in float32, see
+/// cuda/residual_norm/row_norm.cuh.
 ///
 /// Rows of a chunk that nobody wants need not be given: views of the last rows finish and normalise those alone.
 /// @param x          [n_token, hidden], the residual stream, in place
@@ -214,8 +205,11 @@ void residual_norm(const View<float, 2>& x, const View<const TPending, 2>& pendi
                                                           .epsilon = epsilon,
                                                           .whole_pieces = whole};
   const auto launch = [&](auto kernel) {
-    detail::launch_in_chain("residual_norm_kernel", kernel, dim3(static_cast<unsigned>(n_token)),
-                            dim3(detail::kRowThreads), stream, overlap, params);
+    detail::Launch{.what = "residual_norm_kernel",
+                   .grid = static_cast<unsigned>(n_token),
+                   .block = detail::kRowThreads,
+                   .stream = stream,
+                   .overlap = overlap}(kernel, params);
   };
   constexpr int kBlockValues = detail::kRowPiece * detail::kRowThreads;
   const auto launch_pieces = [&]<int kPieces>() {

@@ -6,10 +6,11 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/device/check.cuh"
 #include "cuda/device/device_buffer.cuh"
-#include "cuda/flash/params.cuh"
+#include "cuda/device/device_count.cuh"
+#include "cuda/device/launch.cuh"
 #include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
@@ -32,8 +33,8 @@ static __global__ void ring_commit_kernel(const __grid_constant__ View<const Bf1
   const std::int64_t head = item / pieces, dim = item % pieces * 8;
   const std::int64_t token = max(std::int64_t{0}, n_new - ring_len) + blockIdx.y;
   const std::int64_t first = position != nullptr ? *position : position_host;
-  if (first < 0) return;                                 // the host may not know: never out of bounds
-  const std::int64_t slot = (first + token) % ring_len;  // ring_slot()
+  if (first < 0) return;  // the host may not know: never out of bounds
+  const std::int64_t slot = ring_slot(first + token, ring_len);
   *reinterpret_cast<uint4*>(&ring_k(head, slot, dim)) = *reinterpret_cast<const uint4*>(&k_new(token, head, dim));
   *reinterpret_cast<uint4*>(&ring_v(head, slot, dim)) = *reinterpret_cast<const uint4*>(&v_new(token, head, dim));
 }
@@ -67,8 +68,8 @@ inline void ring_cache_commit(View<const Bf16, 3> k_new, View<const Bf16, 3> v_n
   const std::int64_t n_stay = std::min(n_new, ring_k.extent[1]);
   require(n_stay <= 65535, kWho, ": ", n_stay, " tokens stay, need at most 65535");
   const dim3 grid(static_cast<unsigned>((n_head_kv * head_dim / 8 + 127) / 128), static_cast<unsigned>(n_stay));
-  detail::ring_commit_kernel<<<grid, 128, 0, stream>>>(k_new, v_new, ring_k, ring_v, position.device, position.host);
-  check_launch("ring_commit_kernel");
+  detail::Launch{.what = "ring_commit_kernel", .grid = grid, .block = 128, .stream = stream}(
+      detail::ring_commit_kernel, k_new, v_new, ring_k, ring_v, position.device, position.host);
 }
 
 /// K and V of the last `ring_len` tokens of a sliding layer; begins as zeros. The token at absolute position p lives in

@@ -5,28 +5,28 @@
 
 #include <cstdint>
 
-#include "cuda/device/check.cuh"
-#include "cuda/rotation.cuh"
-#include "gemma4/attention.hpp"
+#include "cuda/device/for_head_dim.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/ptx/vector_io.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
 
 namespace gemma4::cuda {
 
+/// Learned weights of the norms of q and k, [head_dim] each, on the device.
+struct QkNorms {
+  const float* q = nullptr;
+  const float* k = nullptr;
+  float epsilon = 1e-6f;
+};
+
 namespace detail {
 
-/// Refuses a view whose rows do not begin at multiples of 16 bytes.
-template <class T, int kRank>
-void require_aligned_rows(const char* who, const char* name, const View<T, kRank>& view) {
-  constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
-  bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
-  for (int axis = 0; axis + 1 < kRank; ++axis) aligned = aligned && view.stride[axis] * kSize % 16 == 0;
-  require(aligned, who, ": rows of ", name, " do not begin at multiples of 16 bytes");
-}
-
-/// x / sqrt(mean(x^2) + epsilon) * weight of a vector that lies in a warp as rotation.cuh lays it; a null weight is
-/// none.
+/// x / sqrt(mean(x^2) + epsilon) * weight of a vector in a warp, lane l holding values (D / 32) l and on; a null
+/// weight is none.
 template <int kHeadDim>
 __device__ __forceinline__ void rms_norm_warp(float (&x)[kHeadDim / 32], const float* weight, float epsilon) {
   constexpr int kValues = kHeadDim / 32;
@@ -37,9 +37,7 @@ __device__ __forceinline__ void rms_norm_warp(float (&x)[kHeadDim / 32], const f
   float sum = 0.0f;
 #pragma unroll
   for (const float value : x) sum = fmaf(value, value, sum);
-#pragma unroll
-  for (int lane_bit = 16; lane_bit > 0; lane_bit /= 2) sum += __shfl_xor_sync(~0u, sum, lane_bit);
-  const float scale = 1.0f / sqrtf(sum / static_cast<float>(kHeadDim) + epsilon);
+  const float scale = 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(kHeadDim) + epsilon);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) x[i] = x[i] * scale * factor[i];
 }
@@ -74,14 +72,8 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (const float value : values) sum = fmaf(value, value, sum);
   }
-#pragma unroll
-  for (int lane_bit = 16; lane_bit > 0; lane_bit /= 2) sum += __shfl_xor_sync(~0u, sum, lane_bit);
   __shared__ float parts[8];
-  if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0.0f;
-#pragma unroll
-  for (const float part : parts) sum += part;
+  block_sum_in_place(sum, parts, threadIdx.x, [] { __syncthreads(); });
   const float scale = 1.0f / sqrtf(sum / static_cast<float>(width) + epsilon);
   for (int first = threadIdx.x * kEach; first < width; first += 256 * kEach) {
     float values[kEach], factor[kEach];
@@ -115,24 +107,20 @@ void rms_norm(const View<const TIn, 2>& x, const float* weight, float epsilon, c
   require(width >= 1 && width < (std::int64_t{1} << 30), kWho, ": width ", width, ", need 1 to 2^30");
   require(n_row < (std::int64_t{1} << 31), kWho, ": ", n_row, " rows, need fewer than 2^31");
   if (n_row == 0) return;
-  if (width % 8 != 0) {
-    detail::rms_norm_rows_kernel<1, TIn, TOut>
-        <<<static_cast<unsigned>(n_row), 256, 0, stream>>>(x, weight, epsilon, out);
-    return check_launch("rms_norm_rows_kernel");
+  const detail::Launch rows{
+      .what = "rms_norm_rows_kernel", .grid = static_cast<unsigned>(n_row), .block = 256, .stream = stream};
+  if (width % 8 != 0) return rows(detail::rms_norm_rows_kernel<1, TIn, TOut>, x, weight, epsilon, out);
+  require_aligned_rows(kWho, "x", x);
+  require_aligned_rows(kWho, "out", out);
+  require_aligned_rows(kWho, "weight", make_view(weight, width));
+  if (!is_power_of_two(width) || width < 64 || width > 512) {
+    return rows(detail::rms_norm_rows_kernel<8, TIn, TOut>, x, weight, epsilon, out);
   }
-  detail::require_aligned_rows(kWho, "x", x);
-  detail::require_aligned_rows(kWho, "out", out);
-  detail::require_aligned_rows(kWho, "weight", make_view(weight, width));
-  if (is_power_of_two(width) && width >= 64 && width <= 512) {
-    for_head_dim(kWho, width, [&](auto head_dim) {
-      detail::rms_norm_heads_kernel<decltype(head_dim)::value, TIn, TOut>
-          <<<static_cast<unsigned>((n_row + 3) / 4), 128, 0, stream>>>(x, weight, epsilon, out);
-    });
-  } else {
-    detail::rms_norm_rows_kernel<8, TIn, TOut>
-        <<<static_cast<unsigned>(n_row), 256, 0, stream>>>(x, weight, epsilon, out);
-  }
-  check_launch("rms_norm kernels");
+  const detail::Launch heads{
+      .what = "rms_norm_heads_kernel", .grid = static_cast<unsigned>((n_row + 3) / 4), .block = 128, .stream = stream};
+  for_head_dim(kWho, width, [&](auto head_dim) {
+    heads(detail::rms_norm_heads_kernel<decltype(head_dim)::value, TIn, TOut>, x, weight, epsilon, out);
+  });
 }
 
 }  // namespace gemma4::cuda

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/device/check.cuh"
-#include "cuda/flash/params.cuh"
-#include "gemma4/attention.hpp"
+#include "cuda/device/device_count.cuh"
+#include "cuda/device/launch.cuh"
+#include "gemma4/checks.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
@@ -63,6 +63,19 @@ namespace detail {
   return fmaf(own, cos_sin.x, other * (second ? cos_sin.y : -cos_sin.y));
 }
 
+/// Turns the pairs of a vector in a warp: the partner of value i of lane l is value i of lane l ^ 16. `cos_sin` holds
+/// pair l * kValues + i at i * 16 + l, so that the lanes of a warp read neighbours.
+template <int kHeadDim>
+__device__ __forceinline__ void rope_warp(const float2* cos_sin, int n_pair, float (&x)[kHeadDim / 32]) {
+  constexpr int kValues = kHeadDim / 32;
+  const int lane = threadIdx.x & 31, column = lane & 15;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    const float other = __shfl_xor_sync(~0u, x[i], 16);
+    if (column * kValues + i < n_pair) x[i] = rope_turn(x[i], other, cos_sin[i * 16 + column], lane >= 16);
+  }
+}
+
 /// A block a token and a share of its heads, blockIdx.y of gridDim.y: the angles once, then the heads.
 template <class T>
 __global__ void __launch_bounds__(256)
@@ -106,8 +119,8 @@ void rope(const View<T, 3>& x, DeviceCount position, const RopeParams& params, c
   const std::int64_t n_share =
       std::clamp<std::int64_t>(4096 / x.extent[0], 1, (x.extent[1] * params.n_pair + 255) / 256);
   const dim3 grid(static_cast<unsigned>(x.extent[0]), static_cast<unsigned>(n_share));
-  detail::rope_kernel<T><<<grid, 256, 0, stream>>>(params, position.device, position.host, x);
-  check_launch("rope_kernel");
+  detail::Launch{.what = "rope_kernel", .grid = grid, .block = 256, .stream = stream}(
+      detail::rope_kernel<T>, params, position.device, position.host, x);
 }
 
 }  // namespace gemma4::cuda

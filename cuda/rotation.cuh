@@ -10,10 +10,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/device/check.cuh"
 #include "cuda/device/device_buffer.cuh"
-#include "cuda/ptx/mma.cuh"
-#include "gemma4/attention.hpp"
+#include "cuda/device/for_head_dim.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/ptx/vector_io.cuh"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/rotation.hpp"
@@ -99,16 +100,6 @@ class Rotation {
   RotationParams params_;
   DeviceBuffer<float> matrices_;
 };
-
-/// Calls fn(std::integral_constant<int, head_dim>) for the head_dim at hand. @throws std::invalid_argument on another
-template <class TFunction>
-void for_head_dim(const char* who, std::int64_t head_dim, TFunction&& fn) {
-  if (head_dim == 64) return fn(std::integral_constant<int, 64>{});
-  if (head_dim == 128) return fn(std::integral_constant<int, 128>{});
-  if (head_dim == 256) return fn(std::integral_constant<int, 256>{});
-  if (head_dim == 512) return fn(std::integral_constant<int, 512>{});
-  require(false, who, ": head_dim ", head_dim, ", need 64, 128, 256 or 512");
-}
 
 namespace detail {
 
@@ -197,48 +188,6 @@ __device__ __forceinline__ void rotate_back_warp(const RotationParams& rotation,
   flip_signs<kHeadDim>(rotation, y);
 }
 
-/// Values kCount * i to kCount * (i + 1) - 1 of `source`, widened; kCount * sizeof(T) is a power of two and the source
-/// aligned to it up to 16 bytes.
-template <int kCount, class T>
-__device__ __forceinline__ void load_values(const T* source, float (&x)[kCount]) {
-  constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
-  constexpr int kPiece = kBytes < 16 ? kBytes : 16, kEach = kPiece / static_cast<int>(sizeof(T));
-  struct alignas(kPiece) Piece {
-    T value[kEach];
-  };
-#pragma unroll
-  for (int p = 0; p < kCount / kEach; ++p) {
-    const Piece piece = reinterpret_cast<const Piece*>(source)[p];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) x[p * kEach + i] = to_float(piece.value[i]);
-  }
-}
-
-template <int kCount, class T>
-__device__ __forceinline__ void store_values(T* target, const float (&x)[kCount]) {
-  constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
-  constexpr int kPiece = kBytes < 16 ? kBytes : 16, kEach = kPiece / static_cast<int>(sizeof(T));
-#pragma unroll
-  for (int p = 0; p < kCount / kEach; ++p) {
-    if constexpr (std::is_same_v<T, Bf16> && kEach > 1) {
-      // One instruction rounds two values; in integers it takes ten.
-      struct alignas(kPiece) Piece {
-        std::uint32_t pair[kEach / 2];
-      } piece;
-#pragma unroll
-      for (int i = 0; i < kEach / 2; ++i) piece.pair[i] = pack_bf16(x[p * kEach + 2 * i], x[p * kEach + 2 * i + 1]);
-      reinterpret_cast<Piece*>(target)[p] = piece;
-    } else {
-      struct alignas(kPiece) Piece {
-        T value[kEach];
-      } piece;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) piece.value[i] = from_float<T>(x[p * kEach + i]);
-      reinterpret_cast<Piece*>(target)[p] = piece;
-    }
-  }
-}
-
 /// One warp a row of a [batch, n_token, n_head, head_dim] tensor.
 template <int kHeadDim, bool kForward, class TIn, class TOut>
 __global__ void __launch_bounds__(128)
@@ -305,19 +254,19 @@ void rotate(const char* who, const Rotation& rotation, const View<const TIn, 4>&
   require_contiguous_rows(who, "out", out);
   const std::int64_t n_row = in.extent[0] * in.extent[1] * in.extent[2];
   if (n_row == 0) return;
+  const bool dense = rotation.kind() == RotationKind::kDenseHaar;
+  const std::int64_t rows = dense ? 16 : 4;  // of a block
+  Launch launch{.what = who, .grid = static_cast<unsigned>((n_row + rows - 1) / rows), .stream = stream};
   for_head_dim(who, rotation.head_dim(), [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
-    if (rotation.kind() == RotationKind::kSignedHadamard) {
-      rotate_kernel<kHeadDim, kForward, TIn, TOut>
-          <<<static_cast<unsigned>((n_row + 3) / 4), 128, 0, stream>>>(rotation.params(), in, out);
-    } else {
+    launch.block = dense ? std::min(kHeadDim, 256) : 128;
+    if (dense) {
       const float* transposed = kForward ? rotation.params().transposed : rotation.params().matrix;
-      constexpr int kThreads = std::min(kHeadDim, 256);
-      multiply_rows_kernel<kHeadDim, TIn, TOut>
-          <<<static_cast<unsigned>((n_row + 15) / 16), kThreads, 0, stream>>>(transposed, in, out);
+      launch(multiply_rows_kernel<kHeadDim, TIn, TOut>, transposed, in, out);
+    } else {
+      launch(rotate_kernel<kHeadDim, kForward, TIn, TOut>, rotation.params(), in, out);
     }
   });
-  check_launch(who);
 }
 
 }  // namespace detail

@@ -10,10 +10,12 @@
 #include <span>
 
 #include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/sampler/list.cuh"
 #include "cuda/sampler/select.cuh"
 #include "cuda/sampler/state.cuh"
-#include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/sampler.hpp"
 #include "gemma4/view.hpp"
@@ -163,8 +165,11 @@ inline void sample(const View<const float, 2>& logits, const SamplerSettings& se
                                      .is_aligned = reinterpret_cast<std::uintptr_t>(logits.data) % 16 == 0};
   const detail::SampledTokenParams target{to.token, to.history, to.history_len, to.next_position, to.kv_len};
   const auto launch = [&](auto kernel, const auto&... arguments) {
-    detail::launch_in_chain("sampler kernels", kernel, dim3(static_cast<unsigned>(n_block)),
-                            dim3(detail::kSamplerThreads), stream, overlap, params, arguments...);
+    detail::Launch{.what = "sampler kernels",
+                   .grid = static_cast<unsigned>(n_block),
+                   .block = detail::kSamplerThreads,
+                   .stream = stream,
+                   .overlap = overlap}(kernel, params, arguments...);
   };
   using detail::SamplerScore;
   if (settings.temperature == 0) return launch(detail::sampler_best_kernel<SamplerScore::kLogit>, target);

@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <span>
 
+#include "cuda/device/device_count.cuh"
 #include "cuda/flash/launch.cuh"
 #include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 
 namespace gemma4::cuda {
 

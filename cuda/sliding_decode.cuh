@@ -8,14 +8,14 @@
 #include <numbers>
 #include <optional>
 
-#include "cuda/device/check.cuh"
+#include "cuda/device/device_count.cuh"
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/launch.cuh"
-#include "cuda/flash/params.cuh"
 #include "cuda/qkv_prologue.cuh"
 #include "cuda/rope.cuh"
 #include "cuda/sliding_decode/kernel.cuh"
 #include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
@@ -56,7 +56,7 @@ struct SlidingDecodePlan {
   while (plan.n_split > 1 && clusters * plan.n_split > device.sm_count) plan.n_split /= 2;
   if (n_split) plan.n_split = *n_split;
   const auto smem = [&]<int kHeadDim>() {
-    return detail::SlidingDecodeSmem<detail::SlidingDecodeTraits<kHeadDim>>::kBytes;
+    return sizeof(detail::SlidingDecodeSmem<detail::SlidingDecodeTraits<kHeadDim>>);
   };
   plan.smem_bytes = shape.head_dim == 256   ? smem.template operator()<256>()
                     : shape.head_dim == 128 ? smem.template operator()<128>()
@@ -78,29 +78,6 @@ struct SlidingDecodePlan {
 }
 
 namespace detail {
-
-template <class T>
-void launch_sliding_decode(const SlidingDecodePlan& plan, const SlidingDecodeParams& params, cudaStream_t stream,
-                           bool overlap) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(plan.n_split);
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.shape.n_head_kv * plan.n_pair * plan.n_split));
-  config.blockDim = dim3(T::kThreads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(plan.smem_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = overlap ? 2 : 1;
-  const auto kernel = sliding_decode_kernel<T>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.smem_bytes)),
-        "sliding_decode: shared memory of a block");
-  if (overlap) keep_smem_share("sliding_decode_kernel", kernel);
-  check(cudaLaunchKernelEx(&config, kernel, params), "sliding_decode_kernel");
-}
 
 inline void require_sliding_decode(const char* who, const SlidingDecodeParams& params, const SlidingDecodePlan& plan,
                                    float scale) {
@@ -167,14 +144,19 @@ inline void sliding_decode(const View<const float, 3>& q, const View<const float
                                            .n_split = plan.n_split,
                                            .scale_log2 = scale * std::numbers::log2e_v<float>};
   detail::require_sliding_decode(kWho, params, plan, scale);
-  switch (plan.shape.head_dim) {
-    case 64:
-      return detail::launch_sliding_decode<detail::SlidingDecodeTraits<64>>(plan, params, stream, overlap);
-    case 128:
-      return detail::launch_sliding_decode<detail::SlidingDecodeTraits<128>>(plan, params, stream, overlap);
-    default:
-      return detail::launch_sliding_decode<detail::SlidingDecodeTraits<256>>(plan, params, stream, overlap);
-  }
+  const auto launch = [&]<int kHeadDim>() {
+    using Traits = detail::SlidingDecodeTraits<kHeadDim>;
+    detail::Launch{.what = "sliding_decode_kernel",
+                   .grid = static_cast<unsigned>(plan.shape.n_head_kv * plan.n_pair * plan.n_split),
+                   .block = Traits::kThreads,
+                   .stream = stream,
+                   .overlap = overlap,
+                   .smem_bytes = plan.smem_bytes,
+                   .cluster = plan.n_split}(detail::sliding_decode_kernel<Traits>, params);
+  };
+  if (plan.shape.head_dim == 64) return launch.template operator()<64>();
+  if (plan.shape.head_dim == 128) return launch.template operator()<128>();
+  launch.template operator()<256>();
 }
 
 }  // namespace gemma4::cuda

@@ -10,13 +10,14 @@
 #include <optional>
 #include <span>
 
+#include "cuda/device/device_count.cuh"
 #include "cuda/device/device_info.cuh"
-#include "cuda/flash/params.cuh"
 #include "cuda/tq4_attention/decode_launch.cuh"
 #include "cuda/tq4_attention/prefill.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
@@ -144,7 +145,7 @@ inline void tq4_attention(const View<const Bf16, 4>& q, const ConstTq4Records& c
   params.partial_o = reinterpret_cast<float*>(workspace.data());
   params.partial_ml =
       reinterpret_cast<float2*>(params.partial_o + std::int64_t{plan.decode.grid.x} * plan.decode.grid.y *
-                                                       plan.decode.grid.z * 8 * shape.head_dim);
+                                                       plan.decode.grid.z * detail::kRowTile * shape.head_dim);
   params.record_count = work_count;
   detail::launch_tq4_decode(plan.decode, params, codec.k_bytes() && codec.v_bytes(), stream);
 }

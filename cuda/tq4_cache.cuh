@@ -10,7 +10,10 @@
 #include <type_traits>
 #include <utility>
 
-#include "cuda/device/check.cuh"
+#include "cuda/device/for_head_dim.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/ptx/vector_io.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/cache_update.hpp"
@@ -123,9 +126,7 @@ __device__ __forceinline__ double normalize_warp(float (&x)[kHeadDim / 32]) {
   double squares = 0.0;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) squares = fma(static_cast<double>(x[i]), static_cast<double>(x[i]), squares);
-#pragma unroll
-  for (int lane_bit = 16; lane_bit > 0; lane_bit /= 2) squares += __shfl_xor_sync(~0u, squares, lane_bit);
-  const double length = sqrt(squares);
+  const double length = sqrt(warp_sum(squares));
   const double inverse = 1.0 / (length == 0.0 ? 1.0 : length);
 #pragma unroll
   for (float& value : x) value = static_cast<float>(static_cast<double>(value) * inverse);
@@ -155,9 +156,7 @@ __device__ __forceinline__ double quantize_warp(const Tq4SideParams& side, const
   double squares = 0.0;
 #pragma unroll
   for (const float value : level) squares = fma(static_cast<double>(value), static_cast<double>(value), squares);
-#pragma unroll
-  for (int lane_bit = 16; lane_bit > 0; lane_bit /= 2) squares += __shfl_xor_sync(~0u, squares, lane_bit);
-  return sqrt(squares);
+  return sqrt(warp_sum(squares));
 }
 
 /// The bits of a token's K codes into its words. Where a lane has less than a word, neighbours join.
@@ -316,10 +315,10 @@ void tq4_cache_update(const Tq4Codec& codec, const View<const TIn, 4>& k, const 
   require(positions.device != nullptr, who, ": positions are null");
   const std::int64_t n_warp = 2 * cache.batch * positions.count * cache.n_head_kv;
   for_head_dim(who, cache.head_dim, [&](auto head_dim) {
-    detail::tq4_update_kernel<decltype(head_dim)::value, TIn>
-        <<<static_cast<unsigned>((n_warp + 3) / 4), 128, 0, stream>>>(codec.params(), k, v, positions.device, cache);
+    detail::Launch{
+        .what = "tq4_update_kernel", .grid = static_cast<unsigned>((n_warp + 3) / 4), .block = 128, .stream = stream}(
+        detail::tq4_update_kernel<decltype(head_dim)::value, TIn>, codec.params(), k, v, positions.device, cache);
   });
-  check_launch("tq4_update_kernel");
 }
 
 /// The stored vectors, rotated back: k, v [batch, n_head_kv, buffer_len, head_dim], float or Bf16.
@@ -338,10 +337,12 @@ void tq4_decompress(const Tq4Codec& codec, const ConstTq4Records& cache, const V
   require_contiguous_rows(who, "v", v);
   const std::int64_t n_warp = 2 * cache.batch * cache.n_head_kv * cache.buffer_len;
   for_head_dim(who, cache.head_dim, [&](auto head_dim) {
-    detail::tq4_decompress_kernel<decltype(head_dim)::value, TOut>
-        <<<static_cast<unsigned>((n_warp + 3) / 4), 128, 0, stream>>>(codec.params(), cache, k, v);
+    detail::Launch{.what = "tq4_decompress_kernel",
+                   .grid = static_cast<unsigned>((n_warp + 3) / 4),
+                   .block = 128,
+                   .stream = stream}(detail::tq4_decompress_kernel<decltype(head_dim)::value, TOut>, codec.params(),
+                                     cache, k, v);
   });
-  check_launch("tq4_decompress_kernel");
 }
 
 }  // namespace gemma4::cuda

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"

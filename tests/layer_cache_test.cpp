@@ -63,7 +63,7 @@ Matrix<double> stored(const std::string& format, const Matrix<double>& m, std::i
   if (format == "bf16") {
     return m.unaryExpr([](double x) { return static_cast<double>(to_float(to_bf16(static_cast<float>(x)))); });
   }
-  const reference::Tq4Codec<double> codec(head_dim, parse_cache_spec(format).tq4);
+  const reference::Tq4Codec<double> codec(head_dim, std::get<Tq4Format>(parse_cache_spec(format)).options);
   Matrix<double> rows = Eigen::Map<const Matrix<double>>(m.data(), m.size() / head_dim, head_dim);
   std::vector<std::uint8_t> codes(static_cast<std::size_t>(rows.size() / 2));
   std::vector<Tq4Norm> norms(static_cast<std::size_t>(rows.rows()));

@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"

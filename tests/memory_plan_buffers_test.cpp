@@ -135,18 +135,15 @@ void add_device_weights(const Shapes& s, Bytes& bytes) {
 }
 
 /// Of at most 8 tokens that take the path of decoding, each part at a multiple of 256.
-template <class TActivations = DecodeActivations>
 std::int64_t decode_bytes(const Shapes& s, std::int64_t chunk) {
   const ModelConfig& c = s.config;
   const std::int64_t n = std::min<std::int64_t>(chunk, 8);
-  std::int64_t sum = up256(n * c.hidden * 4)                         // pending, f32
+  return up256(n * c.hidden * 4)                         // pending, f32
                      + up256(n * s.widest_qkv() * 4)                 // q, k and v as projected, f32
                      + up256(n * s.widest(&LayerShape::q) * 2)       // q, then what attention gives, bf16
                      + up256(n * 2 * s.widest(&LayerShape::kv) * 2)  // K and V of a sliding layer, bf16
                      + up256(n * c.ffn_hidden * 2)                   // bf16
                      + up256(n * 2 * c.ffn_hidden * 4);              // gate and up, f32
-  if constexpr (requires(TActivations a) { a.residual_out; }) sum += up256(n * c.hidden * 4);
-  return sum;
 }
 
 Bytes device_bytes_of(const Shapes& s, const Run& run) {
@@ -168,8 +165,9 @@ Bytes device_bytes_of(const Shapes& s, const Run& run) {
   bytes["decode_activations"] = decode_bytes(s, run.chunk);
   bytes["tokens"] = 2 * up256(run.chunk * 4) + 256 + run.context;
   if (run.cache == "tq4-haar" && has_full) bytes["rotation"] = 2 * c.full.head_dim * c.full.head_dim * 4;
+  // Two blocks on each of 132 multiprocessors leave 16 rows of head_dim sums, a maximum and a sum of weights, f32.
+  bytes["attention_partials"] = 2 * 132 * 16 * (s.widest(&LayerShape::head_dim) + 2) * 4;
   // What no shape decides.
-  bytes["attention_partials"] = 16 * kMiB;
   bytes["linear_tickets"] = 256;
   bytes["sampler_workspace"] = kMiB;
   bytes["gemm_workspace"] = 32 * kMiB;

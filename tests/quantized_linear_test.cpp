@@ -29,7 +29,7 @@ Case any_case() {
           testkit::random_matrix<float>(*rc::gen::arbitrary<std::uint64_t>(), n_token, cols).cast<double>()};
 }
 
-/// The definition in double on the whole decoded matrix, and for each output the sum of |x| |w|.
+/// The definition in double on the whole dequantised matrix, and for each output the sum of |x| |w|.
 struct Expected {
   std::vector<double> value, magnitude;
 };
@@ -39,7 +39,7 @@ Expected by_definition(const Case& c) {
   std::vector<float> row(static_cast<std::size_t>(c.weight.cols));
   Matrix<double> w(c.weight.rows, c.weight.cols);
   for (std::int64_t n = 0; n < c.weight.rows; ++n) {
-    decode_row(c.weight.type, c.weight.view().row(n), row);
+    dequantise_row(c.weight.type, c.weight.view().row(n), row);
     for (std::int64_t k = 0; k < c.weight.cols; ++k) w(n, k) = static_cast<double>(row[static_cast<std::size_t>(k)]);
   }
   for (Eigen::Index t = 0; t < c.x.rows(); ++t) {
@@ -75,7 +75,7 @@ std::vector<double> bounds(const Case& c, const Expected& expected) {
   return bound;
 }
 
-RC_GTEST_PROP(QuantizedLinear, EqualsTheDecodedMatrixInEveryFormat, ()) {
+RC_GTEST_PROP(QuantizedLinear, EqualsTheDequantisedMatrixInEveryFormat, ()) {
   const Case c = any_case();
   const Expected expected = by_definition(c);
   testkit::rc_require(testkit::close(run<float>(c), expected.value, bounds<float>(c, expected)), "float");

@@ -55,11 +55,12 @@ std::vector<double> exact(const std::vector<float>& x, const OwnedMatrix& weight
 
 template <class TMember>
 std::vector<double> bounds(const std::vector<float>& x, const OwnedMatrix& weight, TMember member) {
-  const DecodedWeights decoded = decode_with_parts(weight);
+  const DequantisedWeights dequantised = dequantise_with_parts(weight);
   std::vector<double> all;
   const auto cols = static_cast<std::size_t>(weight.cols);
   for (std::size_t t = 0; t < x.size() / cols; ++t) {
-    const LinearBound bound = linear_bound(std::span(x).subspan(t * cols, cols), decoded, is_packed_type(weight.type));
+    const LinearBound bound =
+        linear_bound(std::span(x).subspan(t * cols, cols), dequantised, is_packed_type(weight.type));
     all.insert(all.end(), (bound.*member).begin(), (bound.*member).end());
   }
   return all;

@@ -101,18 +101,29 @@ TEST(ResultTable, HeaderIsRunThenParametersThenMeasuresThenStatus) {
   table.row().set("cache", "tq4").set("context", 8192).set("nll", 1.25).commit();
   const auto rows = parse_csv(read_text(folder / "a/b/t.csv"));
   ASSERT_EQ(rows.size(), 2u);
-  const std::vector<std::string> header = {"schema",   "experiment", "git_sha",    "git_dirty", "utc",   "gpu",
-                                           "sm_count", "sm_mhz",     "memory_mhz", "driver",    "cuda",  "compiler",
-                                           "build",    "flags",      "seed",       "argv",      "cache", "context",
-                                           "nll",      "kl_mean",    "status"};
+  const std::vector<std::string> header = {"schema",        "experiment", "git_sha",        "git_dirty", "utc",
+                                           "gpu",           "card",       "sm_count",       "sm_mhz",    "memory_mhz",
+                                           "power_limit_w", "driver",     "driver_release", "cuda",      "compiler",
+                                           "build",         "flags",      "seed",           "argv",      "cache",
+                                           "context",       "nll",        "kl_mean",        "status"};
   EXPECT_EQ(rows[0], header);
   ASSERT_EQ(rows[1].size(), header.size());
   EXPECT_EQ(rows[1][1], "accuracy");
   EXPECT_EQ(rows[1][2], "0123456789abcdef");
   EXPECT_TRUE(rows[1][5].starts_with("cpu: ")) << rows[1][5];
-  EXPECT_EQ(rows[1][7] + rows[1][8], "") << "no clocks without a GPU";
-  EXPECT_EQ(rows[1][14], "7");
-  EXPECT_EQ(rows[1][15], "accuracy --cache bf16,tq4 --prompt 'it'\\''s, \"so\"'") << "the command, as a shell takes it";
+  for (const std::size_t column : {6, 8, 9, 10, 11, 12, 13}) {
+    EXPECT_EQ(rows[1][column], "") << header[column] << " is of a GPU, and there is none";
+  }
+  EXPECT_EQ(rows[1][17], "7");
+  EXPECT_EQ(rows[1][18], "accuracy --cache bf16,tq4 --prompt 'it'\\''s, \"so\"'") << "the command, as a shell takes it";
+  RunInfo gpu = example_run();
+  gpu.card = "1a2b3c4d", gpu.power_limit_w = "700", gpu.driver = "13.0", gpu.driver_release = "580.95.05";
+  gpu.sm_mhz = "1980", gpu.memory_mhz = "3201", gpu.cuda = "12.8";
+  ResultTable(folder / "gpu.csv", gpu, {}, {}).row().commit();
+  const auto gpu_rows = parse_csv(read_text(folder / "gpu.csv"));
+  const std::vector<std::string> of_card(gpu_rows[1].begin() + 6, gpu_rows[1].begin() + 14);
+  EXPECT_EQ(of_card,
+            (std::vector<std::string>{"1a2b3c4d", gpu.sm_count, "1980", "3201", "700", "13.0", "580.95.05", "12.8"}));
   const std::vector<std::string> values(rows[1].begin() + gemma4::kRunColumns.size(), rows[1].end());
   EXPECT_EQ(values, (std::vector<std::string>{"tq4", "8192", "1.25", "", "ok"})) << "not measured is an empty cell";
 }
@@ -396,6 +407,24 @@ TEST(ResultTable, PrintsChosenColumnsAligned) {
 TEST(RunInfo, UtcIsIso8601) {
   EXPECT_EQ(gemma4::utc_text(std::chrono::system_clock::from_time_t(0)), "1970-01-01T00:00:00Z");
   EXPECT_EQ(gemma4::utc_text(std::chrono::system_clock::from_time_t(951782399)), "2000-02-28T23:59:59Z");
+}
+
+TEST(RunInfo, ACardIsNamedByAHashOfItsUuid) {
+  EXPECT_EQ(gemma4::card_name(""), "cbf29ce4") << "FNV-1a of nothing is its offset";
+  EXPECT_EQ(gemma4::card_name("a"), "af63dc4c") << "published value af63dc4c8601ec8c";
+  EXPECT_EQ(gemma4::card_name("foobar"), "85944171") << "published value 85944171f73967e8";
+  const std::string with_zeros("\x00\x80\xff\x00", 4);
+  EXPECT_NE(gemma4::card_name(with_zeros), gemma4::card_name(with_zeros.substr(0, 3))) << "a zero byte counts";
+}
+
+TEST(RunInfo, TheDriversReleaseIsReadFromWhatTheKernelSays) {
+  EXPECT_EQ(gemma4::driver_release_in("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Mon Jan  5 22:42:20 "
+                                      "UTC 2026\nGCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"),
+            "580.159.04");
+  EXPECT_EQ(gemma4::driver_release_in("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release"),
+            "570.86.15");
+  EXPECT_EQ(gemma4::driver_release_in(""), "");
+  EXPECT_EQ(gemma4::driver_release_in("no release. x86_64 12 .5"), "");
 }
 
 TEST(RunInfo, DefaultPathNamesExperimentDeviceAndCommit) {

@@ -83,7 +83,7 @@ std::vector<float> draw(TensorType type, std::uint64_t seed, const std::string& 
   std::vector<std::byte> bytes(static_cast<std::size_t>(gemma4::row_bytes(type, n)));
   gemma4::SyntheticRows(seed, common_share).fill(name, row, type, n, deviation, bytes);
   std::vector<float> values(static_cast<std::size_t>(n));
-  gemma4::decode_row(type, bytes, values);
+  gemma4::dequantise_row(type, bytes, values);
   return values;
 }
 

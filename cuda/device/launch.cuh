@@ -3,52 +3,68 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+#include <cstdint>
+
 #include "cuda/device/check.cuh"
 
-/// The two instructions by which consecutive kernels of a stream overlap, when the later one is launched with the
-/// attribute "programmatic stream serialization". Nothing before sm_90, where kernels then run one after another.
-/// Source: the PTX ISA, "griddepcontrol".
 namespace gemma4::cuda::detail {
 
-/// Waits until the kernels before have ended and their writes are visible.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+/// One launch of a kernel and everything about it but the arguments. The only place of the project that launches.
+struct Launch {
+  const char* what;  ///< the kernel's name, for errors
+  dim3 grid = 1;
+  dim3 block = 1;
+  cudaStream_t stream = nullptr;
+  /// Programmatic dependent launch (PDL), for sm_90 and later: the kernel may be set up, and runs, while the one before
+  /// it in the stream still does. It waits for that one itself (cuda/ptx/grid_dependency.cuh).
+  bool overlap = false;
+  std::int64_t smem_bytes = 0;        ///< dynamic shared memory of a block
+  std::int64_t smem_limit_bytes = 0;  ///< of any launch of the kernel, where they differ; 0: smem_bytes
+  int cluster = 0;                    ///< blocks of a cluster along x (sm_90); 0: no clusters
 
-/// Lets the next kernel be set up; what this one still writes is visible to it after its wait.
-__device__ __forceinline__ void allow_next_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+  template <class... TParams, class... TArgs>
+  void operator()(void (*kernel)(TParams...), const TArgs&... arguments) const {
+    if (smem_bytes > 0) raise_smem(kernel);
+    if (smem_bytes > 0 || overlap) keep_smem_share(kernel);
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned n_attribute = 0;
+    if (cluster > 0) {
+      cudaLaunchAttribute& of_cluster = attributes[n_attribute++];
+      of_cluster.id = cudaLaunchAttributeClusterDimension;
+      of_cluster.val.clusterDim.x = static_cast<unsigned>(cluster);
+      of_cluster.val.clusterDim.y = of_cluster.val.clusterDim.z = 1;
+    }
+    if (overlap) {
+      cudaLaunchAttribute& programmatic = attributes[n_attribute++];
+      programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      programmatic.val.programmaticStreamSerializationAllowed = 1;
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = static_cast<std::size_t>(smem_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = n_attribute;
+    check(cudaLaunchKernelEx(&config, kernel, TParams(arguments)...), what);
+  }
 
-/// Asks for the largest share of shared memory, also for a kernel that needs little. A multiprocessor changes the share
-/// only when it is idle, so that a kernel with much shared memory could not start under the end of one with another
-/// share.
-template <class... TParams>
-void keep_smem_share(const char* what, void (*kernel)(TParams...)) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        what);
-}
+ private:
+  template <class... TParams>
+  void raise_smem(void (*kernel)(TParams...)) const {
+    const std::int64_t limit = smem_limit_bytes > 0 ? smem_limit_bytes : smem_bytes;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit)), what);
+  }
 
-/// Launches `kernel`; with `overlap` it may be set up while the kernel before it in the stream still runs, and has to
-/// wait for it itself. `overlap` is for sm_90 and later.
-template <class... TParams, class... TArgs>
-void launch_in_chain(const char* what, void (*kernel)(TParams...), dim3 grid, dim3 block, cudaStream_t stream,
-                     bool overlap, const TArgs&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  if (overlap) keep_smem_share(what, kernel);
-  check(cudaLaunchKernelEx(&config, kernel, TParams(arguments)...), what);
-}
+  /// Asks for the largest share of shared memory, also for a kernel that needs little. A multiprocessor changes the
+  /// share only when it is idle, so that a kernel with much shared memory could not start under the end of one with
+  /// another share.
+  template <class... TParams>
+  void keep_smem_share(void (*kernel)(TParams...)) const {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+          what);
+  }
+};
 
 }  // namespace gemma4::cuda::detail

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <span>
 
-#include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
 #include "gemma4/error.hpp"
 
 /// Where a sequence stands, as the device knows it: a recorded step reads and moves it without the host.
@@ -44,22 +44,21 @@ static __global__ void show_tokens_kernel(const SequenceState* state, std::uint8
 /// The last token of the sequence, or of the forward pass that follows, stands at `position`.
 inline void set_sequence_state(SequenceState* state, std::int64_t position, cudaStream_t stream) {
   require(position >= 0 && position < (std::int64_t{1} << 30), "sequence: position ", position, ", need 0 to 2^30");
-  detail::set_state_kernel<<<1, 1, 0, stream>>>(state, static_cast<std::int32_t>(position));
-  check_launch("set_state_kernel");
+  detail::Launch{.what = "set_state_kernel", .stream = stream}(detail::set_state_kernel, state,
+                                                               static_cast<std::int32_t>(position));
 }
 
 /// positions[i] = first + i
 inline void list_positions(std::int64_t first, std::int64_t count, std::int32_t* positions, cudaStream_t stream) {
-  detail::list_positions_kernel<<<detail::blocks_for(count), 256, 0, stream>>>(static_cast<std::int32_t>(first),
-                                                                               positions, count);
-  check_launch("list_positions_kernel");
+  detail::Launch{.what = "list_positions_kernel", .grid = detail::blocks_for(count), .block = 256, .stream = stream}(
+      detail::list_positions_kernel, static_cast<std::int32_t>(first), positions, count);
 }
 
 /// mask[i] = 1 below kv_len, else 0
 inline void show_tokens(const SequenceState* state, std::span<std::uint8_t> mask, cudaStream_t stream) {
   const auto count = static_cast<std::int64_t>(mask.size());
-  detail::show_tokens_kernel<<<detail::blocks_for(count), 256, 0, stream>>>(state, mask.data(), count);
-  check_launch("show_tokens_kernel");
+  detail::Launch{.what = "show_tokens_kernel", .grid = detail::blocks_for(count), .block = 256, .stream = stream}(
+      detail::show_tokens_kernel, state, mask.data(), count);
 }
 
 }  // namespace gemma4::cuda

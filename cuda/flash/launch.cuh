@@ -11,11 +11,16 @@
 #include <span>
 #include <utility>
 
-#include "cuda/device/check.cuh"
 #include "cuda/device/device_info.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/flash/combine.cuh"
+#include "cuda/flash/mma_load.cuh"
 #include "cuda/flash/mma_sync.cuh"
 #include "cuda/flash/wgmma_256.cuh"
 #include "cuda/flash/wgmma_512.cuh"
+#include "gemma4/attention.hpp"
+#include "gemma4/error.hpp"
+#include "gemma4/view.hpp"
 
 /// Choice of the kernel, grid and workspace of an attention over bf16 keys, and its launch. Shared by bf16_attention,
 /// sliding_attention and the prefill of tq4_attention; host code that can be tested without a GPU up to the launch.
@@ -36,6 +41,7 @@ struct FlashChoice {
   std::optional<FlashPath> path = std::nullopt;
   std::optional<FlashTile> tile = std::nullopt;
   std::optional<int> n_split = std::nullopt;
+  bool overlap = true;  ///< programmatic dependent launch of the mma.sync kernels, where the device has it
 };
 
 /// How a call will run. Depends on the shape, the options' kind and the device, never on kv_len.
@@ -44,7 +50,8 @@ struct FlashPlan {
   FlashPath path = FlashPath::kPrefill;
   FlashTile tile{};  ///< of the mma.sync kernels
   int n_split = 1;
-  bool overlap = false;  ///< the mma.sync kernels are launched under the end of the kernel before
+  const char* misfit = nullptr;  ///< why the wgmma kernels do not take it; null: they would
+  bool overlap = false;          ///< the mma.sync kernels are launched under the end of the kernel before
   dim3 grid{};
   int n_thread = 0;
   std::int64_t smem_bytes = 0;
@@ -64,13 +71,19 @@ inline void require_plannable(const char* who, const AttentionShape& shape, Atte
   require_attention(who, shape, options, 0);
 }
 
-/// Whether the wgmma kernels know the shape. `ring_len` 0: a flat cache.
-[[nodiscard]] inline bool wgmma_fits(const AttentionShape& shape, const AttentionOptions& options,
-                                     std::int64_t ring_len, const DeviceInfo& device) {
+/// Why the wgmma kernels do not take the shape; null: they do. `ring_len` 0: a flat cache.
+[[nodiscard]] inline const char* wgmma_misfit(const AttentionShape& shape, const AttentionOptions& options,
+                                              std::int64_t ring_len, const DeviceInfo& device) {
   const std::int64_t smem = shape.head_dim == 512 ? Flash512::kSmemBytes : Flash256::kSmemBytes;
   const bool known = shape.head_dim == 256 || (shape.head_dim == 512 && ring_len == 0);
-  return device.compute_capability == 90 && known && wgmma_group(shape.group()) && !options.mask && options.scale > 0 &&
-         ring_len % kWgmmaKeys == 0 && device.smem_limit_bytes >= smem;
+  if (device.compute_capability != 90) return "the device is not sm_90";
+  if (!known) return "head_dim is not 256 or, flat, 512";
+  if (!wgmma_group(shape.group())) return "the GQA group is no power of two up to 64";
+  if (options.mask) return "there is a mask";
+  if (!(options.scale > 0)) return "the scale is not positive";
+  if (ring_len % kWgmmaKeys != 0) return "the ring is not whole tiles of keys";
+  if (device.smem_limit_bytes < smem) return "the tiles do not fit into shared memory";
+  return nullptr;
 }
 
 /// The first tile of the list for this head_dim and kind that fits; refuses when none does.
@@ -91,10 +104,11 @@ inline void require_plannable(const char* who, const AttentionShape& shape, Atte
                                           std::int64_t ring_len, const DeviceInfo& device, const FlashChoice& choice) {
   require(shape.buffer_len < kNoWindow, who, ": buffer_len ", shape.buffer_len, ", need below ", kNoWindow);
   FlashPlan plan{.shape = shape};
-  plan.overlap = device.compute_capability >= 90;
+  plan.overlap = choice.overlap && device.compute_capability >= 90;
   const std::int64_t rows = shape.n_query * shape.group(), heads = shape.batch * shape.n_head_kv;
   require(heads <= 65535, who, ": batch * n_head_kv is ", heads, ", need at most 65535");
-  const bool wgmma = wgmma_fits(shape, options, ring_len, device);
+  plan.misfit = wgmma_misfit(shape, options, ring_len, device);
+  const bool wgmma = plan.misfit == nullptr;
   plan.path = choice.path.value_or(rows <= kDecodeRows || rows * heads <= kDecodeRowsOfAllHeads ? FlashPath::kDecode
                                    : wgmma                                                      ? FlashPath::kWgmma
                                                                                                 : FlashPath::kPrefill);
@@ -139,79 +153,72 @@ void for_flash_tile(const FlashTile& tile, TBody&& body) {
   require(visit(std::make_index_sequence<kFlashTiles.size()>{}), "flash attention: the tile is not in kFlashTiles");
 }
 
-inline void allow_smem(const void* kernel, std::int64_t bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        "flash attention: shared memory of a block");
-}
-
 template <FlashTile kTile>
 void launch_mma(const FlashPlan& plan, const FlashParams& params, cudaStream_t stream) {
-  using Traits = FlashMmaTraits<kTile>;
-  allow_smem(reinterpret_cast<const void*>(flash_mma_kernel<Traits>), plan.smem_bytes);
-  // Each kernel is set up under the end of the one before it in the stream, where the device can do that.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = plan.grid;
-  config.blockDim = dim3(static_cast<unsigned>(plan.n_thread));
-  config.dynamicSmemBytes = static_cast<std::size_t>(plan.smem_bytes);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = plan.overlap ? 1 : 0;
-  if (plan.overlap) keep_smem_share("flash_mma_kernel", flash_mma_kernel<Traits>);
-  check(cudaLaunchKernelEx(&config, flash_mma_kernel<Traits>, params), "flash_mma_kernel");
+  Launch{.what = "flash_mma_kernel",
+         .grid = plan.grid,
+         .block = static_cast<unsigned>(plan.n_thread),
+         .stream = stream,
+         .overlap = plan.overlap,
+         .smem_bytes = plan.smem_bytes}(flash_mma_kernel<FlashMmaTraits<kTile>>, params);
   if (plan.n_split == 1) return;
-  config.gridDim = dim3(static_cast<unsigned>(params.n_query * params.group), plan.grid.y);
-  config.blockDim = dim3(kTile.head_dim / 4 * kCombineGroups);
-  config.dynamicSmemBytes = 0;
-  if (plan.overlap) keep_smem_share("flash_combine_kernel", flash_combine_kernel<kTile.head_dim>);
-  check(cudaLaunchKernelEx(&config, flash_combine_kernel<kTile.head_dim>, params), "flash_combine_kernel");
+  Launch{.what = "flash_combine_kernel",
+         .grid = dim3(static_cast<unsigned>(params.n_query * params.group), plan.grid.y),
+         .block = kTile.head_dim / 4 * kCombineGroups,
+         .stream = stream,
+         .overlap = plan.overlap}(flash_combine_kernel<kTile.head_dim>, params);
 }
 
-inline void launch_wgmma(const FlashPlan& plan, const FlashParams& params, const RotationParams* rotation,
-                         cudaStream_t stream) {
-  const AttentionShape& shape = plan.shape;
+/// Whether the kernel of this plan can apply a transform other than NoTransform.
+[[nodiscard]] inline bool transforms_inside(const FlashPlan& plan) {
+  return plan.path == FlashPath::kWgmma && plan.shape.head_dim == Flash512::kHeadDim;
+}
+
+/// The maps of a call: boxes as the kernel of its head_dim loads them.
+[[nodiscard]] inline FlashMaps flash_maps(const AttentionShape& shape, const FlashParams& params) {
   FlashMaps maps{};
   const bool wide = shape.head_dim == 512;
   maps.q = query_map("q", params.q, params.q_stride, shape, wide ? Flash512::kRows : Flash256::kRows, 4);
   maps.out = query_map("out", params.out, params.out_stride, shape, 64, wide ? 4 : 1);
-  const auto smem = static_cast<std::size_t>(plan.smem_bytes);
   if (wide) {
     maps.k = key_map("k", params.fresh.k, params.fresh.k_stride, shape, params.max_kv_end, kWgmmaKeys, 2);
     maps.v = key_map("v", params.fresh.v, params.fresh.v_stride, shape, params.max_kv_end, 16, 8);
-    if (rotation != nullptr) maps.rotation = *rotation;
-    const auto kernel =
-        rotation != nullptr ? flash_wgmma_512_kernel<Flash512, true> : flash_wgmma_512_kernel<Flash512, false>;
-    allow_smem(reinterpret_cast<const void*>(kernel), plan.smem_bytes);
-    kernel<<<plan.grid, plan.n_thread, smem, stream>>>(params, maps);
-  } else {
-    const std::int64_t n_fresh = params.ring_len > 0 ? params.n_query : params.max_kv_end;
-    maps.k = key_map("k", params.fresh.k, params.fresh.k_stride, shape, n_fresh, kWgmmaKeys, 4);
-    maps.v = key_map("v", params.fresh.v, params.fresh.v_stride, shape, n_fresh, kWgmmaKeys, 4);
-    maps.old_k = maps.k, maps.old_v = maps.v;
-    if (params.ring_len > 0) {
-      maps.old_k = key_map("ring_k", params.old.k, params.old.k_stride, shape, params.ring_len, kWgmmaKeys, 4);
-      maps.old_v = key_map("ring_v", params.old.v, params.old.v_stride, shape, params.ring_len, kWgmmaKeys, 4);
-    }
-    allow_smem(reinterpret_cast<const void*>(flash_wgmma_256_kernel<Flash256>), plan.smem_bytes);
-    flash_wgmma_256_kernel<Flash256><<<plan.grid, plan.n_thread, smem, stream>>>(params, maps);
+    return maps;
   }
-  check_launch("flash_wgmma_kernel");
+  const std::int64_t n_fresh = params.ring_len > 0 ? params.n_query : params.max_kv_end;
+  maps.k = key_map("k", params.fresh.k, params.fresh.k_stride, shape, n_fresh, kWgmmaKeys, 4);
+  maps.v = key_map("v", params.fresh.v, params.fresh.v_stride, shape, n_fresh, kWgmmaKeys, 4);
+  maps.old_k = maps.k, maps.old_v = maps.v;
+  if (params.ring_len > 0) {
+    maps.old_k = key_map("ring_k", params.old.k, params.old.k_stride, shape, params.ring_len, kWgmmaKeys, 4);
+    maps.old_v = key_map("ring_v", params.old.v, params.old.v_stride, shape, params.ring_len, kWgmmaKeys, 4);
+  }
+  return maps;
 }
 
-/// Whether the kernel of this plan can rotate queries and results itself.
-[[nodiscard]] inline bool rotates_inside(const FlashPlan& plan, const RotationParams& rotation) {
-  return plan.path == FlashPath::kWgmma && plan.shape.head_dim == Flash512::kHeadDim &&
-         rotation.kind == RotationKind::kSignedHadamard;
+template <class TTransform>
+void launch_wgmma(const FlashPlan& plan, const FlashParams& params, const TTransform& transform, cudaStream_t stream) {
+  const FlashMaps maps = flash_maps(plan.shape, params);
+  const Launch launch{.what = "flash_wgmma_kernel",
+                      .grid = plan.grid,
+                      .block = static_cast<unsigned>(plan.n_thread),
+                      .stream = stream,
+                      .smem_bytes = plan.smem_bytes};
+  if (plan.shape.head_dim == Flash512::kHeadDim) {
+    launch(flash_wgmma_512_kernel<Flash512, TTransform>, params, maps, transform);
+  } else {
+    launch(flash_wgmma_256_kernel<Flash256>, params, maps);
+  }
 }
 
-/// Fills what every call sets alike, carves the workspace and launches. `rotation`, where rotates_inside(): the queries
-/// are rotated and the results rotated back.
-inline void launch_flash(const char* who, const FlashPlan& plan, FlashParams params, const AttentionOptions& options,
-                         std::span<std::byte> workspace, cudaStream_t stream,
-                         const RotationParams* rotation = nullptr) {
+/// Fills what every call sets alike, carves the workspace and launches.
+/// @param transform of the queries and results, see NoTransform; another only where transforms_inside()
+template <class TTransform = NoTransform>
+void launch_flash(const char* who, const FlashPlan& plan, FlashParams params, const AttentionOptions& options,
+                  std::span<std::byte> workspace, cudaStream_t stream, const TTransform& transform = {}) {
   const AttentionShape& shape = plan.shape;
+  require(TTransform::kIsIdentity || transforms_inside(plan), who,
+          ": no kernel of this plan transforms its queries; transform them before");
   require(static_cast<std::int64_t>(workspace.size()) >= plan.workspace_bytes, who, ": workspace ", workspace.size(),
           " B, need ", plan.workspace_bytes, " B for n_split = ", plan.n_split, "; size it with the plan");
   params.batch = static_cast<int>(shape.batch);
@@ -229,7 +236,7 @@ inline void launch_flash(const char* who, const FlashPlan& plan, FlashParams par
   params.partial_o = reinterpret_cast<float*>(workspace.data());
   params.partial_ml =
       params.partial_o + std::int64_t{plan.n_split} * shape.batch * shape.n_query * shape.n_head * shape.head_dim;
-  if (plan.path == FlashPath::kWgmma) return launch_wgmma(plan, params, rotation, stream);
+  if (plan.path == FlashPath::kWgmma) return launch_wgmma(plan, params, transform, stream);
   for_flash_tile(plan.tile, [&]<FlashTile kTile>() { launch_mma<kTile>(plan, params, stream); });
 }
 

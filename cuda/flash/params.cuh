@@ -4,9 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "gemma4/attention.hpp"
 #include "gemma4/float16.hpp"
-#include "gemma4/view.hpp"
 
 /// What the flash kernels over bf16 keys and values share: where keys come from and which of them a row sees.
 ///
@@ -14,20 +12,7 @@
 /// layer, `old` keys before them in a ring. A flat cache is all fresh with fresh_begin = 0.
 /// Query token t stands at kv_end - n_query + t and sees the positions [hi - window, hi) with hi one more than its own
 /// (causal) or kv_end. The rows of one KV head are numbered token * group + head within the group.
-namespace gemma4::cuda {
-
-/// How many rows of a flat cache are valid, or where a chunk begins: an int32 that the kernel reads from the device,
-/// or a number that the host knows. `host` beside `device` lets the host refuse misuse and size its work.
-struct DeviceCount {
-  const std::int32_t* device = nullptr;
-  std::int64_t host = -1;  ///< -1: not known to the host
-
-  [[nodiscard]] static DeviceCount on_device(const std::int32_t* pointer) { return {.device = pointer, .host = -1}; }
-  [[nodiscard]] static DeviceCount on_host(std::int64_t value) { return {.device = nullptr, .host = value}; }
-  [[nodiscard]] bool known() const { return host >= 0; }
-};
-
-namespace detail {
+namespace gemma4::cuda::detail {
 
 inline constexpr int kNoWindow = 1 << 30;  ///< more than any position
 
@@ -91,5 +76,4 @@ struct KeyRange {
   return params.n_query * params.group;
 }
 
-}  // namespace detail
-}  // namespace gemma4::cuda
+}  // namespace gemma4::cuda::detail

@@ -4,9 +4,19 @@
 #include <cstdint>
 
 #include "cuda/flash/params.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/matrix.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/opaque.cuh"
+#include "cuda/ptx/shared_memory.cuh"
 #include "cuda/ptx/tensor_copy.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/rotation.cuh"
+#include "cuda/softmax_state.cuh"
+#include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
+#include "gemma4/view.hpp"
 
 /// What the two wgmma flash kernels share (cuda/flash/wgmma_512.cuh and cuda/flash/wgmma_256.cuh): the softmax of one
 /// [64, 64] tile of scores in the accumulator layout, its masks, and the tensor maps of their operands.
@@ -17,11 +27,18 @@ namespace gemma4::cuda::detail {
 
 inline constexpr int kWgmmaKeys = 64;  ///< keys in a tile
 
-/// Copied by value into the kernel. `old_k`, `old_v` are used by sliding layers alone, `rotation` by kernels that
-/// rotate.
+/// Copied by value into the kernel. `old_k`, `old_v` are used by sliding layers alone.
 struct FlashMaps {
   CUtensorMap q, k, v, old_k, old_v, out;
-  RotationParams rotation;
+};
+
+/// What a kernel does to each query vector as it arrives and to each result before it leaves: nothing. A transform that
+/// does something has kIsIdentity = false and, for a vector of D values in a warp, D / 32 neighbours a lane,
+///   __device__ void forward<D>(float (&x)[D / 32]) const;    // of a query
+///   __device__ void inverse<D>(float (&x)[D / 32]) const;    // of a result
+/// It is a parameter of the kernel, so it is trivially copyable.
+struct NoTransform {
+  static constexpr bool kIsIdentity = true;
 };
 
 /// Whether a tile of 64 rows holds whole tokens.
@@ -55,10 +72,9 @@ struct FlashMaps {
   return make_tensor_map(what, data, map);
 }
 
-/// Running softmax of a thread's two rows; m in units of the unscaled score.
+/// Running softmax of a thread's two rows; the maximum is that of the unscaled scores.
 struct WgmmaSoftmax {
-  float m[2] = {-INFINITY, -INFINITY};
-  float l[2] = {0.0f, 0.0f};
+  SoftmaxState row[2];
 };
 
 /// Hides the keys that a row does not see; `first` is the position of the tile's first key.
@@ -76,14 +92,14 @@ __device__ __forceinline__ void hide_tile(float (&s)[32], int first, const KeyRa
 __device__ __forceinline__ void softmax_tile(WgmmaSoftmax& state, float (&s)[32], float (&alpha)[2], float scale_log2) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    SoftmaxState& row = state.row[half];
     float maximum = s[2 * half];
 #pragma unroll
     for (int i = 0; i < 8; ++i) maximum = fmaxf(maximum, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
-    maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
-    maximum = fmaxf(state.m[half], fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2)));
-    const float shift = maximum == -INFINITY ? 0.0f : maximum * scale_log2;  // (-inf) - (-inf) is not a number
-    alpha[half] = state.m[half] == maximum ? 1.0f : exp2_approx(fmaf(state.m[half], scale_log2, -shift));
-    state.m[half] = maximum;
+    maximum = fmaxf(row.maximum, quad_max(maximum));
+    const float shift = softmax_reference(maximum) * scale_log2;
+    alpha[half] = row.maximum == maximum ? 1.0f : exp2_approx(fmaf(row.maximum, scale_log2, -shift));
+    row.maximum = maximum;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -94,7 +110,7 @@ __device__ __forceinline__ void softmax_tile(WgmmaSoftmax& state, float (&s)[32]
         sum += p;
       }
     }
-    state.l[half] = fmaf(state.l[half], alpha[half], sum);
+    row.sum = fmaf(row.sum, alpha[half], sum);
   }
 }
 
@@ -118,9 +134,7 @@ __device__ __forceinline__ void rescale(float (&o)[128], const float (&alpha)[2]
 __device__ __forceinline__ void inverse_sum(const WgmmaSoftmax& state, float (&inverse)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float l = state.l[half] + __shfl_xor_sync(~0u, state.l[half], 1);
-    l += __shfl_xor_sync(~0u, l, 2);
-    inverse[half] = l > 0.0f ? 1.0f / l : 0.0f;
+    inverse[half] = softmax_inverse(quad_sum(state.row[half].sum));
   }
 }
 
@@ -137,9 +151,7 @@ __device__ __forceinline__ void store_rows(const float (&o)[128], const float (&
     const std::uint32_t f3 = pack_bf16(o[8 * i + 6] * inverse[1], o[8 * i + 7] * inverse[1]);
     const int chunk = (2 * i + (lane >> 4)) & 7;
     const std::uint32_t address = target + (i >> 2) * block_rows * 128 + row * 128 + ((chunk ^ (row & 7)) << 4);
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(f0), "r"(f1),
-                 "r"(f2), "r"(f3)
-                 : "memory");
+    store_matrix_x4(address, f0, f1, f2, f3);
   }
 }
 
@@ -150,7 +162,7 @@ __device__ __forceinline__ void clear_rows(std::uint32_t target, int block_rows,
     const int row = item >> 5, block = (item >> 3) & 3, chunk = item & 7;
     if (row >= valid_lo && row < valid_hi) continue;
     const std::uint32_t address = target + block * block_rows * 128 + row * 128 + chunk * 16;
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+    store_shared_x4(address, 0, 0, 0, 0);
   }
 }
 

@@ -82,7 +82,7 @@ __device__ __forceinline__ void produce_256(const Flash256Block& block, const Fl
     mbarrier_expect(full, T::kTileBytes);
     const bool old = block.is_old(tile);
     const int position = block.first_position(tile);
-    const int row = old ? position % params.ring_len : position - block.extent.fresh_begin;
+    const int row = old ? ring_slot(position, params.ring_len) : position - block.extent.fresh_begin;
     const CUtensorMap* map = old ? (keys ? &maps.old_k : &maps.old_v) : (keys ? &maps.k : &maps.v);
     tensor_load(block.smem + (keys ? T::kK : T::kV) + stage * T::kTileBytes, map, full, 0, row, 0, block.head_kv,
                 block.batch);
@@ -98,8 +98,8 @@ __device__ __forceinline__ void produce_256(const Flash256Block& block, const Fl
 __device__ __forceinline__ void issue_scores(const Flash256Block& block, float (&s)[32], int tile, int part) {
   using T = Flash256;
   const int stage = tile % T::kStages;
-  const std::uint64_t q = wgmma_opaque(wgmma_operand(block.smem + T::kQ + part * 8192, 0, 1024));
-  const std::uint64_t k = wgmma_opaque(wgmma_operand(block.smem + T::kK + stage * T::kTileBytes, 0, 1024));
+  const std::uint64_t q = opaque(wgmma_operand(block.smem + T::kQ + part * 8192, 0, 1024));
+  const std::uint64_t k = opaque(wgmma_operand(block.smem + T::kK + stage * T::kTileBytes, 0, 1024));
   mbarrier_wait(block.barrier(T::kKFull + stage), (tile / T::kStages) & 1);
   wgmma_fence();
 #pragma unroll
@@ -129,7 +129,7 @@ __device__ __forceinline__ void issue_values(const Flash256Block& block, float (
                                              const std::uint32_t (&p)[4][4], int tile) {
   using T = Flash256;
   const std::uint64_t v =
-      wgmma_opaque(wgmma_operand(block.smem + T::kV + tile % T::kStages * T::kTileBytes, kWgmmaKeys * 128, 1024));
+      opaque(wgmma_operand(block.smem + T::kV + tile % T::kStages * T::kTileBytes, kWgmmaKeys * 128, 1024));
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) wgmma_m64n256k16(o, p[step], wgmma_advance(v, step * 2048));

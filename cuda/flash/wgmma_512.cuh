@@ -93,8 +93,8 @@ __device__ __forceinline__ void release_slices(const Flash512Block& block, int e
 /// Issues the scores of tile `tile`, one committed group a slice.
 __device__ __forceinline__ void issue_scores(const Flash512Block& block, float (&s)[32], int tile) {
   using T = Flash512;
-  const std::uint64_t q = wgmma_opaque(wgmma_operand(block.smem + T::kQ, 0, 1024));
-  const std::uint64_t k = wgmma_opaque(wgmma_operand(block.smem + T::kK, 0, 1024));
+  const std::uint64_t q = opaque(wgmma_operand(block.smem + T::kQ, 0, 1024));
+  const std::uint64_t k = opaque(wgmma_operand(block.smem + T::kK, 0, 1024));
 #pragma unroll
   for (int slice = 0; slice < T::kSlices; ++slice) {
     mbarrier_wait(block.barrier(T::kKFull + slice), tile & 1);
@@ -146,14 +146,12 @@ __device__ __forceinline__ void leave_probabilities(const Flash512Block& block, 
   for (int step = 0; step < 4; ++step) {
     const int chunk = 2 * step + (lane >> 4);
     const std::uint32_t address = block.smem + T::kP + buffer * T::kPBytes + row * 128 + ((chunk ^ (row & 7)) << 4);
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(p[step][0]),
-                 "r"(p[step][1]), "r"(p[step][2]), "r"(p[step][3])
-                 : "memory");
+    store_matrix_x4(address, p[step][0], p[step][1], p[step][2], p[step][3]);
   }
   if ((lane & 3) == 0) {
     const std::uint32_t target = block.smem + T::kAlpha + (buffer * T::kRows + warp_row + lane / 4) * 4;
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(target), "f"(alpha[0]) : "memory");
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 32), "f"(alpha[1]) : "memory");
+    store_shared(target, alpha[0]);
+    store_shared(target + 32, alpha[1]);
   }
   fence_async_shared();
 }
@@ -161,14 +159,13 @@ __device__ __forceinline__ void leave_probabilities(const Flash512Block& block, 
 /// Two floats of this thread's rows from an array of 64.
 __device__ __forceinline__ void read_row_pair(float (&value)[2], std::uint32_t array) {
   const std::uint32_t source = array + ((threadIdx.x & 127) / 32 * 16 + (threadIdx.x & 31) / 4) * 4;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value[0]) : "r"(source) : "memory");
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value[1]) : "r"(source + 32) : "memory");
+  value[0] = load_shared(source);
+  value[1] = load_shared(source + 32);
 }
 
-/// Rotates the 64 bf16 rows in the queries' place (the signed Hadamard transform or its inverse), each of the eight
-/// consumer warps eight of them, with the arithmetic of rotate_forward and rotate_inverse, bit for bit.
-template <bool kForward>
-__device__ __forceinline__ void rotate_rows(const Flash512Block& block, const RotationParams& rotation) {
+/// Transforms the 64 bf16 rows in the queries' place, each of the eight consumer warps eight of them.
+template <bool kForward, class TTransform>
+__device__ __forceinline__ void transform_rows(const Flash512Block& block, const TTransform& transform) {
   using T = Flash512;
   constexpr int kValues = T::kHeadDim / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -181,28 +178,23 @@ __device__ __forceinline__ void rotate_rows(const Flash512Block& block, const Ro
 #pragma unroll
     for (int piece = 0; piece < 2; ++piece) {
       std::uint32_t pair[4];
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(pair[0]), "=r"(pair[1]), "=r"(pair[2]), "=r"(pair[3])
-                   : "r"(place[piece])
-                   : "memory");
+      load_shared_x4(pair, place[piece]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         x[8 * piece + 2 * i] = __uint_as_float(pair[i] << 16);
         x[8 * piece + 2 * i + 1] = __uint_as_float(pair[i] & 0xFFFF0000u);
       }
     }
-    if constexpr (kForward) flip_signs<T::kHeadDim>(rotation, x);
-    hadamard_warp<T::kHeadDim>(x);
-#pragma unroll
-    for (float& value : x) value *= rotation.scale;
-    if constexpr (!kForward) flip_signs<T::kHeadDim>(rotation, x);
+    if constexpr (kForward) {
+      transform.template forward<T::kHeadDim>(x);
+    } else {
+      transform.template inverse<T::kHeadDim>(x);
+    }
 #pragma unroll
     for (int piece = 0; piece < 2; ++piece) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place[piece]),
-                   "r"(pack_bf16(x[8 * piece], x[8 * piece + 1])), "r"(pack_bf16(x[8 * piece + 2], x[8 * piece + 3])),
-                   "r"(pack_bf16(x[8 * piece + 4], x[8 * piece + 5])),
-                   "r"(pack_bf16(x[8 * piece + 6], x[8 * piece + 7]))
-                   : "memory");
+      store_shared_x4(place[piece], pack_bf16(x[8 * piece], x[8 * piece + 1]),
+                      pack_bf16(x[8 * piece + 2], x[8 * piece + 3]), pack_bf16(x[8 * piece + 4], x[8 * piece + 5]),
+                      pack_bf16(x[8 * piece + 6], x[8 * piece + 7]));
     }
   }
   fence_async_shared();
@@ -210,15 +202,16 @@ __device__ __forceinline__ void rotate_rows(const Flash512Block& block, const Ro
 }
 
 /// Writes this warpgroup's half of the output through the (no longer needed) queries' place.
-template <bool kRotate>
+template <class TTransform>
 __device__ __forceinline__ void store_half(const Flash512Block& block, const FlashMaps& maps, const float (&o)[128],
-                                           const float (&inverse)[2], int half, int group) {
+                                           const float (&inverse)[2], int half, int group,
+                                           const TTransform& transform) {
   using T = Flash512;
   const std::uint32_t place = block.smem + T::kQ + half * (T::kRows * T::kHeadDim);
   store_rows(o, inverse, place, T::kRows, 0);
-  if constexpr (kRotate) {
+  if constexpr (!TTransform::kIsIdentity) {
     named_barrier_sync(T::kSums, 256);
-    rotate_rows<false>(block, maps.rotation);
+    transform_rows<false>(block, transform);
   } else {
     fence_async_shared();
     named_barrier_sync(T::kGroup + half, 128);
@@ -230,7 +223,8 @@ __device__ __forceinline__ void store_half(const Flash512Block& block, const Fla
 }
 
 /// First warpgroup: scores, softmax, output dimensions 0 to 255.
-template <bool kRotate>
+/// @tparam kQueriesAreThere no need to wait for them
+template <bool kQueriesAreThere>
 __device__ __forceinline__ void consume_scores(const Flash512Block& block, const FlashParams& params, float (&o)[128],
                                                float (&inverse)[2]) {
   using T = Flash512;
@@ -246,7 +240,7 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
   for (int i = 0; i < 128; ++i) o[i] = 0.0f;
   WgmmaSoftmax state;
 
-  if constexpr (!kRotate) mbarrier_wait(block.barrier(T::kQFull), 0);
+  if constexpr (!kQueriesAreThere) mbarrier_wait(block.barrier(T::kQFull), 0);
   issue_scores(block, s, 0);
   wgmma_wait<0>();
   wgmma_pin(s);
@@ -288,8 +282,8 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
   inverse_sum(state, inverse);
   if ((threadIdx.x & 3) == 0) {
     const std::uint32_t target = block.smem + T::kInverse + row * 4;
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(target), "f"(inverse[0]) : "memory");
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(target + 32), "f"(inverse[1]) : "memory");
+    store_shared(target, inverse[0]);
+    store_shared(target + 32, inverse[1]);
   }
   mbarrier_arrive(block.barrier(T::kInverseFull));
   wgmma_wait<0>();
@@ -331,15 +325,16 @@ __device__ __forceinline__ void consume_values(const Flash512Block& block, float
 __device__ __forceinline__ void store_nothing(const Flash512Block& block, const FlashParams& params,
                                               const FlashMaps& maps, int half) {
   const float o[128] = {}, inverse[2] = {};
-  store_half<false>(block, maps, o, inverse, half, params.group);
+  store_half(block, maps, o, inverse, half, params.group, NoTransform{});
 }
 
-/// With kRotate the queries are rotated as they arrive and the results rotated back before they leave: 40 us less than
-/// two passes over 2048 tokens of 32 heads. grid: x = row tile (longest first), y = batch * n_head_kv. Any power-of-two
+/// With a transform the queries are transformed as they arrive and the results before they leave: 40 us less than two
+/// passes over 2048 tokens of 32 heads. grid: x = row tile (longest first), y = batch * n_head_kv. Any power-of-two
 /// group to 64.
-template <class T, bool kRotate>
+template <class T, class TTransform>
 __global__ void __launch_bounds__(T::kThreads, 1)
-    flash_wgmma_512_kernel(const __grid_constant__ FlashParams params, const __grid_constant__ FlashMaps maps) {
+    flash_wgmma_512_kernel(const __grid_constant__ FlashParams params, const __grid_constant__ FlashMaps maps,
+                           const __grid_constant__ TTransform transform) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   Flash512Block block;
@@ -379,17 +374,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (block.n_tile == 0) {
       store_nothing(block, params, maps, warpgroup);
     } else {
-      if constexpr (kRotate) {
+      if constexpr (!TTransform::kIsIdentity) {
         mbarrier_wait(block.barrier(T::kQFull), 0);
-        rotate_rows<true>(block, maps.rotation);
+        transform_rows<true>(block, transform);
       }
       float o[128], inverse[2];
       if (warpgroup == 0) {
-        consume_scores<kRotate>(block, params, o, inverse);
+        consume_scores<!TTransform::kIsIdentity>(block, params, o, inverse);
       } else {
         consume_values(block, o, inverse);
       }
-      store_half<kRotate>(block, maps, o, inverse, warpgroup, params.group);
+      store_half(block, maps, o, inverse, warpgroup, params.group, transform);
     }
   }
 #else

@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/mma.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 
@@ -69,11 +68,6 @@ __device__ __forceinline__ void tensor_store_finish() {
 /// Orders this thread's ordinary writes to shared memory before later reads by wgmma and the copy engine.
 __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-/// Meets the other threads of a named barrier (1 to 15); n_thread is how many.
-__device__ __forceinline__ void named_barrier_sync(int barrier, int n_thread) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_thread) : "memory");
 }
 
 }  // namespace gemma4::cuda

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "cuda/ptx/mma.cuh"
-
 /// Warpgroup matrix instructions of sm_90a: products of 64-row tiles in bf16 with float32 accumulators in registers,
 /// issued by four warps and finished asynchronously. Source: the PTX ISA, "Asynchronous warpgroup level matrix
 /// instructions". Operands in shared memory are tiles of 128-byte rows (64 bf16 values) in the 128-byte swizzle that
@@ -27,13 +25,6 @@ namespace gemma4::cuda {
 /// The operand `bytes` further on.
 [[nodiscard]] __device__ __forceinline__ std::uint64_t wgmma_advance(std::uint64_t operand, std::uint32_t bytes) {
   return operand + (bytes >> 4);
-}
-
-/// The same operand, opaque to the compiler. Without it ptxas computes the operands of all steps before the loop, keeps
-/// dozens of registers for them and spills.
-[[nodiscard]] __device__ __forceinline__ std::uint64_t wgmma_opaque(std::uint64_t operand) {
-  asm volatile("" : "+l"(operand));
-  return operand;
 }
 
 /// Orders register writes before the next wgmma of this warpgroup.

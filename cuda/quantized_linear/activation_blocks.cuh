@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/vector_io.cuh"
 #include "gemma4/float16.hpp"
 #include "gemma4/platform.hpp"
 
@@ -24,66 +26,6 @@ struct BlockTail {
   std::uint32_t sums;
 };
 
-/// Four times a x b of bytes, both signed, plus c.
-[[nodiscard]] __device__ __forceinline__ int dot4(std::uint32_t a, std::uint32_t b, int c) {
-  int d;
-  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
-/// The same with the bytes of a unsigned.
-[[nodiscard]] __device__ __forceinline__ int dot4_unsigned(std::uint32_t a, std::uint32_t b, int c) {
-  int d;
-  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
-/// Eight consecutive values as they lie in global memory, 16-byte aligned; written by an earlier kernel.
-template <class TIn>
-struct EightRaw;
-
-template <>
-struct EightRaw<float> {
-  float4 a, b;
-  __device__ __forceinline__ void load(const float* from) {
-    a = __ldcg(reinterpret_cast<const float4*>(from));
-    b = __ldcg(reinterpret_cast<const float4*>(from) + 1);
-  }
-  __device__ __forceinline__ void clear() { a = b = make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
-  __device__ __forceinline__ void values(float (&x)[8]) const {
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-  }
-};
-
-template <>
-struct EightRaw<Bf16> {
-  uint4 words;
-  __device__ __forceinline__ void load(const Bf16* from) { words = __ldcg(reinterpret_cast<const uint4*>(from)); }
-  __device__ __forceinline__ void clear() { words = make_uint4(0, 0, 0, 0); }
-  __device__ __forceinline__ void values(float (&x)[8]) const {
-    const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[2 * i] = bit_cast<float>(word[i] << 16);
-      x[2 * i + 1] = bit_cast<float>(word[i] & 0xFFFF0000u);
-    }
-  }
-};
-
-/// The larger of two, NaN where either is.
-[[nodiscard]] __device__ __forceinline__ float max_or_nan(float a, float b) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-}
-
-/// 1 / x to 1 ulp, where neither is subnormal. (An exact division costs the widest product time.)
-[[nodiscard]] __device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 /// Four neighbouring lanes hold a block, eight values each; every lane of the warp calls. Stores the block.
 __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t* activations, int n_group, int group,
                                                bool valid) {
@@ -96,7 +38,8 @@ __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t
   const bool is_zero = largest < 0x1p-110f;
   // The difference is zero, or NaN where the largest is not finite; codes then are what they may.
   const float scale = is_zero ? 0.0f : __fadd_rn(__fmul_rn(largest, 1.0f / 127.0f), __fsub_rn(largest, largest));
-  const float inverse = is_zero ? 0.0f : __fmul_rn(reciprocal(__fmul_rn(largest, 0x1p-8f)), 127.0f * 0x1p-8f);
+  // (An exact division costs the widest product time.)
+  const float inverse = is_zero ? 0.0f : __fmul_rn(reciprocal_approx(__fmul_rn(largest, 0x1p-8f)), 127.0f * 0x1p-8f);
   // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits: its low byte is the code.
   std::uint32_t bits[8], word[2];
 #pragma unroll
@@ -126,19 +69,19 @@ __device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activat
                                              int thread) {
   constexpr int kUnroll = sizeof(TIn) == 2 ? 11 : 5;
   for (int first = 0; first < n_piece; first += kUnroll * kThreads) {
-    EightRaw<TIn> raw[kUnroll];
+    RawValues<8, TIn> raw[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int piece = first + i * kThreads + thread;
       raw[i].clear();
-      if (x != nullptr && piece < n_piece) raw[i].load(x + 8 * piece);
+      if (x != nullptr && piece < n_piece) raw[i].load_from_l2(x + 8 * piece);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       if (first + i * kThreads >= n_piece) break;
       const int piece = first + i * kThreads + thread;
       float values[8];
-      raw[i].values(values);
+      raw[i].widen(values);
       quantize_eight(values, activations, n_group, piece / 4, piece < n_piece);
     }
   }

@@ -5,8 +5,9 @@
 
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/quantized_linear/activation_blocks.cuh"
 #include "cuda/quantized_linear/dot.cuh"
 #include "cuda/quantized_linear/input.cuh"
@@ -229,14 +230,9 @@ __device__ __forceinline__ void multiply_task(const std::uint8_t* slot, int grou
 template <int kTokens>
 __device__ __forceinline__ void multiply(const LinearParams& params, unsigned char* smem) {
   std::uint8_t* const activations = smem + params.smem.activations;
-  if (params.input.norm != nullptr) {
-    finish_and_quantize<kTokens>(params.input, params.n_token, params.n_piece, params.n_group, activations,
-                                 *reinterpret_cast<float(*)[2][kRowWarps]>(smem + params.smem.row_parts));
-  } else {
-    load_and_quantize<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
-                                                  activations);
-  }
-  asm volatile("bar.sync 1, %0;" ::"n"(32 * kLinearWarps) : "memory");
+  load_and_quantize<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
+                                                activations);
+  named_barrier_sync<1, 32 * kLinearWarps>();
   const RingBarriers barriers(params, smem);
   float* const partials = reinterpret_cast<float*>(smem + params.smem.partials);
   const int n_group = params.n_group, n_task = params.n_task, lane = threadIdx.x & 31, warp = threadIdx.x / 32;

@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/ptx/cache_hint.cuh"
+#include "cuda/ptx/copy_async.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared_memory.cuh"
 #include "cuda/quantized_linear/input.cuh"
 #include "cuda/quantized_linear/weight_layout.cuh"
-#include "cuda/weight_prefetch.cuh"
 
 /// How the kernel of linear_decode.cuh gets its weights: which rows a block owns, the stages in which they come through
 /// a ring in shared memory, and the warp that asks for them.
@@ -62,7 +64,7 @@ struct LinearMatrix {
 
 /// Where things lie in shared memory, in bytes.
 struct LinearSmem {
-  std::int32_t activations, partials, row_parts, barriers, notes, total;
+  std::int32_t activations, partials, barriers, notes, total;
 };
 
 /// Groups of a token's activations in shared memory: an even number, so that each token begins at 16 bytes.
@@ -75,12 +77,10 @@ struct LinearSmem {
   const std::int64_t ring = std::int64_t{n_slot} * slot_bytes;
   const std::int64_t partials = ring + activation_groups(cols) * kActivationBytesPerGroup * n_token;
   const std::int64_t n_task = (chunk_groups(cols) + 31) / 32;
-  const std::int64_t row_parts = partials + n_slot * n_task * n_token * kMaxStageRows * 4;
-  const std::int64_t barriers = row_parts + std::int64_t{sizeof(float[2][kRowWarps])};
+  const std::int64_t barriers = partials + n_slot * n_task * n_token * kMaxStageRows * 4;
   const std::int64_t notes = barriers + 2 * 8 * n_slot;
-  return {static_cast<std::int32_t>(ring),      static_cast<std::int32_t>(partials),
-          static_cast<std::int32_t>(row_parts), static_cast<std::int32_t>(barriers),
-          static_cast<std::int32_t>(notes),     static_cast<std::int32_t>(notes + 2 * 4 * n_slot)};
+  return {static_cast<std::int32_t>(ring), static_cast<std::int32_t>(partials), static_cast<std::int32_t>(barriers),
+          static_cast<std::int32_t>(notes), static_cast<std::int32_t>(notes + 2 * 4 * n_slot)};
 }
 
 /// What divides is divided on the host: a 64-bit division in the loop over tasks once halved the rate of the kernel.
@@ -105,8 +105,6 @@ struct LinearParams {
   bool out_is_bf16;
   LinearEpilogue epilogue;
   float softcap;
-  const std::byte* next;  ///< memory that a later kernel will read; may be null
-  std::int64_t next_bytes;
 };
 static_assert(std::is_trivially_copyable_v<LinearParams>);
 
@@ -221,7 +219,7 @@ __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned 
 ///
 /// The first round of the ring is filled one stage after another. Asked for at once, the rings of a whole grid are 20
 /// to 28 MB, a queue of 5 us before the memory, behind which the end of the kernel in front and the activations have to
-/// wait, the more so where the residual is normalised on the way.
+/// wait.
 /// Nor does it pay to go on into the L2 cache while a full ring waits for the activations: a launch that follows one
 /// like itself gains, a step of a model does not, and where all rows come that way the stream is slower.
 __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned char* smem) {
@@ -230,8 +228,7 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
   const int lane = threadIdx.x & 31;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const bool contiguous = params.n_chunk == 1;
-  std::uint64_t policy;  // weights are not read again before everything else has been
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const std::uint64_t policy = evict_first_policy();  // weights are not read again before everything else has been
 #endif
   int n_asked = 0;
   const auto next = [&](const LinearStage& stage) { return take_ticket(params, smem, stage); };
@@ -247,11 +244,7 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
     if (lane < (contiguous ? 1 : stage.n_row)) {
       mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
       if (lane == 0) mbarrier_expect(full, total);
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-          "%4;" ::"r"(slot + lane * bytes),
-          "l"(from + lane * matrix.row_bytes), "r"(contiguous ? total : bytes), "r"(full), "l"(policy)
-          : "memory");
+      bulk_load(slot + lane * bytes, from + lane * matrix.row_bytes, contiguous ? total : bytes, full, policy);
     }
 #else
     mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
@@ -260,11 +253,10 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
         copy_async_16(slot + row * bytes + at_byte, from + row * matrix.row_bytes + at_byte, true);
       }
     }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+    copy_async_arrive(full);
 #endif
     __syncwarp();  // a lane without a copy would fall behind, or run ahead, by whole rounds, whose parity is the same
   });
-  prefetch_share(params.next, params.next_bytes);
 }
 
 }  // namespace detail

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/sampler/state.cuh"
 
 /// The short way through top_k and top_p: where the first level of the search for the end leaves few tokens in

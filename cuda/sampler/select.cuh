@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/sampler/state.cuh"
 
 /// Which tokens may be chosen: the end of the order "larger logit first, lower index first" up to which top_k and top_p

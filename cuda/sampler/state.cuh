@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/atomic.cuh"
 #include "gemma4/platform.hpp"
 #include "gemma4/sampler.hpp"
 
@@ -101,12 +101,7 @@ __device__ __forceinline__ void for_each_logit(const SamplerParams& params, TBod
 /// Counts this block in; whether it is the last of the grid. One thread asks, after a barrier with those that wrote;
 /// the others see what all blocks wrote after another barrier.
 [[nodiscard]] __device__ __forceinline__ bool arrives_last(SamplerState* state) {
-  std::uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(&state->arrivals), "r"(gridDim.x - 1)
-               : "memory");
-  return before == gridDim.x - 1;
+  return count_around(&state->arrivals, gridDim.x - 1) == gridDim.x - 1;
 }
 
 /// For a whole block: whether it is the last one; then all that the others wrote is visible to it.

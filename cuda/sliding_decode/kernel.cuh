@@ -4,19 +4,23 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <type_traits>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/qkv_prologue.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/shared_memory.cuh"
+#include "cuda/ptx/vector_io.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/rms_norm.cuh"
 #include "cuda/rope.cuh"
-#include "cuda/rotation.cuh"
-#include "cuda/tq4_attention/record_ring.cuh"
+#include "cuda/sliding_decode/share.cuh"
+#include "cuda/softmax_state.cuh"
+#include "gemma4/attention.hpp"
 #include "gemma4/float16.hpp"
-#include "gemma4/platform.hpp"
-#include "gemma4/view.hpp"
 
 /// The kernel of sliding_decode.cuh: a decode step of a sliding layer by clusters of blocks.
 ///
@@ -35,176 +39,30 @@
 /// - sums left in memory for the last block to merge, by 8 blocks a KV head or by 16;
 /// - the next product's weights fetched into the L2 cache once the own keys have come: the more, the slower.
 /// A body whose copying warp passes the block's barriers at places of its own is a little faster; synccheck refuses it.
-/// Source of the merge: the PTX ISA, "mapa", "barrier.cluster".
 namespace gemma4::cuda {
 
 namespace detail {
 
-template <int kDim>
-struct SlidingDecodeTraits {
-  static constexpr int kHeadDim = kDim, kValues = kDim / 32;
-  static constexpr int kWarps = 8;                    ///< that compute
-  static constexpr int kThreads = 32 * (kWarps + 1);  ///< one more copies
-  static constexpr int kHeads = 2;                    ///< query heads of a cluster
-  static constexpr int kChunkKeys = 32, kChunks = 4;  ///< of keys; as many of values
-  static constexpr int kSlots = 6;  ///< chunks in shared memory at a time: two blocks of head_dim 256, or one
-                                    ///< and one of a product, share a multiprocessor
-  static constexpr int kEarly = 4;  ///< chunks that are asked for under the end of the kernel in front
-  static constexpr int kWarpKeys = kChunkKeys / kWarps;  ///< of a warp and a chunk
-  static constexpr int kSlotBytes = kChunkKeys * kDim * 2;
-  static constexpr int kSumsBytes = kWarps * kHeads * kDim * 4;
-  static constexpr int kSumsSlot = kChunks - kSumsBytes / kSlotBytes;  ///< the warps' sums take the last keys' places
-  static_assert(kWarpKeys * kChunks == 16, "the keys of a warp are the rows of a product of matrices");
-  static_assert(kHeads * kDim <= 2 * 32 * kWarps, "a thread merges two values");
-  static_assert(kEarly <= kSlots && kSlots >= kChunks && kSlots <= 2 * kChunks && 2 * kChunks - kSlots <= kSumsSlot,
-                "values that take the place of keys stay clear of the sums");
-};
-
-inline constexpr int kSlidingDecodeKeys = 128;  ///< of a block
-inline constexpr int kSlidingDecodeSplits = 8;  ///< the largest cluster that every device with clusters takes
-
-/// Where things lie in shared memory, in bytes, behind the slots.
-template <class TTraits>
-struct SlidingDecodeSmem {
-  static constexpr int kFresh = TTraits::kSlots * TTraits::kSlotBytes;  ///< [2, head_dim] bf16: the newest k and v
-  static constexpr int kQ = kFresh + 2 * 2 * TTraits::kHeadDim;         ///< [2, head_dim] bf16
-  static constexpr int kNorms = kQ + 2 * TTraits::kHeads * TTraits::kHeadDim;  ///< [2, head_dim] float: of q and of k
-  static constexpr int kWeights = kNorms + 2 * 4 * TTraits::kHeadDim;  ///< [warp, chunk, key, head] float: exponentials
-  static constexpr int kStates = kWeights + 4 * 32 * TTraits::kWarps;  ///< [warp, head] (maximum, sum of exponentials)
-  static constexpr int kParts = kStates + 8 * TTraits::kHeads * TTraits::kWarps;  ///< [2 * head_dim] float, from others
-  static constexpr int kPartStates = kParts + 4 * TTraits::kHeads * TTraits::kHeadDim;  ///< [split, head] as kStates
-  static constexpr int kCosSin = kPartStates + 8 * TTraits::kHeads * kSlidingDecodeSplits;  ///< [head_dim / 2] float2
-  static constexpr int kFull = kCosSin + 4 * TTraits::kHeadDim;    ///< a barrier for each chunk that arrives
-  static constexpr int kEmpty = kFull + 8 * 2 * TTraits::kChunks;  ///< and for each chunk of keys that is done with
-  static constexpr int kBytes = kEmpty + 8 * TTraits::kChunks;
-  static constexpr int kSums = TTraits::kSumsSlot * TTraits::kSlotBytes;  ///< [warp, head, head_dim] float
-};
-
-struct SlidingDecodeParams {
-  View<const float, 3> q, k, v;
-  View<Bf16, 3> ring_k, ring_v, out;
-  QkNorms norms;
-  RopeParams rope;
-  const std::int32_t* position;
-  std::int32_t position_host;
-  std::int32_t ring_len, window, group, n_pair, n_split;
-  float scale_log2;  ///< scale * log2(e): softmax runs in base 2
-};
-static_assert(std::is_trivially_copyable_v<SlidingDecodeParams>);
-
-/// The share of a block: which heads, and which keys of those that they see. The newest key of all is the last one of
-/// the last split.
-struct SlidingDecodeShare {
-  int head_kv, pair, split;
-  int position;
-  int first;  ///< position of its first key
-  int n_key, n_old;
-  bool has_newest;
-
-  __device__ __forceinline__ explicit SlidingDecodeShare(const SlidingDecodeParams& params) {
-    const int block = static_cast<int>(blockIdx.x);
-    split = block % params.n_split;
-    pair = block / params.n_split % params.n_pair;
-    head_kv = block / params.n_split / params.n_pair;
-    position = params.position != nullptr ? *params.position : params.position_host;
-    const int newest = max(position, 0), n_seen = min(newest, params.window - 1) + 1;
-    const int begin = n_seen * split / params.n_split;
-    first = newest + 1 - n_seen + begin;
-    n_key = n_seen * (split + 1) / params.n_split - begin;
-    has_newest = split == params.n_split - 1;
-    n_old = n_key - (has_newest ? 1 : 0);
-  }
-  /// A query head of the pair; an odd group's last pair has its only head twice.
-  [[nodiscard]] __device__ __forceinline__ int head(const SlidingDecodeParams& params, int h) const {
-    return head_kv * params.group + min(2 * pair + h, params.group - 1);
-  }
-};
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-/// Asks for a chunk of old keys (chunk < kChunks) or values, which lies in slot chunk % kSlots; one thread.
-template <class T>
-__device__ __forceinline__ void fetch_chunk(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                            unsigned char* smem, int chunk) {
-  const int in_kind = chunk % T::kChunks, n_row = min(share.n_old - in_kind * T::kChunkKeys, T::kChunkKeys);
-  if (in_kind * T::kChunkKeys >= share.n_key) return;
-  const std::uint32_t barrier = shared_address(smem + SlidingDecodeSmem<T>::kFull) + 8 * chunk;
-  if (n_row <= 0) return mbarrier_arrive(barrier);  // nothing but the newest
-  std::uint64_t policy;                             // a ring is not read again before all weights have been
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  const auto slot = static_cast<int>(static_cast<std::uint32_t>(share.first + in_kind * T::kChunkKeys) %
-                                     static_cast<std::uint32_t>(params.ring_len));  // ring_slot()
-  const int n_before_end = min(n_row, params.ring_len - slot);
-  const View<Bf16, 3>& ring = chunk < T::kChunks ? params.ring_k : params.ring_v;
-  const auto copy = [&](int to_row, int from_row, int count) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-        "%4;" ::"r"(shared_address(smem + chunk % T::kSlots * T::kSlotBytes) + to_row * T::kHeadDim * 2),
-        "l"(&ring(share.head_kv, from_row, 0)), "r"(count * T::kHeadDim * 2), "r"(barrier), "l"(policy)
-        : "memory");
-  };
-  mbarrier_expect(barrier, n_row * T::kHeadDim * 2);
-  copy(0, slot, n_before_end);
-  if (n_before_end < n_row) copy(n_before_end, 0, n_row - n_before_end);
-}
-
-/// The copying warp before the projections are there.
-template <class T>
-__device__ __forceinline__ void fetch_early(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                            unsigned char* smem) {
-  using Smem = SlidingDecodeSmem<T>;
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-  if (lane == 0) {
-#pragma unroll 1
-    for (int chunk = 0; chunk < 2 * T::kChunks; ++chunk) {
-      mbarrier_init(shared_address(smem + Smem::kFull) + 8 * chunk, 1);
-      if (chunk < T::kChunks) mbarrier_init(shared_address(smem + Smem::kEmpty) + 8 * chunk, 32 * T::kWarps);
-    }
-    mbarrier_init_fence();
-  }
-  __syncwarp();
-  if (lane < T::kEarly) fetch_chunk<T>(params, share, smem, lane);
-  __syncwarp();
-}
-
-/// And after: what there is room for, then values in the places of keys.
-template <class T>
-__device__ __forceinline__ void fetch_rest(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                           unsigned char* smem) {
-  const int lane = static_cast<int>(threadIdx.x) & 31, n_chunk = (share.n_key + T::kChunkKeys - 1) / T::kChunkKeys;
-  if (lane >= T::kEarly && lane < T::kSlots) fetch_chunk<T>(params, share, smem, lane);
-  if (lane == 0) {
-#pragma unroll 1
-    for (int chunk = T::kSlots; chunk < T::kChunks + n_chunk; ++chunk) {
-      mbarrier_wait(shared_address(smem + SlidingDecodeSmem<T>::kEmpty) + 8 * (chunk - T::kSlots), 0);
-      fetch_chunk<T>(params, share, smem, chunk);
-    }
-  }
-  __syncwarp();
-}
 
 /// The other warps before the projections are there: the angles, and the weights of the norms.
 template <class T>
 __device__ __forceinline__ void prepare_early(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                              unsigned char* smem) {
-  using Smem = SlidingDecodeSmem<T>;
-  float2* const cos_sin = reinterpret_cast<float2*>(smem + Smem::kCosSin);
-  float* const norms = reinterpret_cast<float*>(smem + Smem::kNorms);
+                                              SlidingDecodeSmem<T>& smem) {
   const int i = static_cast<int>(threadIdx.x);
   if (i < T::kHeadDim) {
-    norms[i] = params.norms.q[i];
-    norms[T::kHeadDim + i] = params.norms.k[i];
+    smem.norms[0][i] = params.norms.q[i];
+    smem.norms[1][i] = params.norms.k[i];
   }
   if (i < params.rope.n_pair) {
-    cos_sin[i % T::kValues * 16 + i / T::kValues] = rope_cos_sin(share.position, params.rope.frequency[i]);
+    smem.cos_sin[i % T::kValues * 16 + i / T::kValues] = rope_cos_sin(share.position, params.rope.frequency[i]);
   }
 }
 
 /// Normalises and turns the two query heads, and in the last split also the newest key and value, a warp each.
 template <class T>
 __device__ __forceinline__ void prepare_heads(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                              unsigned char* smem) {
-  using Smem = SlidingDecodeSmem<T>;
+                                              SlidingDecodeSmem<T>& smem) {
   constexpr int kValues = T::kValues;
   const int vector = static_cast<int>(threadIdx.x) / 32, first = (static_cast<int>(threadIdx.x) & 31) * kValues;
   if (vector >= T::kHeads + (share.has_newest ? 2 : 0)) return;
@@ -214,27 +72,25 @@ __device__ __forceinline__ void prepare_heads(const SlidingDecodeParams& params,
               : is_k ? &params.k(0, share.head_kv, first)
                      : &params.v(0, share.head_kv, first),
               x);
-  const float* const norms = reinterpret_cast<const float*>(smem + Smem::kNorms);
-  rms_norm_warp<T::kHeadDim>(x, is_q ? norms : is_k ? norms + T::kHeadDim : nullptr, params.norms.epsilon);
+  rms_norm_warp<T::kHeadDim>(x, is_q ? smem.norms[0] : is_k ? smem.norms[1] : nullptr, params.norms.epsilon);
   if (is_q || is_k) {
-    rope_warp<T::kHeadDim>(reinterpret_cast<const float2*>(smem + Smem::kCosSin), params.rope.n_pair, x);
+    rope_warp<T::kHeadDim>(smem.cos_sin, params.rope.n_pair, x);
   }
-  if (is_q) return store_values(reinterpret_cast<Bf16*>(smem + Smem::kQ) + vector * T::kHeadDim + first, x);
-  store_values(reinterpret_cast<Bf16*>(smem + Smem::kFresh) + (is_k ? 0 : T::kHeadDim) + first, x);
+  if (is_q) return store_values(smem.q[vector] + first, x);
+  store_values(smem.fresh[is_k ? 0 : 1] + first, x);
   if (share.pair != 0 || share.position < 0) return;
-  const auto slot = static_cast<std::uint32_t>(share.position) % static_cast<std::uint32_t>(params.ring_len);
+  const auto slot = ring_slot(static_cast<std::uint32_t>(share.position), static_cast<std::uint32_t>(params.ring_len));
   store_values(&(is_k ? params.ring_k : params.ring_v)(share.head_kv, slot, first), x);
 }
 
 /// Key or value `row` of a chunk; behind the last one, the last one again.
 template <class T>
 [[nodiscard]] __device__ __forceinline__ const unsigned char* row_of_chunk(const SlidingDecodeShare& share,
-                                                                           const unsigned char* smem, int chunk,
+                                                                           const SlidingDecodeSmem<T>& smem, int chunk,
                                                                            int row) {
   const int in_kind = chunk % T::kChunks, key = min(in_kind * T::kChunkKeys + row, share.n_key - 1);
-  return key < share.n_old
-             ? smem + chunk % T::kSlots * T::kSlotBytes + (key - in_kind * T::kChunkKeys) * (2 * T::kHeadDim)
-             : smem + SlidingDecodeSmem<T>::kFresh + (chunk < T::kChunks ? 0 : 2 * T::kHeadDim);
+  return key < share.n_old ? smem.slot[chunk % T::kSlots] + (key - in_kind * T::kChunkKeys) * (2 * T::kHeadDim)
+                           : reinterpret_cast<const unsigned char*>(smem.fresh[chunk < T::kChunks ? 0 : 1]);
 }
 
 /// Scores of the warp's 16 keys by mma.sync, the keys as rows and the heads as columns: row r is key 4 * warp + r % 4
@@ -242,14 +98,23 @@ template <class T>
 /// both operands. Rows begin in the same banks: odd ones are read 64 bytes ahead and back, and multiplied by what
 /// belongs there; the products that belong to the other half of the rows are thrown away. On return lane 4 g holds
 /// score[i][h] of key g + 8 i and head h, in base 2; -inf where there is no such key.
+///
+/// What the lanes of two rows read at step s, eight lanes at a time (one pass over the 32 banks):
+///
+///              banks 0 .. 15         banks 16 .. 31
+///            +----------------------+----------------------+
+///   even row | t=0  t=1  t=2  t=3   |                      |   bytes 64 s     .. 64 s + 63
+///   odd row  |                      | t=0  t=1  t=2  t=3   |   bytes 64 (s^1) .. 64 (s^1) + 63     (s even)
+///            +----------------------+----------------------+
+///
+/// So one mma with q[s] is right for the even rows, and a second with q[s ^ 1] for the odd ones.
 template <class T>
 __device__ __forceinline__ void score_keys_of_warp(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                                   const unsigned char* smem, float (&score)[2][2]) {
-  using Smem = SlidingDecodeSmem<T>;
+                                                   const SlidingDecodeSmem<T>& smem, float (&score)[2][2]) {
   constexpr int kSteps = T::kHeadDim / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) & 31;
   const int g = lane / 4, t = lane % 4;
-  const std::uint32_t full = shared_address(smem + Smem::kFull), empty = shared_address(smem + Smem::kEmpty);
+  const std::uint32_t full = shared_address(smem.full), empty = shared_address(smem.empty);
   score[0][0] = score[0][1] = score[1][0] = score[1][1] = -INFINITY;
   if (share.n_key == 0) return;
   uint4 q[kSteps];
@@ -257,7 +122,7 @@ __device__ __forceinline__ void score_keys_of_warp(const SlidingDecodeParams& pa
   for (int step = 0; step < kSteps; ++step) {
     q[step] = make_uint4(0, 0, 0, 0);
     if (g < T::kHeads) {
-      q[step] = *reinterpret_cast<const uint4*>(smem + Smem::kQ + 2 * (g * T::kHeadDim + step * 32 + t * 8));
+      q[step] = *reinterpret_cast<const uint4*>(smem.q[g] + step * 32 + t * 8);
     }
   }
   const int n_chunk = (share.n_key + T::kChunkKeys - 1) / T::kChunkKeys;
@@ -297,27 +162,24 @@ __device__ __forceinline__ void score_keys_of_warp(const SlidingDecodeParams& pa
 
 /// Softmax over the warp's own keys: leaves (maximum, sum) of each head and the exponentials in shared memory.
 template <class T>
-__device__ __forceinline__ void weigh_keys(const float (&score)[2][2], unsigned char* smem) {
-  using Smem = SlidingDecodeSmem<T>;
+__device__ __forceinline__ void weigh_keys(const float (&score)[2][2], SlidingDecodeSmem<T>& smem) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) & 31;
   float weight[2][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float maximum = fmaxf(score[0][h], score[1][h]);
-#pragma unroll
-    for (int step = 16; step >= 4; step /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
-    const float reference = maximum == -INFINITY ? 0.0f : maximum;
+    maximum = warp_max<16, 4>(maximum);
+    const float reference = softmax_reference(maximum);
     weight[0][h] = exp2_approx(score[0][h] - reference);
     weight[1][h] = exp2_approx(score[1][h] - reference);
     float total = weight[0][h] + weight[1][h];
-#pragma unroll
-    for (int step = 16; step >= 4; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+    total = warp_sum<16, 4>(total);
     if (lane == 0) {
-      reinterpret_cast<float2*>(smem + Smem::kStates)[warp * T::kHeads + h] = make_float2(maximum, total);
+      smem.states[warp][h] = {maximum, total};
     }
   }
   if (lane % 4 == 0) {
-    float2* const to = reinterpret_cast<float2*>(smem + Smem::kWeights) + warp * 16 + lane / 4;
+    float2* const to = reinterpret_cast<float2*>(smem.weights[warp]) + lane / 4;
     to[0] = make_float2(weight[0][0], weight[0][1]);
     to[8] = make_float2(weight[1][0], weight[1][1]);
   }
@@ -326,16 +188,14 @@ __device__ __forceinline__ void weigh_keys(const float (&score)[2][2], unsigned 
 
 /// The warp's weighted sums of values, left in shared memory where the last keys were.
 template <class T>
-__device__ __forceinline__ void add_values(const SlidingDecodeShare& share, unsigned char* smem) {
-  using Smem = SlidingDecodeSmem<T>;
+__device__ __forceinline__ void add_values(const SlidingDecodeShare& share, SlidingDecodeSmem<T>& smem) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) & 31;
-  const std::uint32_t full = shared_address(smem + Smem::kFull), empty = shared_address(smem + Smem::kEmpty);
+  const std::uint32_t full = shared_address(smem.full), empty = shared_address(smem.empty);
   float sum[T::kHeads][T::kValues] = {};
 #pragma unroll 1
   for (int chunk = 0; chunk * T::kChunkKeys < share.n_key; ++chunk) {
     float weight[T::kWarpKeys * T::kHeads];
-    load_values(reinterpret_cast<const float*>(smem + Smem::kWeights) + warp * 32 + chunk * T::kWarpKeys * T::kHeads,
-                weight);
+    load_values(smem.weights[warp][chunk][0], weight);
     mbarrier_wait(full + 8 * (T::kChunks + chunk), 0);
 #pragma unroll
     for (int i = 0; i < T::kWarpKeys; ++i) {
@@ -358,9 +218,7 @@ __device__ __forceinline__ void add_values(const SlidingDecodeShare& share, unsi
   }
 #pragma unroll
   for (int h = 0; h < T::kHeads; ++h) {
-    store_values(
-        reinterpret_cast<float*>(smem + Smem::kSums) + (warp * T::kHeads + h) * T::kHeadDim + lane * T::kValues,
-        sum[h]);
+    store_values(smem.sums(warp, h) + lane * T::kValues, sum[h]);
   }
 }
 
@@ -368,66 +226,55 @@ __device__ __forceinline__ void add_values(const SlidingDecodeShare& share, unsi
 /// their order: those of warps or of blocks.
 struct MergedPair {
   float2 sum = make_float2(0.0f, 0.0f);
-  float2 state = make_float2(-INFINITY, 0.0f);
+  SoftmaxState state;
 };
 template <class TState, class TPart>
 [[nodiscard]] __device__ __forceinline__ MergedPair merge_parts(int count, const TState& state_of,
                                                                 const TPart& part_of) {
   MergedPair merged;
 #pragma unroll 8
-  for (int i = 0; i < count; ++i) merged.state.x = fmaxf(merged.state.x, state_of(i).x);
-  const float reference = merged.state.x == -INFINITY ? 0.0f : merged.state.x;
+  for (int i = 0; i < count; ++i) merged.state.maximum = fmaxf(merged.state.maximum, state_of(i).maximum);
+  const float reference = merged.state.reference();
 #pragma unroll 8
   for (int i = 0; i < count; ++i) {
-    const float2 state = state_of(i), part = part_of(i);
-    const float factor = exp2_approx(state.x - reference);
+    const SoftmaxState state = state_of(i);
+    const float2 part = part_of(i);
+    const float factor = exp2_approx(state.maximum - reference);
     merged.sum.x = fmaf(part.x, factor, merged.sum.x);
     merged.sum.y = fmaf(part.y, factor, merged.sum.y);
-    merged.state.y = fmaf(state.y, factor, merged.state.y);
+    merged.state.sum = fmaf(state.sum, factor, merged.state.sum);
   }
   return merged;
-}
-
-/// Stores two floats at an address of another block's shared memory.
-__device__ __forceinline__ void store_to_block(unsigned char* local, int rank, float2 value) {
-  std::uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(local)), "r"(rank));
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(value.x), "f"(value.y) : "memory");
 }
 
 /// Merges the warps of this block and sends each block of the cluster what it finishes: 2 * head_dim / n_split values.
 template <class T>
 __device__ __forceinline__ void send_parts(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                           unsigned char* smem) {
-  using Smem = SlidingDecodeSmem<T>;
+                                           SlidingDecodeSmem<T>& smem) {
   const int value = 2 * static_cast<int>(threadIdx.x), each = T::kHeads * T::kHeadDim / params.n_split;
   if (value >= T::kHeads * T::kHeadDim) return;
   const int h = value / T::kHeadDim, dim = value % T::kHeadDim;
   const MergedPair merged = merge_parts(
-      T::kWarps, [&](int warp) { return reinterpret_cast<const float2*>(smem + Smem::kStates)[warp * T::kHeads + h]; },
-      [&](int warp) {
-        return *reinterpret_cast<const float2*>(smem + Smem::kSums + 4 * ((warp * T::kHeads + h) * T::kHeadDim + dim));
-      });
-  store_to_block(smem + Smem::kParts + 4 * (share.split * each + value % each), value / each, merged.sum);
+      T::kWarps, [&](int warp) { return smem.states[warp][h]; },
+      [&](int warp) { return *reinterpret_cast<const float2*>(smem.sums(warp, h) + dim); });
+  store_to_block(smem.parts + share.split * each + value % each, value / each, merged.sum);
   if (dim / 2 < params.n_split) {
-    store_to_block(smem + Smem::kPartStates + 8 * (share.split * T::kHeads + h), dim / 2, merged.state);
+    store_to_block(&smem.part_states[share.split][h], dim / 2, make_float2(merged.state.maximum, merged.state.sum));
   }
 }
 
 /// Merges what the blocks of the cluster have sent, and stores it.
 template <class T>
 __device__ __forceinline__ void finish_parts(const SlidingDecodeParams& params, const SlidingDecodeShare& share,
-                                             const unsigned char* smem) {
-  using Smem = SlidingDecodeSmem<T>;
+                                             const SlidingDecodeSmem<T>& smem) {
   const int each = T::kHeads * T::kHeadDim / params.n_split, in_share = 2 * static_cast<int>(threadIdx.x);
   if (in_share >= each) return;
   const int value = share.split * each + in_share, h = value / T::kHeadDim, dim = value % T::kHeadDim;
   if (2 * share.pair + h >= params.group) return;
   const MergedPair merged = merge_parts(
-      params.n_split,
-      [&](int split) { return reinterpret_cast<const float2*>(smem + Smem::kPartStates)[split * T::kHeads + h]; },
-      [&](int split) { return *reinterpret_cast<const float2*>(smem + Smem::kParts + 4 * (split * each + in_share)); });
-  const float inverse = 1.0f / merged.state.y;  // the newest key is always seen
+      params.n_split, [&](int split) { return smem.part_states[split][h]; },
+      [&](int split) { return *reinterpret_cast<const float2*>(smem.parts + split * each + in_share); });
+  const float inverse = 1.0f / merged.state.sum;  // the newest key is always seen
   *reinterpret_cast<std::uint32_t*>(&params.out(0, share.head(params, h), dim)) =
       pack_bf16(merged.sum.x * inverse, merged.sum.y * inverse);
 }
@@ -439,11 +286,10 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 2)
     sliding_decode_kernel(const __grid_constant__ SlidingDecodeParams params) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  using Smem = SlidingDecodeSmem<T>;
   extern __shared__ __align__(128) unsigned char sliding_smem_bytes[];
-  unsigned char* const smem = sliding_smem_bytes;
+  auto& smem = *reinterpret_cast<SlidingDecodeSmem<T>*>(sliding_smem_bytes);
   const bool copies = threadIdx.x / 32 == T::kWarps;
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // "I have begun": may be written to
+  cluster_arrive_relaxed();  // "I have begun": may be written to
   const SlidingDecodeShare share(params);
   if (copies) {
     fetch_early<T>(params, share, smem);
@@ -457,17 +303,17 @@ __global__ void __launch_bounds__(T::kThreads, 2)
     fetch_rest<T>(params, share, smem);
   } else {
     prepare_heads<T>(params, share, smem);
-    team_sync<32 * T::kWarps>(1);
+    named_barrier_sync<T::kTeamBarrier, 32 * T::kWarps>();
     float score[2][2];
     score_keys_of_warp<T>(params, share, smem, score);
     weigh_keys<T>(score, smem);
     add_values<T>(share, smem);
-    team_sync<32 * T::kWarps>(1);
+    named_barrier_sync<T::kTeamBarrier, 32 * T::kWarps>();
   }
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // the others have begun
+  cluster_wait();  // the others have begun
   if (!copies) send_parts<T>(params, share, smem);
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive_release();
+  cluster_wait_acquire();
   if (!copies) finish_parts<T>(params, share, smem);
 #endif
 }

@@ -5,9 +5,14 @@
 
 #include <cstdint>
 
-#include "cuda/device/launch.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
+#include "cuda/ptx/opaque.cuh"
+#include "cuda/ptx/vector_io.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/rotation.cuh"
-#include "cuda/tq4_attention/decode.cuh"
+#include "cuda/softmax_state.cuh"
+#include "cuda/tq4_attention/decode_query.cuh"
 
 /// The second kernel of TQ4 decode: adds what the blocks of the first one left of each query row and rotates the result
 /// back.
@@ -85,9 +90,10 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
   const int dim_word = min(thread, kHeadDim - 1) / 32;
   std::uint32_t negative = params.rotation.negative[dim_word];  // read ahead, like the parameters of the first kernel
   float scale = params.rotation.scale;
-  asm volatile("" : "+r"(negative), "+f"(scale));
+  have_now(negative, scale);
   const auto partial = [&](int split) {
-    return *reinterpret_cast<const float4*>(params.partial_o + ((unit.first + split) * 8 + slot) * kHeadDim + dim);
+    return *reinterpret_cast<const float4*>(params.partial_o + ((unit.first + split) * kRowTile + slot) * kHeadDim +
+                                            dim);
   };
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -99,18 +105,18 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
     if (group + i * kGroups < keys.n_active) part[i] = partial(group + i * kGroups);
   }
   if (thread < 32) {
-    float maximum = kTq4NoKey, total = 0.0f;
+    float maximum = kFarBelow, total = 0.0f;
     for (int split = lane; split < keys.n_active; split += 32) {
-      maximum = fmaxf(maximum, params.partial_ml[(unit.first + split) * 8 + slot].x);
+      maximum = fmaxf(maximum, params.partial_ml[(unit.first + split) * kRowTile + slot].x);
     }
-    for (int bit = 16; bit > 0; bit /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, bit));
+    maximum = warp_max(maximum);
     for (int split = lane; split < keys.n_active; split += 32) {
-      const float2 ml = params.partial_ml[(unit.first + split) * 8 + slot];
+      const float2 ml = params.partial_ml[(unit.first + split) * kRowTile + slot];
       const float weight = exp2_approx(ml.x - maximum);
       weights[split] = weight;
       total += weight * ml.y;
     }
-    for (int bit = 16; bit > 0; bit /= 2) total += __shfl_xor_sync(~0u, total, bit);
+    total = warp_sum(total);
     if (lane == 0) row_total = total;
   }
   __syncthreads();

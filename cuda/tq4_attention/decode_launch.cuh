@@ -11,8 +11,8 @@
 #include <span>
 #include <utility>
 
-#include "cuda/device/check.cuh"
 #include "cuda/device/device_info.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/tq4_attention/combine.cuh"
 #include "cuda/tq4_attention/decode.cuh"
 #include "cuda/tq4_cache.cuh"
@@ -26,6 +26,7 @@ namespace gemma4::cuda {
 struct Tq4DecodeChoice {
   std::optional<Tq4DecodeTile> tile = std::nullopt;
   std::optional<int> n_split = std::nullopt;
+  bool overlap = true;  ///< programmatic dependent launch, where the device has it
 };
 
 /// How a call will run. Depends on the shape and the device, never on kv_len nor on buffer_len.
@@ -37,7 +38,7 @@ struct Tq4DecodePlan {
   dim3 combine_grid{};
   std::int64_t smem_bytes = 0;
   std::int64_t workspace_bytes = 0;
-  bool programmatic = false;  ///< each kernel may be set up while the one before it ends (sm_90)
+  bool overlap = false;  ///< each kernel may be set up while the one before it ends (PDL, sm_90)
 };
 
 /// @throws std::invalid_argument when no configuration fits the device
@@ -57,7 +58,8 @@ struct Tq4DecodePlan {
             device.smem_limit_bytes, " B of shared memory a block");
     plan.tile = *found;
   }
-  const std::int64_t rows = shape.n_query * shape.group(), n_row_tile = (rows + 7) / 8;
+  const std::int64_t rows = shape.n_query * shape.group(),
+                     n_row_tile = (rows + detail::kRowTile - 1) / detail::kRowTile;
   const std::int64_t n_unit = shape.batch * shape.n_head_kv * n_row_tile;
   require(shape.n_head_kv <= 65535 && shape.batch * n_row_tile <= 65535, who, ": n_head_kv ", shape.n_head_kv,
           " and batch * n_query * group / 8 = ", shape.batch * n_row_tile, ", need at most 65535 of each");
@@ -69,10 +71,12 @@ struct Tq4DecodePlan {
   plan.n_row_tile = static_cast<int>(n_row_tile);
   plan.grid = dim3(static_cast<unsigned>(plan.n_split), static_cast<unsigned>(shape.n_head_kv),
                    static_cast<unsigned>(shape.batch * n_row_tile));
-  plan.combine_grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(rows, 8)), plan.grid.y, plan.grid.z);
+  plan.combine_grid =
+      dim3(static_cast<unsigned>(std::min<std::int64_t>(rows, detail::kRowTile)), plan.grid.y, plan.grid.z);
   plan.smem_bytes = plan.tile.smem_bytes();
-  plan.workspace_bytes = n_unit * plan.n_split * 8 * (shape.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
-  plan.programmatic = device.compute_capability >= 90;
+  plan.workspace_bytes =
+      n_unit * plan.n_split * detail::kRowTile * (shape.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  plan.overlap = choice.overlap && device.compute_capability >= 90;
   return plan;
 }
 
@@ -89,44 +93,24 @@ void for_tq4_decode_tile(const Tq4DecodeTile& tile, TBody&& body) {
           "tq4_attention: the tile is not in kTq4DecodeTiles");
 }
 
-/// Launches a kernel of one parameter. With `programmatic` it may be set up before the kernel in front of it has ended,
-/// for which it waits inside.
-template <class TParams>
-void launch_chained(const char* what, void (*kernel)(TParams), dim3 grid, int n_thread, int smem_bytes,
-                    bool programmatic, const TParams& params, cudaStream_t stream) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(n_thread));
-  config.dynamicSmemBytes = static_cast<std::size_t>(smem_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = programmatic ? 1 : 0;
-  if (programmatic) keep_smem_share(what, kernel);
-  check(cudaLaunchKernelEx(&config, kernel, params), what);
-}
-
-template <class TTraits>
-void launch_tq4_decode_kernel(const Tq4DecodePlan& plan, const Tq4DecodeParams& params, cudaStream_t stream) {
-  check(cudaFuncSetAttribute(tq4_decode_kernel<TTraits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             TTraits::kSmemBytes),
-        "tq4_decode_kernel: shared memory of a block");
-  launch_chained("tq4_decode_kernel", tq4_decode_kernel<TTraits>, plan.grid, TTraits::kThreads, TTraits::kSmemBytes,
-                 plan.programmatic, params, stream);
-}
-
 inline void launch_tq4_decode(const Tq4DecodePlan& plan, const Tq4DecodeParams& params, bool byte_levels,
                               cudaStream_t stream) {
   for_tq4_decode_tile(plan.tile, [&]<Tq4DecodeTile kTile>() {
-    if (byte_levels) {
-      launch_tq4_decode_kernel<Tq4DecodeTraits<kTile, true>>(plan, params, stream);
-    } else {
-      launch_tq4_decode_kernel<Tq4DecodeTraits<kTile, false>>(plan, params, stream);
-    }
-    launch_chained("tq4_combine_kernel", tq4_combine_kernel<kTile.head_dim>, plan.combine_grid, kTq4CombineThreads, 0,
-                   plan.programmatic, params, stream);
+    const auto decode = [&]<class TTraits>() {
+      Launch{.what = "tq4_decode_kernel",
+             .grid = plan.grid,
+             .block = TTraits::kThreads,
+             .stream = stream,
+             .overlap = plan.overlap,
+             .smem_bytes = TTraits::kSmemBytes}(tq4_decode_kernel<TTraits>, params);
+    };
+    byte_levels ? decode.template operator()<Tq4DecodeTraits<kTile, true>>()
+                : decode.template operator()<Tq4DecodeTraits<kTile, false>>();
+    Launch{.what = "tq4_combine_kernel",
+           .grid = plan.combine_grid,
+           .block = kTq4CombineThreads,
+           .stream = stream,
+           .overlap = plan.overlap}(tq4_combine_kernel<kTile.head_dim>, params);
   });
 }
 

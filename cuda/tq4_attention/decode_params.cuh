@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/flash/params.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention/record_ring.cuh"
 #include "cuda/tq4_cache/layout.cuh"
@@ -44,6 +44,7 @@ inline constexpr std::array kTq4DecodeTiles{
 
 namespace detail {
 
+inline constexpr int kRowTile = 8;        ///< query rows of a KV head that a block takes: the columns of an mma
 inline constexpr int kTq4MaxSplit = 512;  ///< blocks that share the keys of one unit
 
 /// The levels of both sides as decode takes them.
@@ -73,8 +74,8 @@ struct Tq4DecodeParams {
   float scale_log2 = 1.0f;
   int n_split = 1;
   int n_row_tile = 1;
-  float* partial_o = nullptr;                  ///< [n_unit, n_split, 8, head_dim]
-  float2* partial_ml = nullptr;                ///< [n_unit, n_split, 8]: reference (base 2) and sum of the weights
+  float* partial_o = nullptr;    ///< [n_unit, n_split, kRowTile, head_dim]
+  float2* partial_ml = nullptr;  ///< [n_unit, n_split, kRowTile]: reference (base 2) and sum of the weights
   unsigned long long* record_count = nullptr;  ///< of visited records; tests only
 };
 static_assert(std::is_trivially_copyable_v<Tq4DecodeParams>);
@@ -96,8 +97,10 @@ struct Tq4DecodeTraits {
   static constexpr int kScaleOffset = kMlOffset + 64 * kPairs;
   static constexpr int kSmemBytes = kTile.smem_bytes();
   static constexpr int kMergeStride = kHeadDim + 4;  ///< floats; the pad spreads rows over the banks
-  static_assert(kPairs <= 8, "a pair needs a named barrier");
-  static_assert(kMergeStride * 8 * 4 <= kStages * kRecordBytes, "the output of a pair must fit into its own ring");
+  static constexpr int kTeamBarrier = 1;             ///< named barrier of the first pair
+  static_assert(kTeamBarrier + kPairs <= kNamedBarriers, "a pair needs a named barrier");
+  static_assert(kMergeStride * kRowTile * 4 <= kStages * kRecordBytes,
+                "the output of a pair must fit into its own ring");
   static_assert(kScaleOffset + 32 == kSmemBytes);
   using Ring = RecordRing<kRecordBytes, kStages, 64>;
 };

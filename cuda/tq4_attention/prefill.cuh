@@ -9,9 +9,15 @@
 #include <span>
 
 #include "cuda/bf16_attention.cuh"
+#include "cuda/device/device_count.cuh"
+#include "cuda/device/for_head_dim.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/ptx/convert.cuh"
 #include "cuda/rotation.cuh"
+#include "cuda/tq4_attention/hadamard_transform.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "cuda/tq4_cache/layout.cuh"
+#include "gemma4/checks.hpp"
 
 /// Attention of many queries over a TQ4 cache: the cache is unpacked to bf16, still rotated, into a scratch buffer that
 /// the bf16 flash kernels then read. Unpacking costs 0.3 ms for 4 heads of 131072 tokens against tens of milliseconds
@@ -76,6 +82,16 @@ namespace detail {
   return plan;
 }
 
+/// The flash plan of one pass over heads_per_pass heads.
+[[nodiscard]] inline FlashPlan plan_tq4_pass(const Tq4PrefillPlan& plan, const AttentionOptions& options) {
+  AttentionShape pass = plan.shape;
+  pass.batch = 1;
+  pass.n_head = plan.heads_per_pass * plan.shape.group();
+  pass.n_head_kv = plan.heads_per_pass;
+  pass.buffer_len = plan.max_kv_len;
+  return plan_bf16_attention(pass, options, plan.device, plan.choice);
+}
+
 namespace detail {
 
 struct Tq4UnpackParams {
@@ -89,7 +105,7 @@ struct Tq4UnpackParams {
   int kv_len_host = 0;
 };
 
-/// One side of one record into shared memory, decoded and scaled: tile [16][head_dim + 8].
+/// One side of one record into shared memory, dequantised and scaled: tile [16][head_dim + 8].
 template <int kHeadDim, bool kKeys>
 __device__ __forceinline__ void unpack_side(const std::byte* record, const float* levels, Bf16* tile, int thread,
                                             int n_thread) {
@@ -190,7 +206,7 @@ inline void tq4_attention_prefill(const Tq4Codec& codec, View<const Bf16, 4> q, 
     return plan_bf16_attention(pass, detail::options_of_sequence(options, 0), plan.device, plan.choice);
   };
   const RotationParams& rotation = codec.rotation().params();
-  const bool inside = detail::rotates_inside(pass_plan(1), rotation);
+  const bool inside = detail::transforms_inside(pass_plan(1)) && rotation.kind == RotationKind::kSignedHadamard;
   if (!inside) rotate_forward(codec.rotation(), q, out, stream);
   const std::int64_t rows = tq4_record_count(plan.max_kv_len) * kTq4RecordTokens;
   detail::Tq4UnpackParams unpack{.cache = cache, .k_side = codec.params().k, .v_side = codec.params().v};
@@ -209,9 +225,9 @@ inline void tq4_attention_prefill(const Tq4Codec& codec, View<const Bf16, 4> q, 
     const dim3 grid(static_cast<unsigned>(std::min<std::int64_t>(rows / 16, 8 * plan.device.sm_count)),
                     static_cast<unsigned>(n_head_kv));
     for_head_dim(kWho, shape.head_dim, [&](auto head_dim) {
-      detail::tq4_unpack_kernel<decltype(head_dim)::value><<<grid, 256, 0, stream>>>(unpack);
+      detail::Launch{.what = "tq4_unpack_kernel", .grid = grid, .block = 256, .stream = stream}(
+          detail::tq4_unpack_kernel<decltype(head_dim)::value>, unpack);
     });
-    check_launch("tq4_unpack_kernel");
 
     const FlashPlan flash = pass_plan(n_head_kv);
     const auto heads_of = [&]<class T>(View<T, 4> view) {
@@ -226,9 +242,20 @@ inline void tq4_attention_prefill(const Tq4Codec& codec, View<const Bf16, 4> q, 
       view.extent[2] = plan.max_kv_len;
       return view;
     };
-    detail::attend_flat(kWho, inside ? heads_of(q) : part, cache_view(unpack.k), cache_view(unpack.v),
-                        detail::options_of_sequence(options, batch), kv_len, part, flash, rest, stream, tile_count,
-                        inside ? &rotation : nullptr);
+    const detail::FlatAttentionCall call{.q = inside ? heads_of(q) : part,
+                                         .k = cache_view(unpack.k),
+                                         .v = cache_view(unpack.v),
+                                         .kv_len = kv_len,
+                                         .out = part,
+                                         .workspace = rest,
+                                         .stream = stream,
+                                         .tile_count = tile_count};
+    const AttentionOptions of_sequence = detail::options_of_sequence(options, batch);
+    if (inside) {
+      detail::attend_flat(kWho, call, of_sequence, flash, detail::HadamardTransform{rotation});
+    } else {
+      detail::attend_flat(kWho, call, of_sequence, flash);
+    }
   }
   if (!inside) rotate_inverse<Bf16, Bf16>(codec.rotation(), out, out, stream);
 }

@@ -5,20 +5,17 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/ptx/copy_async.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/shared_memory.cuh"
 
 /// A small team of warps and its own stream of equally long records from global into shared memory.
 ///
 /// From sm_90 on one thread asks the copy engine for a whole record, which completes on an mbarrier; before that the
-/// team shares the record in 16-byte asynchronous copies. Source: the PTX ISA, "cp.async.bulk", "bar".
+/// team shares the record in 16-byte asynchronous copies.
 namespace gemma4::cuda::detail {
-
-/// Meets the other threads of a team; `barrier` is 1 to 15 and belongs to the team.
-template <int kTeamThreads>
-__device__ __forceinline__ void team_sync(int barrier) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kTeamThreads) : "memory");
-}
 
 /// Records of a contiguous sequence, kStages of them in flight or in use; threads of a team are neighbours in the
 /// block. All threads of the team call every function together, except that start() must be followed by a barrier of
@@ -64,7 +61,7 @@ class RecordRing {
     mbarrier_wait(barrier_ + 8 * stage_, phase_);
 #else
     copy_async_wait<kStages - 2>();
-    team_sync<kTeamThreads>(team_barrier_);
+    named_barrier_sync<kTeamThreads>(team_barrier_);
 #endif
     const unsigned char* const record = smem_ + stage_ * kRecordBytes;
     if (++stage_ == kStages) {
@@ -104,10 +101,7 @@ class RecordRing {
       if (thread() == 0) {
         const std::uint32_t barrier = barrier_ + 8 * stage;
         mbarrier_expect(barrier, kRecordBytes);
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-            "l"(source), "n"(kRecordBytes), "r"(barrier)
-            : "memory");
+        bulk_load(target, source, kRecordBytes, barrier);
       }
 #else
       for (int piece = thread(); piece < kRecordBytes / 16; piece += kTeamThreads) {

@@ -10,8 +10,9 @@
 #include <optional>
 #include <type_traits>
 
-#include "cuda/device/check.cuh"
-#include "gemma4/attention.hpp"
+#include "cuda/device/launch.cuh"
+#include "cuda/ptx/arithmetic.cuh"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/platform.hpp"
@@ -242,31 +243,20 @@ struct ByteLevels {
   return codebook;
 }
 
-namespace detail {
-
-/// Byte permutation; unlike __byte_perm it does not mask the selector again.
-[[nodiscard]] __device__ __forceinline__ std::uint32_t prmt(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
-  std::uint32_t result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
-  return result;
-}
-
-}  // namespace detail
-
 /// The eight levels of a word as pairs of 16-bit values: out[p] holds element 2p in its low half and 2p + 1 in its high
 /// half. 8 PRMT, 3 LOP3, 1 SHF and 1 IMAD for eight values. Trials that lost: a table in memory (one gather a value),
 /// and setting signs after the bytes are paired (2 more operations a word).
 __device__ __forceinline__ void decode_word(std::uint32_t word, const LevelTable& table, std::uint32_t (&out)[4]) {
   const std::uint32_t first = word & 0x77777777u;  // bit 3 of a selector would replicate a sign
   const std::uint32_t second = first >> 16;
-  const std::uint32_t low0 = detail::prmt(table.low[0], table.low[1], first);
-  const std::uint32_t low1 = detail::prmt(table.low[0], table.low[1], second);
-  const std::uint32_t high0 = detail::prmt(table.high[0], table.high[1], first) ^ (word & 0x80808080u);
-  const std::uint32_t high1 = detail::prmt(table.high[0], table.high[1], second) ^ ((word << 4) & 0x80808080u);
-  out[0] = detail::prmt(low0, high0, 0x5140u);
-  out[1] = detail::prmt(low0, high0, 0x7362u);
-  out[2] = detail::prmt(low1, high1, 0x5140u);
-  out[3] = detail::prmt(low1, high1, 0x7362u);
+  const std::uint32_t low0 = permute_bytes(table.low[0], table.low[1], first);
+  const std::uint32_t low1 = permute_bytes(table.low[0], table.low[1], second);
+  const std::uint32_t high0 = permute_bytes(table.high[0], table.high[1], first) ^ (word & 0x80808080u);
+  const std::uint32_t high1 = permute_bytes(table.high[0], table.high[1], second) ^ ((word << 4) & 0x80808080u);
+  out[0] = permute_bytes(low0, high0, 0x5140u);
+  out[1] = permute_bytes(low0, high0, 0x7362u);
+  out[2] = permute_bytes(low1, high1, 0x5140u);
+  out[3] = permute_bytes(low1, high1, 0x7362u);
 }
 
 /// The levels of a word as 16-bit numbers whose low byte is m and whose high byte is the sign alone; pairs as in
@@ -279,14 +269,14 @@ __device__ __forceinline__ void decode_word_bytes(std::uint32_t word, const std:
                                                   std::uint32_t (&out)[4]) {
   const std::uint32_t first = word & 0x77777777u;
   const std::uint32_t second = __umulhi(first, two_16);  // first >> 16
-  const std::uint32_t low0 = detail::prmt(bytes[0], bytes[1], first);
-  const std::uint32_t low1 = detail::prmt(bytes[0], bytes[1], second);
+  const std::uint32_t low0 = permute_bytes(bytes[0], bytes[1], first);
+  const std::uint32_t low1 = permute_bytes(bytes[0], bytes[1], second);
   const std::uint32_t sign0 = word & 0x80808080u;
   const std::uint32_t sign1 = (word * sixteen) & 0x80808080u;
-  out[0] = detail::prmt(low0, sign0, 0x5140u);
-  out[1] = detail::prmt(low0, sign0, 0x7362u);
-  out[2] = detail::prmt(low1, sign1, 0x5140u);
-  out[3] = detail::prmt(low1, sign1, 0x7362u);
+  out[0] = permute_bytes(low0, sign0, 0x5140u);
+  out[1] = permute_bytes(low0, sign0, 0x7362u);
+  out[2] = permute_bytes(low1, sign1, 0x5140u);
+  out[3] = permute_bytes(low1, sign1, 0x7362u);
 }
 
 namespace detail {
@@ -375,16 +365,19 @@ void require_rows_fit(const char* who, const BasicTq4CacheView<kConst>& rows, co
 /// @throws std::invalid_argument when the extents differ
 inline void tq4_rows_to_records(const ConstTq4CacheView& rows, const Tq4Records& records, cudaStream_t stream) {
   detail::require_rows_fit("tq4_rows_to_records", rows, records);
-  detail::tq4_to_records_kernel<<<detail::conversion_grid(records.bytes() / 4), 256, 0, stream>>>(rows, records);
-  check_launch("tq4_to_records_kernel");
+  detail::Launch{.what = "tq4_to_records_kernel",
+                 .grid = detail::conversion_grid(records.bytes() / 4),
+                 .block = 256,
+                 .stream = stream}(detail::tq4_to_records_kernel, rows, records);
 }
 
 /// Records to rows in the shared format (on the device); lossless.
 /// @throws std::invalid_argument when the extents differ
 inline void tq4_records_to_rows(const ConstTq4Records& records, const Tq4CacheView& rows, cudaStream_t stream) {
   detail::require_rows_fit("tq4_records_to_rows", rows, records);
-  detail::tq4_to_rows_kernel<<<detail::conversion_grid(records.bytes()), 256, 0, stream>>>(records, rows);
-  check_launch("tq4_to_rows_kernel");
+  detail::Launch{
+      .what = "tq4_to_rows_kernel", .grid = detail::conversion_grid(records.bytes()), .block = 256, .stream = stream}(
+      detail::tq4_to_rows_kernel, records, rows);
 }
 
 }  // namespace gemma4::cuda

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <array>
-#include <bit>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/platform.hpp"
 #include "gemma4/tq4_format.hpp"
 #include "gemma4/view.hpp"
 
@@ -51,10 +53,6 @@ struct AttentionOptions {
   std::optional<MaskView> mask = std::nullopt;
 };
 
-[[nodiscard]] constexpr bool is_power_of_two(std::int64_t value) {
-  return value > 0 && std::has_single_bit(static_cast<std::uint64_t>(value));
-}
-
 /// Refuses what no attention here accepts. `kv_len` is the host's knowledge of it, absent when only the device has it
 /// or when the whole buffer counts. @throws std::invalid_argument naming the argument and both values.
 inline void require_attention(const char* who, const AttentionShape& shape, const AttentionOptions& options,
@@ -81,23 +79,6 @@ inline void require_attention(const char* who, const AttentionShape& shape, cons
   require(mask.shape[0] == shape.batch, who, ": mask batch ", mask.shape[0], ", need ", shape.batch);
   require(mask.shape[2] == shape.n_query, who, ": mask n_query ", mask.shape[2], ", need ", shape.n_query);
   require(mask.shape[3] >= length, who, ": mask covers ", mask.shape[3], " keys, need at least kv_len ", length);
-}
-
-/// Refuses a view whose extents are not `expected`.
-template <class T, int kRank>
-void require_extents(const char* who, const char* name, const View<T, kRank>& view,
-                     const std::int64_t (&expected)[kRank]) {
-  for (int axis = 0; axis < kRank; ++axis) {
-    require(view.extent[axis] == expected[axis], who, ": ", name, " has extent ", view.extent[axis], " in axis ", axis,
-            ", need ", expected[axis]);
-  }
-}
-
-/// Refuses a view whose innermost axis is not contiguous.
-template <class T, int kRank>
-void require_contiguous_rows(const char* who, const char* name, const View<T, kRank>& view) {
-  require(view.stride[kRank - 1] == 1, who, ": ", name, " has stride ", view.stride[kRank - 1],
-          " in its innermost axis, need 1");
 }
 
 /// The shape of a call over a flat cache, from q [batch, n_query, n_head, head_dim] and k [batch, n_head_kv,
@@ -178,8 +159,9 @@ inline void require_sliding_attention(const char* who, const AttentionShape& sha
           ", the old keys that the first query of a chunk sees");
 }
 
-/// Slot of an absolute position in a ring of `ring_len` slots.
-[[nodiscard]] constexpr std::int64_t ring_slot(std::int64_t position, std::int64_t ring_len) {
+/// Slot of an absolute position in a ring of `ring_len` slots, in the arithmetic of the position's type.
+template <class TInt>
+[[nodiscard]] GEMMA4_HD constexpr TInt ring_slot(TInt position, std::type_identity_t<TInt> ring_len) {
   return position % ring_len;
 }
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 
 /// The shape of a dense Gemma 4 decoder. Source of the 31B constants: the published model configuration of Gemma 4 31B

@@ -7,7 +7,7 @@
 #include <numbers>
 #include <vector>
 
-#include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/platform.hpp"
 
