@@ -145,8 +145,8 @@ struct LinearStage {
 /// Where rows are dealt, the first stage of each ticket carries a note with its first row. The producer waits for
 /// `empty` before it writes the note, the consumers read it behind `full`, the finisher behind `empty`. "No more rows"
 /// is a note too: for it the producer arrives at `full` in the place of the copy, and the consumers at `empty`, so that
-/// every phase has all its arrivals. Two faults came of less: a lane that
-/// skipped a round, and a warp that passed by stages without a task of its own.
+/// every phase has all its arrivals. Two faults came of less: a lane that skipped a round, and a warp that passed by
+/// stages without a task of its own.
 
 /// Calls body(matrix, stage) for the stages of this block: matrix by matrix, some rows at a time, chunk by chunk. Keeps
 /// a matrix in registers: parameters at an index that is not known at compile time take long to come.
