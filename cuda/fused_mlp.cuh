@@ -7,7 +7,11 @@
 #include <cstdint>
 #include <span>
 
+#include "cuda/device/check.cuh"
 #include "cuda/quantized_linear.cuh"
+#include "cuda/rotation.cuh"
+#include "gemma4/float16.hpp"
+#include "gemma4/view.hpp"
 
 /// The gated half of an MLP: out = gelu(x gate^T) * (x up^T), gelu in its tanh form, in float.
 ///
@@ -34,13 +38,42 @@ struct GateUpWeights {
 
 namespace detail {
 
+/// A block of the grid's y axis a token; one thread eight values, which it reads before it writes them.
 template <class TIn, class TOut>
-__global__ void __launch_bounds__(256) gelu_times_kernel(const TIn* gate, const TIn* up, std::int64_t count,
-                                                         std::int64_t width, TOut* out, std::int64_t out_stride) {
-  const std::int64_t index = blockIdx.x * std::int64_t{256} + threadIdx.x;
-  if (index >= count) return;
-  out[index / width * out_stride + index % width] =
-      from_float<TOut>(gelu_times(to_float(gate[index]), to_float(up[index])));
+__global__ void __launch_bounds__(256) gelu_times_rows_kernel(const TIn* gate, const TIn* up, std::int64_t width,
+                                                              TOut* out, std::int64_t out_stride, bool whole_pieces) {
+  const int first = static_cast<int>(8 * (blockIdx.x * 256 + threadIdx.x));
+  if (first >= width) return;
+  gate += blockIdx.y * width, up += blockIdx.y * width, out += blockIdx.y * out_stride;
+  float g[8], u[8];
+  if (whole_pieces) {
+    load_values(gate + first, g);
+    load_values(up + first, u);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] = gelu_times(g[i], u[i]);
+    store_values(out + first, g);
+    return;
+  }
+  for (int k = first; k < min(width, first + std::int64_t{8}); ++k) {
+    out[k] = from_float<TOut>(gelu_times(to_float(gate[k]), to_float(up[k])));
+  }
+}
+
+[[nodiscard]] inline bool is_aligned(const void* data) {
+  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+}
+
+/// out = gelu(gate) * up, [n_token, width], at most 65535 tokens; gate and up without gaps between rows. For the paths
+/// that do not multiply where the sums end; the same bits.
+template <class TIn, class TOut>
+void gelu_times_rows(const View<const TIn, 2>& gate, const View<const TIn, 2>& up, const View<TOut, 2>& out,
+                     cudaStream_t stream) {
+  const std::int64_t n_token = gate.extent[0], width = gate.extent[1];
+  const bool whole_pieces =
+      width % 8 == 0 && out.stride[0] % 8 == 0 && is_aligned(gate.data) && is_aligned(up.data) && is_aligned(out.data);
+  const dim3 grid(static_cast<unsigned>((width + 2047) / 2048), static_cast<unsigned>(n_token));
+  gelu_times_rows_kernel<<<grid, 256, 0, stream>>>(gate.data, up.data, width, out.data, out.stride[0], whole_pieces);
+  check_launch("gelu_times_rows_kernel");
 }
 
 }  // namespace detail
@@ -76,10 +109,8 @@ void gate_up_decode(const View<const TIn, 2>& x, const GateUpWeights& weights, s
                                              make_view(scratch.data() + count, n_token, ffn_hidden)};
   quantized_linear_decode<TIn, float>(x, std::span<const PackedMatrix>(pair), std::span<const View<float, 2>>(halves),
                                       device, stream, options);
-  detail::gelu_times_kernel<<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream>>>(
-      static_cast<const float*>(halves[0].data), static_cast<const float*>(halves[1].data), count, ffn_hidden, out.data,
-      out.stride[0]);
-  check_launch("gelu_times_kernel");
+  const auto half = [&](int i) { return make_view(static_cast<const float*>(halves[i].data), n_token, ffn_hidden); };
+  detail::gelu_times_rows(half(0), half(1), out, stream);
 }
 
 }  // namespace gemma4::cuda

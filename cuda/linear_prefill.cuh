@@ -47,43 +47,6 @@ struct BlasDeleter {
 template <class THandle>
 using Blas = std::unique_ptr<std::remove_pointer_t<THandle>, BlasDeleter>;
 
-/// A block of the grid's y axis a token; one thread eight values, which it reads before it writes them.
-template <class TOut>
-__global__ void __launch_bounds__(256) gelu_times_rows_kernel(const Bf16* gate, const Bf16* up, std::int64_t width,
-                                                              TOut* out, std::int64_t out_stride, bool whole_pieces) {
-  const int first = static_cast<int>(8 * (blockIdx.x * 256 + threadIdx.x));
-  if (first >= width) return;
-  gate += blockIdx.y * width, up += blockIdx.y * width, out += blockIdx.y * out_stride;
-  float g[8], u[8];
-  if (whole_pieces) {
-    load_values(gate + first, g);
-    load_values(up + first, u);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) g[i] = gelu_times(g[i], u[i]);
-    store_values(out + first, g);
-    return;
-  }
-  for (int k = first; k < min(width, first + std::int64_t{8}); ++k) {
-    out[k] = from_float<TOut>(gelu_times(to_float(gate[k]), to_float(up[k])));
-  }
-}
-
-[[nodiscard]] inline bool is_aligned(const void* data) {
-  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
-}
-
-/// out = gelu(gate) * up, [n_token, width]; gate and up without gaps between rows.
-template <class TOut>
-void gelu_times_rows(const View<const Bf16, 2>& gate, const View<const Bf16, 2>& up, const View<TOut, 2>& out,
-                     cudaStream_t stream) {
-  const std::int64_t n_token = gate.extent[0], width = gate.extent[1];
-  const bool whole_pieces =
-      width % 8 == 0 && out.stride[0] % 8 == 0 && is_aligned(gate.data) && is_aligned(up.data) && is_aligned(out.data);
-  const dim3 grid(static_cast<unsigned>((width + 2047) / 2048), static_cast<unsigned>(n_token));
-  gelu_times_rows_kernel<<<grid, 256, 0, stream>>>(gate.data, up.data, width, out.data, out.stride[0], whole_pieces);
-  check_launch("gelu_times_rows_kernel");
-}
-
 }  // namespace detail
 
 /// Rows of a slice, for `count` rows of `cols` weights and n_token tokens. Tiles of 128 rows by 256 tokens are dealt

@@ -47,8 +47,8 @@ struct LinearPlan {
 
 /// How a product for few tokens may run; the same bits in any case.
 struct LinearOptions {
-  /// 8 bytes of device memory, zero before the first launch: blocks that end early take rows of others. Null: they do
-  /// not. Products of one stream may share it.
+  /// For dynamic row scheduling: 8 bytes of device memory, zero before the first launch, from which blocks that end
+  /// early take rows (tickets). Null: each block has an equal share. Products of one stream may share it.
   LinearTickets* tickets = nullptr;
   bool overlap = true;  ///< programmatic dependent launch, where the device has it
 };
