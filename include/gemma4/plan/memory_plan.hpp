@@ -17,6 +17,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/plan/packed_rows.hpp"
+#include "gemma4/tq4_format.hpp"
 
 /// The bytes of every buffer of a run, from the config alone: no device is asked and nothing is allocated.
 /// GB is 1e9 bytes, GiB is 2^30.
@@ -57,9 +58,6 @@ struct MemoryPlan {
     return 0;
   }
 };
-
-/// TQ4 rows of one KV head come in records of this many tokens on the device: one bulk copy brings a record.
-inline constexpr std::int64_t kTq4RecordTokens = 16;
 
 /// Tokens that the caches of a device can go back. A token overwrites the ring slot of the one `ring_slots` before it,
 /// so that a ring needs that many slots beyond the window; full caches forget what lies beyond kv_len anyway.
