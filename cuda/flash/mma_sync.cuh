@@ -123,6 +123,20 @@ template <class TTraits>
   return keys;
 }
 
+/// Tokens of the two rows of this thread, and which of the block's keys they see.
+template <class TTraits>
+__device__ __forceinline__ void rows_of_thread(const FlashParams& params, const FlashBlock<TTraits>& block,
+                                               const KeyExtent& extent, KeyRange of_block, int (&token)[2],
+                                               KeyRange (&keys)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    token[half] =
+        min(params.n_query - 1, (block.row0 + block.warp_m * 16 + (threadIdx.x & 31) / 4 + 8 * half) / params.group);
+    keys[half] = visible_keys(params, extent, token[half]);
+    keys[half] = {max(keys[half].lo, of_block.lo), min(keys[half].hi, of_block.hi)};
+  }
+}
+
 /// grid: x = row tile (longest first), y = batch * n_head_kv, z = split.
 template <class TTraits>
 __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const __grid_constant__ FlashParams params) {
@@ -141,13 +155,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const _
   const int n_tile = max(0, (mine.hi - mine.lo + TTraits::kTileKv - 1) / TTraits::kTileKv);
   int token[2];
   KeyRange keys[2];
-  for (int half = 0; half < 2; ++half) {
-    token[half] =
-        min(params.n_query - 1, (block.row0 + block.warp_m * 16 + (threadIdx.x & 31) / 4 + 8 * half) / params.group);
-    keys[half] = visible_keys(params, extent, token[half]);
-    keys[half] = {max(keys[half].lo, mine.lo), min(keys[half].hi, mine.hi)};
-  }
-
+  rows_of_thread(params, block, extent, mine, token, keys);
   const auto fetch = [&](int tile, int from, int to) {
     if (tile >= n_tile || from >= to) return;
     load_keys(params, block, extent, mine, kv_smem + tile % TTraits::kStages * 2 * TTraits::kTileBytes,

@@ -135,6 +135,14 @@ __device__ __forceinline__ void wait_values(const Flash512Block& block, int tile
   named_barrier_sync(T::kGroup + half, 128);
 }
 
+/// One quad's floats of its two rows into an array of 64.
+__device__ __forceinline__ void leave_row_pair(const float (&value)[2], std::uint32_t array) {
+  if ((threadIdx.x & 3) != 0) return;
+  const std::uint32_t target = array + ((threadIdx.x & 127) / 32 * 16 + (threadIdx.x & 31) / 4) * 4;
+  store_shared(target, value[0]);
+  store_shared(target + 32, value[1]);
+}
+
 /// Leaves probabilities and factors of one tile where the second warpgroup reads them; the caller signals.
 __device__ __forceinline__ void leave_probabilities(const Flash512Block& block, const std::uint32_t (&p)[4][4],
                                                     const float (&alpha)[2], int tile) {
@@ -148,11 +156,7 @@ __device__ __forceinline__ void leave_probabilities(const Flash512Block& block, 
     const std::uint32_t address = block.smem + T::kP + buffer * T::kPBytes + row * 128 + ((chunk ^ (row & 7)) << 4);
     store_matrix_x4(address, p[step][0], p[step][1], p[step][2], p[step][3]);
   }
-  if ((lane & 3) == 0) {
-    const std::uint32_t target = block.smem + T::kAlpha + (buffer * T::kRows + warp_row + lane / 4) * 4;
-    store_shared(target, alpha[0]);
-    store_shared(target + 32, alpha[1]);
-  }
+  leave_row_pair(alpha, block.smem + T::kAlpha + buffer * T::kRows * 4);
   fence_async_shared();
 }
 
@@ -280,11 +284,7 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
   wait_values(block, last, 0);
   issue_values(block, o, p);
   inverse_sum(state, inverse);
-  if ((threadIdx.x & 3) == 0) {
-    const std::uint32_t target = block.smem + T::kInverse + row * 4;
-    store_shared(target, inverse[0]);
-    store_shared(target + 32, inverse[1]);
-  }
+  leave_row_pair(inverse, block.smem + T::kInverse);
   mbarrier_arrive(block.barrier(T::kInverseFull));
   wgmma_wait<0>();
   wgmma_pin(o);

@@ -73,6 +73,26 @@ __device__ __forceinline__ void finish_row(const RotationParams& rotation, std::
   target[dim] = to_bf16(total == 0.0f ? 0.0f : value);  // a row that saw no key gives zeros, and no negative ones
 }
 
+/// The weight of each partial of row blockIdx.x of the unit, by one warp. @return the sum of all weights of the row
+__device__ __forceinline__ float weigh_partials(const Tq4DecodeParams& params, const Tq4DecodeUnit& unit, int n_active,
+                                                float (&weights)[kTq4MaxSplit]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31, slot = static_cast<int>(blockIdx.x);
+  const auto ml_of = [&](int split) { return params.partial_ml[(unit.first + split) * kRowTile + slot]; };
+  float maximum = kFarBelow, total = 0.0f;
+  for (int split = lane; split < n_active; split += 32) {
+    maximum = fmaxf(maximum, ml_of(split).x);
+  }
+  maximum = warp_max(maximum);
+  for (int split = lane; split < n_active; split += 32) {
+    const float2 ml = ml_of(split);
+    const float weight = exp2_approx(ml.x - maximum);
+    weights[split] = weight;
+    total += weight * ml.y;
+  }
+  total = warp_sum(total);
+  return total;
+}
+
 /// Adds the partials of one row in block order, divides, rotates back and stores it. grid: x = row of the unit, y and z
 /// as in Tq4DecodeUnit. Groups of threads take every kGroups-th partial and are added in order.
 template <int kHeadDim>
@@ -105,18 +125,7 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
     if (group + i * kGroups < keys.n_active) part[i] = partial(group + i * kGroups);
   }
   if (thread < 32) {
-    float maximum = kFarBelow, total = 0.0f;
-    for (int split = lane; split < keys.n_active; split += 32) {
-      maximum = fmaxf(maximum, params.partial_ml[(unit.first + split) * kRowTile + slot].x);
-    }
-    maximum = warp_max(maximum);
-    for (int split = lane; split < keys.n_active; split += 32) {
-      const float2 ml = params.partial_ml[(unit.first + split) * kRowTile + slot];
-      const float weight = exp2_approx(ml.x - maximum);
-      weights[split] = weight;
-      total += weight * ml.y;
-    }
-    total = warp_sum(total);
+    const float total = weigh_partials(params, unit, keys.n_active, weights);
     if (lane == 0) row_total = total;
   }
   __syncthreads();

@@ -44,8 +44,6 @@
 /// For a trial that lost, see decode_word.
 namespace gemma4::cuda {
 
-inline constexpr int kTq4RecordTokens = 16;
-
 [[nodiscard]] GEMMA4_HD constexpr std::int64_t tq4_record_bytes(std::int64_t head_dim) {
   return 16 * head_dim + 64;
 }

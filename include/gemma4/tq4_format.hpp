@@ -24,6 +24,10 @@
 /// (their indices are below 4 or 8): they are accuracy experiments, not smaller caches.
 namespace gemma4 {
 
+/// On a device the rows of one KV head come in records of this many tokens (cuda/tq4_cache/layout.cuh), which one bulk
+/// copy brings.
+inline constexpr int kTq4RecordTokens = 16;
+
 enum class RotationKind { kSignedHadamard, kDenseHaar };
 enum class CodebookKind { kFull, kCutAtThreeSigma };
 enum class NormKind { kCorrected, kRaw };

@@ -18,6 +18,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/plan/packed_rows.hpp"
+#include "gemma4/tq4_format.hpp"
 
 /// The bytes of every buffer of a run, from the config alone: no device is asked and nothing is allocated.
 /// GB is 1e9 bytes, GiB is 2^30.
