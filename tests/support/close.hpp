@@ -9,7 +9,6 @@
 #include <cstddef>
 #include <ranges>
 #include <type_traits>
-#include <vector>
 
 #include "gemma4/float16.hpp"
 
@@ -123,9 +122,14 @@ template <detail::Numbers TActual, detail::Numbers TExpected, detail::Numbers TO
 /// 1 where the two agree; a cosine does not see it.
 template <detail::Numbers TActual, detail::Numbers TExpected>
 [[nodiscard]] double scale_of(const TActual& actual, const TExpected& expected) {
-  std::vector<double> doubled;
-  for (const auto& value : expected) doubled.push_back(2 * detail::as_double(value));
-  return 1 + share_of_way(actual, expected, doubled);
+  if (std::ranges::size(actual) != std::ranges::size(expected)) return NAN;
+  double product = 0, square = 0;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(std::ranges::size(expected)); ++i) {
+    const double value = detail::as_double(expected[i]);
+    product += detail::as_double(actual[i]) * value;
+    square += value * value;
+  }
+  return product / square;
 }
 
 /// Success when scale_of() is within `bound` of 1.
