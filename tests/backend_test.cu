@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <initializer_list>
 #include <iostream>
 #include <numeric>
 #include <optional>
@@ -19,6 +20,7 @@
 #include "cuda/session.cuh"
 #include "gemma4/model/golden.hpp"
 #include "reference/backend.hpp"
+#include "tests/support/close.hpp"
 #include "tests/support/model_logits.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
@@ -224,8 +226,11 @@ RC_GTEST_PROP(CudaBackend, EveryLayerByItselfIsThatOfTheReference, ()) {
   for (std::size_t layer = 0; layer < expected.size(); ++layer) {
     const bool is_tq4 = cache != "bf16" && !config.sliding_layer(static_cast<std::int64_t>(layer));
     const double bound = layer_bound(both.reference, tokens, device, expected, layer, is_tq4);
-    testkit::rc_require(rows_close(device[layer + 1], expected[layer], config.hidden, bound),
-                        cache + ", layer " + std::to_string(layer));
+    const std::string where = cache + ", layer " + std::to_string(layer);
+    testkit::rc_require(rows_close(device[layer + 1], expected[layer], config.hidden, bound), where);
+    // An error without direction leans on the stream by 1 / sqrt(n) of its length, n being 6 rows of 256 values at
+    // least: a quarter of it is ten deviations.
+    testkit::rc_require(testkit::scale_close(device[layer + 1], expected[layer], bound / 4), where);
   }
 }
 
@@ -302,23 +307,34 @@ double mean_kl(const std::string& name, const std::string& cache, std::int64_t c
   return sum / static_cast<double>(golden.positions.size());
 }
 
+/// Acceptance figures, not derived: what a cache and 8-bit activations may do to the logits of a small model that
+/// another implementation computed in float32. The reference has a mean KL of 8e-5 and 1.2e-3 on tiny with bf16 and tq4
+/// and the golden's top token at 32 and 33, and 32 and 30, of the 33 positions of its two files; the device has in
+/// addition 8-bit activations in chunks of one, and bf16 in longer ones.
+struct Acceptance {
+  const char* cache;
+  double mean_kl;
+  std::int64_t n_same;
+};
+
+void expect_golden(const std::string& name, std::int64_t chunk, std::initializer_list<Acceptance> figures) {
+  for (const Acceptance& figure : figures) {
+    std::int64_t n_same = 0;
+    EXPECT_LE(mean_kl(name, figure.cache, chunk, n_same), figure.mean_kl)
+        << name << ", " << figure.cache << ", in chunks of " << chunk;
+    EXPECT_GE(n_same, figure.n_same) << name << ", " << figure.cache << ", in chunks of " << chunk;
+  }
+}
+
 TEST(CudaBackend, GoldenLogitsOfTiny) {
   for (const char* name : {"tiny/tiny-a-Q4_K_M", "tiny/tiny-a-Q6_K"}) {
-    for (const std::int64_t chunk : {256, 1}) {
-      std::int64_t n_same = 0;
-      EXPECT_LE(mean_kl(name, "bf16", chunk, n_same), 5e-3) << name << " in chunks of " << chunk;
-      EXPECT_LE(mean_kl(name, "tq4", chunk, n_same), 2e-2) << name << " in chunks of " << chunk;
-    }
+    for (const std::int64_t chunk : {256, 1}) expect_golden(name, chunk, {{"bf16", 5e-3, 31}, {"tq4", 2e-2, 28}});
   }
 }
 
 TEST(CudaBackend, GoldenLogitsOfNano) {
   for (const std::int64_t chunk : {2048, 1}) {
-    std::int64_t n_same = 0;
-    EXPECT_LE(mean_kl("nano/nano-Q4_K_M", "bf16", chunk, n_same), 5e-3) << "in chunks of " << chunk;
-    EXPECT_GE(n_same, 15);
-    EXPECT_LE(mean_kl("nano/nano-Q4_K_M", "tq4", chunk, n_same), 1e-2) << "in chunks of " << chunk;
-    EXPECT_GE(n_same, 15);
+    expect_golden("nano/nano-Q4_K_M", chunk, {{"bf16", 5e-3, 15}, {"tq4", 1e-2, 15}});
   }
 }
 
