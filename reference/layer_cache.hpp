@@ -20,7 +20,7 @@
 #include "reference/tq4_cache.hpp"
 
 /// The caches of a layer and the step `attend` on each: put the chunk's K and V where they belong, attend, and return
-/// [n_token, n_head * head_dim].
+/// [n_token, n_head * head_dim]. Mirror: cuda/layer_cache.cuh
 namespace gemma4::reference {
 
 namespace detail {
