@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Thin: each target calls a preset of CMakePresets.json. `make demo` and `make test` need nothing prepared.
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap configure build test demo plots asan fuzz check format clean
+.PHONY: help bootstrap configure build test demo plots pages asan sanitize fuzz mutants check format clean
 
 JOBS ?= $(shell nproc)
 
@@ -24,8 +24,11 @@ demo: configure ## a trained model, and on a GPU the 31B at its full context; MO
 	cmake --build --preset release -j $(JOBS) --target accuracy generate device throughput synthesize plot
 	@.ci/demo build/bin "$(MODEL)"
 
-plots: ## results/plots/*.svg from the tables that results/README.md names
+plots: ## results/plots/*.svg from the newest table of each driver
 	@.ci/plots build/bin
+
+pages: ## the tables of README.md and results/*.md from the newest table of each driver
+	@.ci/pages . build/bin
 
 asan: bootstrap ## tests that read untrusted bytes, under AddressSanitizer and UBSan
 	cmake --preset asan
@@ -43,8 +46,13 @@ fuzz: ## every fuzz target for FUZZ_SECONDS (60)
 	cmake --build --preset fuzz -j $(JOBS)
 	.ci/fuzz build-fuzz $(or $(FUZZ_SECONDS),60)
 
-check: ## the rules of the rooms, without a build
+mutants: bootstrap ## known faults, planted one at a time: every one must be seen by a test; MUTANTS="--list cpu" and the like
+	.ci/mutants --jobs $(JOBS) $(MUTANTS)
+
+check: ## the rules of the rooms, without a build; and whether the pages say what the tables say
 	@.ci/check-rooms
+	@.ci/pages --check
+	@.ci/mutants --check
 
 format: ## clang-format on every source file
 	git ls-files '*.hpp' '*.cuh' '*.cpp' '*.cu' | xargs clang-format -i

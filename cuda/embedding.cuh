@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(128)
   HalfGroup<kType> bytes;
   load_half_group<kType>(data + (known ? token : 0) * row_bytes, cols, place, bytes);
   float values[2][8];
-  bytes.decode(place.group, place.half, values[0], values[1]);
+  bytes.dequantise(place.group, place.half, values[0], values[1]);
   TOut* const to = out.data + blockIdx.y * out.stride[0];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {

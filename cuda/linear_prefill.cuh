@@ -24,8 +24,8 @@
 #include "cuda/quantized_linear.cuh"
 #include "cuda/weights/dequantise.cuh"
 
-/// Products with quantised weights for many tokens: a slice of rows is decoded to bf16 in a scratch buffer of bounded
-/// size, then cuBLASLt multiplies it with bf16 activations, accumulating in float; slice after slice.
+/// Products with quantised weights for many tokens: a slice of rows is dequantised to bf16 in a scratch buffer of
+/// bounded size, then cuBLASLt multiplies it with bf16 activations, accumulating in float; slice after slice.
 ///
 /// Decoding costs 2 + 0.56 bytes a weight once for all tokens: some 20 ms for the whole 31B on an H200, a tenth of the
 /// products of 2048 tokens and nearly half of those of 512. Error: weights and outputs rounded to bf16, sums in float.
@@ -47,48 +47,11 @@ struct BlasDeleter {
 template <class THandle>
 using Blas = std::unique_ptr<std::remove_pointer_t<THandle>, BlasDeleter>;
 
-/// A block of the grid's y axis a token; one thread eight values, which it reads before it writes them.
-template <class TOut>
-__global__ void __launch_bounds__(256) gelu_times_rows_kernel(const Bf16* gate, const Bf16* up, std::int64_t width,
-                                                              TOut* out, std::int64_t out_stride, bool whole_pieces) {
-  const int first = static_cast<int>(8 * (blockIdx.x * 256 + threadIdx.x));
-  if (first >= width) return;
-  gate += blockIdx.y * width, up += blockIdx.y * width, out += blockIdx.y * out_stride;
-  float g[8], u[8];
-  if (whole_pieces) {
-    load_values(gate + first, g);
-    load_values(up + first, u);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) g[i] = gelu_times(g[i], u[i]);
-    store_values(out + first, g);
-    return;
-  }
-  for (int k = first; k < min(width, first + std::int64_t{8}); ++k) {
-    out[k] = from_float<TOut>(gelu_times(to_float(gate[k]), to_float(up[k])));
-  }
-}
-
-[[nodiscard]] inline bool is_aligned(const void* data) {
-  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
-}
-
-/// out = gelu(gate) * up, [n_token, width]; gate and up without gaps between rows.
-template <class TOut>
-void gelu_times_rows(const View<const Bf16, 2>& gate, const View<const Bf16, 2>& up, const View<TOut, 2>& out,
-                     cudaStream_t stream) {
-  const std::int64_t n_token = gate.extent[0], width = gate.extent[1];
-  const bool whole_pieces =
-      width % 8 == 0 && out.stride[0] % 8 == 0 && is_aligned(gate.data) && is_aligned(up.data) && is_aligned(out.data);
-  const dim3 grid(static_cast<unsigned>((width + 2047) / 2048), static_cast<unsigned>(n_token));
-  gelu_times_rows_kernel<<<grid, 256, 0, stream>>>(gate.data, up.data, width, out.data, out.stride[0], whole_pieces);
-  check_launch("gelu_times_rows_kernel");
-}
-
 }  // namespace detail
 
 /// Rows of a slice, for `count` rows of `cols` weights and n_token tokens. Tiles of 128 rows by 256 tokens are dealt
 /// out to sm_count multiprocessors: a slice has whole rounds of them, as alike as possible, and takes at most half of
-/// the scratch where one round fits there, so that the next slice is decoded while this one is multiplied.
+/// the scratch where one round fits there, so that the next slice is dequantised while this one is multiplied.
 [[nodiscard]] inline std::int64_t prefill_slice_rows(std::int64_t count, std::int64_t cols, std::int64_t n_token,
                                                      std::int64_t scratch_values, int sm_count) {
   constexpr std::int64_t kTileRows = 128, kTileTokens = 256;
@@ -105,11 +68,11 @@ void gelu_times_rows(const View<const Bf16, 2>& gate, const View<const Bf16, 2>&
 /// Owns cuBLASLt's handle, and one algorithm for each shape: the same shape always runs the same one, without split
 /// sums that depend on timing.
 ///
-/// Slices are decoded in a stream of its own, ahead of the products: a decode waits for room in the scratch alone, so
-/// that it fills what the products, or whatever else is in the caller's stream, leave idle. (Between products alone
-/// that gains next to nothing on an H200: they keep all multiprocessors busy.) Hence weights must be there before a
-/// call: nothing that still waits in the caller's stream may write them. In a recorded stream, or with `overlap` false,
-/// decoding and multiplying take turns. One object serves one stream at a time.
+/// Slices are dequantised in a stream of its own, ahead of the products: dequantising waits for room in the scratch
+/// alone, so that it fills what the products, or whatever else is in the caller's stream, leave idle. (Between products
+/// alone that gains next to nothing on an H200: they keep all multiprocessors busy.) Hence weights must be there before
+/// a call: nothing that still waits in the caller's stream may write them. In a recorded stream, or with `overlap`
+/// false, dequantising and multiplying take turns. One object serves one stream at a time.
 ///
 /// compute-sanitizer's racecheck reports hazards inside cuBLASLt's kernels (nvjet_*, in a program of nothing else too);
 /// .ci/sanitize tells them from ours.
@@ -119,7 +82,7 @@ class LinearPrefill {
   static constexpr std::int64_t kDefaultScratchBytes = std::int64_t{21504} * 5376 * 2;  ///< gate or down in one slice
 
   /// Borrows device memory, at multiples of 16 bytes, that must outlive it. No call allocates any.
-  /// @param scratch         for decoded weights; at least one row must fit
+  /// @param scratch         for dequantised weights; at least one row must fit
   /// @param blas_workspace  kBlasBytes are wanted; with fewer cuBLASLt has fewer algorithms to choose from
   LinearPrefill(std::span<std::byte> scratch, std::span<std::byte> blas_workspace, bool overlap = false)
       : scratch_(reinterpret_cast<Bf16*>(scratch.data()), scratch.size() / sizeof(Bf16)),
@@ -133,7 +96,7 @@ class LinearPrefill {
     handle_.reset(handle);
   }
 
-  /// Owns its memory: scratch_bytes for decoded weights and kBlasBytes.
+  /// Owns its memory: scratch_bytes for dequantised weights and kBlasBytes.
   explicit LinearPrefill(std::int64_t scratch_bytes = kDefaultScratchBytes, bool overlap = false)
       : LinearPrefill(DeviceBuffer<std::byte>(scratch_bytes), DeviceBuffer<std::byte>(kBlasBytes), overlap) {}
 
@@ -142,7 +105,7 @@ class LinearPrefill {
   void scratch_was_lent(cudaStream_t stream) {
     if (is_capturing(stream)) return;
     next_ = 0;
-    take(static_cast<std::int64_t>(scratch_.size()), decoder_).done.record(stream);
+    take(static_cast<std::int64_t>(scratch_.size()), dequantiser_).done.record(stream);
     next_ = 0;
   }
 
@@ -216,18 +179,18 @@ class LinearPrefill {
       return multiply(x, values, step * weight.cols, weight.cols, count, out.data, out.stride[0], stream);
     }
     const bool recorded = is_capturing(stream);
-    const cudaStream_t decoder = overlap_ && !recorded ? static_cast<cudaStream_t>(decoder_) : stream;
+    const cudaStream_t dequantiser = overlap_ && !recorded ? static_cast<cudaStream_t>(dequantiser_) : stream;
     const std::int64_t slice = prefill_slice_rows(count, weight.cols, x.extent[0], n_value, sm_count_);
     for (std::int64_t row = 0; row < count; row += slice) {
       const std::int64_t n = std::min(slice, count - row);
-      Place* const place = recorded ? nullptr : &take(n * weight.cols, decoder);
-      Bf16* const decoded = scratch_.data() + (recorded ? 0 : place->begin);
-      decode_rows(weight, first + row * step, n, step, decoded, decoder);
-      if (decoder != stream) {
-        decoded_.record(decoder);
-        decoded_.delay(stream);
+      Place* const place = recorded ? nullptr : &take(n * weight.cols, dequantiser);
+      Bf16* const dequantised = scratch_.data() + (recorded ? 0 : place->begin);
+      dequantise_rows(weight, first + row * step, n, step, dequantised, dequantiser);
+      if (dequantiser != stream) {
+        dequantised_.record(dequantiser);
+        dequantised_.delay(stream);
       }
-      multiply(x, decoded, weight.cols, weight.cols, n, out.data + row, out.stride[0], stream);
+      multiply(x, dequantised, weight.cols, weight.cols, n, out.data + row, out.stride[0], stream);
       if (!recorded) place->done.record(stream);
     }
   }
@@ -330,8 +293,8 @@ class LinearPrefill {
   DeviceBuffer<std::byte> owned_scratch_, owned_workspace_;
   bool overlap_;
   int sm_count_;
-  Stream decoder_;
-  Event decoded_;
+  Stream dequantiser_;
+  Event dequantised_;
   std::array<Place, 16> places_;
   std::size_t n_taken_ = 0;
   std::int64_t next_ = 0;  ///< value of the scratch where the next place begins

@@ -45,17 +45,4 @@ void lm_head(const View<const TIn, 2>& x, const PackedMatrix& table, float softc
   check_launch("softcap_kernel");
 }
 
-/// The same of a residual stream that is finished and normalised on the way; a packed table.
-inline void lm_head(const LinearPrologue& in, const PackedMatrix& table, float softcap, const View<float, 2>& logits,
-                    const DeviceInfo& device, cudaStream_t stream, const LinearOptions& options = {}) {
-  require(softcap > 0, "lm_head: softcap is ", softcap, ", need a positive number");
-  require(in.residual.extent[0] <= kMaxDecodeTokens, "lm_head: ", in.residual.extent[0], " rows, at most ",
-          kMaxDecodeTokens, " a call");
-  detail::require_linear("lm_head", in, table, logits, table.rows);
-  if (in.residual.extent[0] == 0) return;
-  detail::packed_decode<float>(detail::linear_source(in), std::span(&table, 1), std::span(&logits, 1),
-                               {.epilogue = LinearEpilogue::kSoftcap, .softcap = softcap, .options = options}, device,
-                               stream);
-}
-
 }  // namespace gemma4::cuda

@@ -47,32 +47,10 @@ struct LinearPlan {
 
 /// How a product for few tokens may run; the same bits in any case.
 struct LinearOptions {
-  /// 8 bytes of device memory, zero before the first launch: blocks that end early take rows of others. Null: they do
-  /// not. Products of one stream may share it.
+  /// For dynamic row scheduling: 8 bytes of device memory, zero before the first launch, from which blocks that end
+  /// early take rows (tickets). Null: each block has an equal share. Products of one stream may share it.
   LinearTickets* tickets = nullptr;
-  /// Fetched into the L2 cache when this product has asked for its own weights. It pays where the memory would else be
-  /// idle, and costs where the reads of the blocks that end last wait behind it: `linear` measures both (hint_kb). With
-  /// equal shares of rows it lost; with tickets, where all blocks end at a time, it gains. The same weights at the
-  /// places where the blocks of the next launch begin gained less than its first ones in a row.
-  const std::byte* next_weights = nullptr;
-  std::int64_t next_bytes = 0;
-};
-
-/// The input of a product that begins by finishing the residual stream, in every block for itself (row_norm.cuh):
-///   x' = (x + rms_norm(pending, post_norm)) * scale, and the input is rms_norm(x', norm), rounded to Bf16.
-/// Same bits as residual_norm() and the product of its result.
-///
-/// Where something is pending and kernels overlap, `residual` is read while the kernel in front still runs: that one
-/// may write `pending`, but an earlier one has to have written `residual`. Two products of a model's residual stream
-/// always have another between them.
-struct LinearPrologue {
-  View<const float, 2> residual = {};  ///< [n_token, cols]
-  View<const float, 2> pending = {};   ///< [n_token, cols]; null data: x' = x
-  const float* post_norm = nullptr;    ///< [cols], of pending
-  float scale = 1.0f;                  ///< of the layer
-  const float* norm = nullptr;         ///< [cols]
-  float epsilon = 0.0f;
-  View<float, 2> residual_out = {};  ///< [n_token, cols], x', not the memory of `residual`; null data: not stored
+  bool overlap = true;  ///< programmatic dependent launch, where the device has it
 };
 
 namespace detail {
@@ -199,30 +177,10 @@ template <class TIn>
   return source;
 }
 
-[[nodiscard]] inline LinearSource linear_source(const LinearPrologue& in) {
-  return {.n_token = in.residual.extent[0],
-          .cols = in.residual.extent[1],
-          .input = {.x = in.pending.data,
-                    .x_stride = in.pending.stride[0],
-                    .x_is_bf16 = false,
-                    .norm = in.norm,
-                    .residual = in.residual.data,
-                    .residual_stride = in.residual.stride[0],
-                    .residual_out = in.residual_out.data,
-                    .residual_out_stride = in.residual_out.stride[0],
-                    .post_norm = in.post_norm,
-                    .scale = in.scale,
-                    .epsilon = in.epsilon}};
-}
-
 /// The same rows from `token` on.
 [[nodiscard]] inline LinearInput input_from(LinearInput input, std::int64_t token) {
-  if (input.x != nullptr) {
-    input.x = input.x_is_bf16 ? static_cast<const void*>(static_cast<const Bf16*>(input.x) + token * input.x_stride)
-                              : static_cast<const void*>(static_cast<const float*>(input.x) + token * input.x_stride);
-  }
-  if (input.residual != nullptr) input.residual += token * input.residual_stride;
-  if (input.residual_out != nullptr) input.residual_out += token * input.residual_out_stride;
+  input.x = input.x_is_bf16 ? static_cast<const void*>(static_cast<const Bf16*>(input.x) + token * input.x_stride)
+                            : static_cast<const void*>(static_cast<const float*>(input.x) + token * input.x_stride);
   return input;
 }
 
@@ -269,8 +227,9 @@ void packed_decode(const LinearSource& source, std::span<const PackedMatrix> wei
                         .rows = static_cast<std::int32_t>(weight.rows),
                         .type = weight.type};
   }
-  const LinearPlan plan =
+  LinearPlan plan =
       plan_linear_decode(cols, source.n_token, std::span<const TensorType>(types, weights.size()), device);
+  plan.overlap = plan.overlap && frame.options.overlap;
   params.n_slot = plan.n_slot;
   params.is_tall = plan.is_tall;
   params.tickets = frame.options.tickets;
@@ -280,10 +239,6 @@ void packed_decode(const LinearSource& source, std::span<const PackedMatrix> wei
   for (std::int64_t token = 0; token < source.n_token; token += plan.n_token) {
     params.input = input_from(source.input, token);
     params.n_token = static_cast<std::int32_t>(std::min<std::int64_t>(plan.n_token, source.n_token - token));
-    if (token + plan.n_token >= source.n_token) {
-      params.next = frame.options.next_weights;
-      params.next_bytes = frame.options.next_bytes;
-    }
     for (std::size_t i = 0; i < weights.size(); ++i) params.matrix[i].out = outs[i].data + token * outs[i].stride[0];
     launch_linear_decode(params, plan, stream);
   }
@@ -313,34 +268,6 @@ inline void require_matrices(std::int64_t n_token, std::size_t n_weight, std::si
           " outputs, need as many of both, at most ", kMaxLinearMatrices);
   require(n_token <= kMaxDecodeTokens, "quantized_linear_decode: ", n_token, " tokens, at most ", kMaxDecodeTokens,
           "; more go through quantized_linear_prefill()");
-}
-
-/// The same for an input that is made on the way.
-template <class TOut>
-void require_linear(const char* who, const LinearPrologue& in, const PackedMatrix& weight, const View<TOut, 2>& out,
-                    std::int64_t out_cols) {
-  const std::int64_t n_token = in.residual.extent[0], cols = in.residual.extent[1];
-  require_weight(who, weight, cols);
-  require_extents(who, "out", out, {n_token, out_cols});
-  require_contiguous_rows(who, "out", out);
-  require(cols <= kMaxNormCols, who, ": a residual of ", cols, " columns, at most ", kMaxNormCols,
-          " are normalised on the way; use residual_norm()");
-  require(is_packed_type(weight.type), who, ": weights of type ", type_name(weight.type),
-          " take rows that are normalised already; use residual_norm()");
-  require(in.norm != nullptr && (in.pending.data == nullptr || in.post_norm != nullptr), who,
-          ": the weights of a norm are missing");
-  const auto require_rows = [&](const char* name, const auto& view) {
-    if (view.data == nullptr) return;
-    require_extents(who, name, view, {n_token, cols});
-    require_contiguous_rows(who, name, view);
-    require(reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.stride[0] % 4 == 0, who, ": rows of ", name,
-            " must begin at multiples of 16 bytes");
-  };
-  require_rows("residual", in.residual);
-  require_rows("pending", in.pending);
-  require_rows("residual_out", in.residual_out);
-  require(in.residual_out.data != in.residual.data, who,
-          ": residual_out is the memory of residual, which other blocks still read");
 }
 
 }  // namespace detail
@@ -375,21 +302,6 @@ void quantized_linear_decode(const View<const TIn, 2>& x, std::span<const Packed
   detail::packed_decode<TOut>(detail::linear_source(x), std::span<const PackedMatrix>(packed).first(n_packed),
                               std::span<const View<TOut, 2>>(packed_outs).first(n_packed), {.options = options}, device,
                               stream);
-}
-
-/// The same of a residual stream that is finished and normalised on the way.
-/// @param weights  of packed types
-/// @throws std::invalid_argument also for more than detail::kMaxNormCols columns
-template <class TOut>
-void quantized_linear_decode(const LinearPrologue& in, std::span<const PackedMatrix> weights,
-                             std::span<const View<TOut, 2>> outs, const DeviceInfo& device, cudaStream_t stream,
-                             const LinearOptions& options = {}) {
-  detail::require_matrices(in.residual.extent[0], weights.size(), outs.size());
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    detail::require_linear("quantized_linear", in, weights[i], outs[i], weights[i].rows);
-  }
-  if (in.residual.extent[0] == 0) return;
-  detail::packed_decode<TOut>(detail::linear_source(in), weights, outs, {.options = options}, device, stream);
 }
 
 /// One matrix.

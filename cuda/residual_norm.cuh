@@ -19,9 +19,12 @@
 
 /// What stands between two steps of a layer, for any number of tokens: the output that is pending is normalised, added
 /// to the residual stream and scaled, and the stream is normalised for the next step. One launch, one block a row.
-/// In a step of decoding a launch of its own costs less than its work in every block of the product behind it
-/// (LinearPrologue; `ablation`, norm_launch), now that it lets that product in before it waits itself.
-/// Mirror: reference/decoder_layer.hpp, finish_and_normalise
+///
+/// What was tried in its place, last at e1c3639d on an H200: that every block of the product behind it does this work
+/// for itself made a decode step of the 31B 1.016 and 1.013 times as long at 512 and 32768 tokens (`ablation`,
+/// norm_launch off), since this kernel lets that product in before it waits itself. That attn_output asks for the first
+/// 8 MB of gate and up was not shown to pay: without it 1.00 and 0.99 (weight_fetch_ahead off). Both are in that
+/// commit, with tests. Mirror: reference/decoder_layer.hpp, finish_and_normalise
 namespace gemma4::cuda {
 
 namespace detail {
@@ -64,29 +67,70 @@ __device__ __forceinline__ void store_row_piece(T* row, int k, int width, bool w
   }
 }
 
+/// First value of this thread's piece `p`.
+[[nodiscard]] __device__ __forceinline__ int piece_begin(int p) {
+  return (static_cast<int>(threadIdx.x) + p * kRowThreads) * kRowPiece;
+}
+
 /// Pieces of a row of float that a thread holds.
 template <int kPieces>
 __device__ __forceinline__ void load_row_pieces(const float* row, int width, bool whole_pieces,
                                                 StoredPiece<float> (&to)[kPieces]) {
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
-    load_row_piece(to[p], row, (static_cast<int>(threadIdx.x) + p * kRowThreads) * kRowPiece, width, whole_pieces);
+    load_row_piece(to[p], row, piece_begin(p), width, whole_pieces);
   }
 }
+
+/// x becomes x', which is also stored: what is pending, normalised, is added, and the sum scaled.
+/// @param post_norm  there already where kAtRest
+/// @param parts      shared memory of one sum
+template <bool kAtRest, int kPieces, class TPending, class TOut>
+__device__ __forceinline__ void add_pending(const ResidualNormParams<TPending, TOut>& params,
+                                            StoredPiece<float> (&post_norm)[kPieces], float (&parts)[kRowWarps],
+                                            float (&x)[kPieces][kRowPiece]) {
+  const int width = static_cast<int>(params.x.extent[1]);
+  const bool whole = params.whole_pieces;
+  float* const x_row = params.x.data + blockIdx.x * params.x.stride[0];
+  const TPending* const pending_row = params.pending.data + blockIdx.x * params.pending.stride[0];
+  StoredPiece<TPending> stored[kPieces];
+  float pending[kRowPiece], factor[kRowPiece], sum = 0.0f;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) load_row_piece(stored[p], pending_row, piece_begin(p), width, whole);
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    stored[p].widen(pending);
+    sum = add_squares(sum, pending);
+  }
+  const float scale = norm_scale(sum_of_row(sum, parts, static_cast<int>(threadIdx.x)), width, params.epsilon);
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    if constexpr (!kAtRest) load_row_piece(post_norm[p], params.post_norm, piece_begin(p), width, whole);
+    post_norm[p].widen(factor);
+    stored[p].widen(pending);
+#pragma unroll
+    for (int i = 0; i < kRowPiece; ++i) x[p][i] = finished(x[p][i], pending[i], scale, factor[i], params.scale);
+    store_row_piece(x_row, piece_begin(p), width, whole, x[p]);
+  }
+}
+
+/// Blocks of a multiprocessor: as many as the registers of a thread's pieces allow, of which those that are read early
+/// need more than those that come when their turn is.
+template <int kPieces, bool kAtRest, class TPending>
+inline constexpr int kResidualBlocks = kPieces > 3             ? 1
+                                       : kAtRest               ? 2
+                                       : sizeof(TPending) == 2 ? 4
+                                                               : 3;
 
 /// @tparam kPieces pieces that a thread holds, at most
 /// @tparam kAtRest all but what is pending comes, and the next kernel is let in, before the kernel in front has ended
 template <int kPieces, bool kAtRest, class TPending, class TOut>
-__global__ void __launch_bounds__(kRowThreads, kPieces > 3             ? 1
-                                               : kAtRest               ? 2
-                                               : sizeof(TPending) == 2 ? 4
-                                                                       : 3)
+__global__ void __launch_bounds__(kRowThreads, kResidualBlocks<kPieces, kAtRest, TPending>)
     residual_norm_kernel(const __grid_constant__ ResidualNormParams<TPending, TOut> params) {
   __shared__ float parts[2][kRowWarps];
   const int width = static_cast<int>(params.x.extent[1]), thread = static_cast<int>(threadIdx.x);
   const bool whole = params.whole_pieces, is_pending = params.pending.data != nullptr;
   float* const x_row = params.x.data + blockIdx.x * params.x.stride[0];
-  const auto at = [&](int p) { return (thread + p * kRowThreads) * kRowPiece; };
   StoredPiece<float> stream[kPieces], post_norm[kPieces], norm[kPieces];
   if constexpr (kAtRest) {
     load_row_pieces(params.norm, width, whole, norm);
@@ -105,41 +149,20 @@ __global__ void __launch_bounds__(kRowThreads, kPieces > 3             ? 1
   float x[kPieces][kRowPiece], factor[kRowPiece];
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) stream[p].widen(x[p]);
-  if (is_pending) {
-    const TPending* const pending_row = params.pending.data + blockIdx.x * params.pending.stride[0];
-    StoredPiece<TPending> stored[kPieces];
-    float pending[kRowPiece], sum = 0.0f;
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) load_row_piece(stored[p], pending_row, at(p), width, whole);
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
-      stored[p].widen(pending);
-      sum = add_squares(sum, pending);
-    }
-    const float scale = norm_scale(sum_of_row<0>(sum, parts[0], thread), width, params.epsilon);
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
-      if constexpr (!kAtRest) load_row_piece(post_norm[p], params.post_norm, at(p), width, whole);
-      post_norm[p].widen(factor);
-      stored[p].widen(pending);
-#pragma unroll
-      for (int i = 0; i < kRowPiece; ++i) x[p][i] = finished(x[p][i], pending[i], scale, factor[i], params.scale);
-      store_row_piece(x_row, at(p), width, whole, x[p]);
-    }
-  }
+  if (is_pending) add_pending<kAtRest>(params, post_norm, parts[0], x);
   if constexpr (!kAtRest) allow_next_kernel();
   float sum = 0.0f;
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) sum = add_squares(sum, x[p]);
-  const float scale = norm_scale(sum_of_row<0>(sum, parts[1], thread), width, params.epsilon);
+  const float scale = norm_scale(sum_of_row(sum, parts[1], thread), width, params.epsilon);
   TOut* const h_row = params.h.data + blockIdx.x * params.h.stride[0];
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
-    if constexpr (!kAtRest) load_row_piece(norm[p], params.norm, at(p), width, whole);
+    if constexpr (!kAtRest) load_row_piece(norm[p], params.norm, piece_begin(p), width, whole);
     norm[p].widen(factor);
 #pragma unroll
     for (int i = 0; i < kRowPiece; ++i) factor[i] = normalised(x[p][i], scale, factor[i]);
-    store_row_piece(h_row, at(p), width, whole, factor);
+    store_row_piece(h_row, piece_begin(p), width, whole, factor);
   }
 }
 
@@ -151,8 +174,8 @@ template <class T>
 
 }  // namespace detail
 
-/// x = (x + rms_norm(pending, post_norm)) * scale, then h = rms_norm(x, norm), row by row in float32: the bits of the
-/// prologue that the products of few tokens have, see cuda/residual_norm/row_norm.cuh.
+/// x = (x + rms_norm(pending, post_norm)) * scale, then h = rms_norm(x, norm), row by row in float32, see
+/// cuda/residual_norm/row_norm.cuh.
 ///
 /// Rows of a chunk that nobody wants need not be given: views of the last rows finish and normalise those alone.
 /// @param x          [n_token, hidden], the residual stream, in place

@@ -61,10 +61,10 @@ class Session {
   void set_use_graph(bool use_graph) { options_.use_graph = use_graph; }
 
   /// Other ways to the same tokens, from here on: the sequence and its caches stay, the step is captured anew.
-  void set_switches(const BackendSwitches& switches) {
+  void set_policy(const ExecutionPolicy& policy) {
     stream().synchronize();
     step_.reset();
-    backend().set_switches(switches);
+    backend().set_policy(policy);
   }
 
   void reset() {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -30,7 +31,8 @@ struct Options : DriverOptions {
   std::int64_t window = 32;
 };
 
-const std::vector<std::string> kParameters = {"model", "backend", "text", "cache", "base", "chunk", "context", "range"};
+const std::vector<std::string> kParameters = {"model", "backend", "text",  "cache", "base",
+                                              "chunk", "context", "range", "off",   "plan"};
 const std::vector<std::string> kMeasures = {"n_position", "nll",      "kl_mean",        "kl_p99",
                                             "kl_max",     "same_top", "dp_rms",         "cosine",
                                             "cosine_min", "seconds",  "recall_correct", "recall_total"};
@@ -93,7 +95,10 @@ class Accuracy {
     std::int64_t longest = 1;
     if (!options.ids.empty() && !options.contexts.empty()) longest = *std::ranges::max_element(options.contexts);
     if (!options.depths.empty()) longest = std::max(longest, options.depths.back());
-    return {.cache = parse_cache_spec(options.base), .context = longest, .max_chunk = options.chunk};
+    return {.cache = parse_cache_spec(options.base),
+            .context = longest,
+            .max_chunk = options.chunk,
+            .policy = options.policy()};
   }
 
   /// Runs base and caches side by side; `measure(backends, ids, on_chunk)`. The caches that were asked for come back.
@@ -124,10 +129,17 @@ class Accuracy {
   }
 
   [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const std::string& cache, std::int64_t context,
-                                                         std::int64_t n_logit_row) const {
-    CacheSpec spec = parse_cache_spec(cache);
-    spec.tq4.seed = options_.seed;
-    return source_.make({.cache = spec, .context = context, .max_chunk = options_.chunk, .n_logit_row = n_logit_row});
+                                                         std::int64_t n_logit_row) {
+    const CacheSpec spec = with_seed(parse_cache_spec(cache), options_.seed);
+    auto backend = source_.make({.cache = spec,
+                                 .context = context,
+                                 .max_chunk = options_.chunk,
+                                 .n_logit_row = n_logit_row,
+                                 .policy = options_.policy()});
+    const std::vector<StepPlan> plans = backend->step_plans();
+    show_plans(options_, concat(cache, " at ", context), plans);
+    plans_[cache] = digest(plans);
+    return backend;
   }
 
   ResultTable::Row row(const std::string& text, const std::string& cache, std::int64_t context,
@@ -141,6 +153,7 @@ class Accuracy {
         .set("chunk", options_.chunk)
         .set("context", context)
         .set("range", range.name());
+    set_run_plan(row, options_.policy(), plans_[cache]);
     return row;
   }
 
@@ -171,6 +184,7 @@ class Accuracy {
   const Options& options_;
   ResultTable& table_;
   ModelSource source_;
+  std::map<std::string, std::string> plans_;  ///< digests, by cache
 };
 
 int run(int argc, char** argv) {
@@ -198,6 +212,7 @@ int run(int argc, char** argv) {
   app.add_option("--window", options.window, "Positions before a depth")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  add_policy(app, options);
   add_seed(app, options);
   add_out(app, options);
   add_quiet(app, options);

@@ -24,8 +24,9 @@ struct Options : DriverOptions {
   std::int64_t n_decode = 16;
 };
 
-const std::vector<std::string> kParameters = {"model", "model_desc", "text",  "context", "n_batch",  "cache",
-                                              "phase", "n_prompt",   "n_gen", "n_depth", "component"};
+const std::vector<std::string> kParameters = {"model",     "model_desc", "text",     "context", "n_batch",
+                                              "cache",     "phase",      "n_prompt", "n_gen",   "n_depth",
+                                              "component", "off",        "plan"};
 const std::vector<std::string> kMeasures = {"us", "share", "n_call"};
 
 class Run {
@@ -37,8 +38,12 @@ class Run {
         cache_(to_string(settings.cache)),
         desc_(std::move(desc)),
         context_(settings.context),
+        policy_(settings.policy),
         session_(model.make_session(settings)),
-        ids_(text_ids(options, model.config().vocab, settings.context)) {}
+        ids_(text_ids(options, model.config().vocab, settings.context)) {
+    show_plans(options, cache_, session_->step_plans());
+    plan_ = digest(session_->step_plans());
+  }
 
   void run() {
     Progress progress("breakdown " + cache_, options_.depths.back(), progress_options(options_, "tokens"));
@@ -79,6 +84,7 @@ class Run {
     const auto row = [&](const std::string& component, double us) {
       ResultTable::Row row = table_.row();
       set_run_text(row, options_, desc_);
+      set_run_plan(row, policy_, plan_);
       row.set("context", context_).set("n_batch", options_.chunk).set("cache", cache_).set("phase", phase);
       row.set("n_prompt", n_prompt).set("n_gen", n_gen).set("n_depth", n_depth).set("component", component);
       row.set("us", us / n_step).set("share", us / total);
@@ -92,8 +98,9 @@ class Run {
 
   const Options& options_;
   ResultTable& table_;
-  std::string cache_, desc_;
+  std::string cache_, desc_, plan_;
   std::int64_t context_;
+  ExecutionPolicy policy_;
   std::unique_ptr<CudaSession> session_;
   std::vector<std::int32_t> ids_;
 };
@@ -120,6 +127,7 @@ void run(int argc, char** argv) {
   app.add_option("--decode-tokens", options.n_decode, "Decode steps that are averaged")
       ->check(CLI::Range(std::int64_t{1}, kMaxRewind - 1))
       ->capture_default_str();
+  add_policy(app, options);
   add_ids(app, options);
   add_seed(app, options);
   add_out(app, options);
@@ -134,8 +142,10 @@ void run(int argc, char** argv) {
   const RunInfo info = device_run_info("breakdown", argc, argv, options.seed);
   ResultTable table(result_path(options, info), info, kParameters, kMeasures);
   const auto settings = [&](const std::string& cache) {
-    CudaSettings result{.cache = parse_cache_spec(cache), .max_chunk = options.chunk, .use_graph = false};
-    result.cache.tq4.seed = options.seed;
+    CudaSettings result{.cache = with_seed(parse_cache_spec(cache), options.seed),
+                        .max_chunk = options.chunk,
+                        .policy = options.policy()};
+    result.policy.graph = false;
     result.context = options.context > 0 ? options.context : options.depths.back() + options.chunk;
     return result;
   };

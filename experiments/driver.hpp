@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "experiments/build_info.hpp"
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
+#include "gemma4/plan/execution.hpp"
+#include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/progress.hpp"
 #include "gemma4/report/result_table.hpp"
 #include "gemma4/report/run_info.hpp"
@@ -42,6 +44,10 @@ struct DriverOptions {
   std::uint64_t seed = 0;
   std::filesystem::path out;
   bool is_quiet = false;
+  std::vector<std::string> off;  ///< of kExecutionSwitches
+  bool shows_plan = false;
+
+  [[nodiscard]] ExecutionPolicy policy() const { return policy_without(off); }
 };
 
 inline CLI::Option* add_model(CLI::App& app, DriverOptions& options) {
@@ -66,7 +72,7 @@ inline CLI::Option* add_backend(CLI::App& app, DriverOptions& options) {
 
 /// A list: a table compares them.
 inline CLI::Option* add_caches(CLI::App& app, DriverOptions& options) {
-  return app.add_option("--cache", options.caches, "Cache formats, comma-separated: " + std::string(kCacheSpecGrammar))
+  return app.add_option("--cache", options.caches, "Cache formats, comma-separated: " + CacheFormats::grammar())
       ->delimiter(',')
       ->check(CLI::Validator(check_cache_name, "CACHE"))
       ->capture_default_str();
@@ -75,7 +81,7 @@ inline CLI::Option* add_caches(CLI::App& app, DriverOptions& options) {
 /// A single one; the first entry of options.caches.
 inline CLI::Option* add_cache(CLI::App& app, DriverOptions& options) {
   options.caches.resize(1);
-  return app.add_option("--cache", options.caches.front(), "Cache format: " + std::string(kCacheSpecGrammar))
+  return app.add_option("--cache", options.caches.front(), "Cache format: " + CacheFormats::grammar())
       ->check(CLI::Validator(check_cache_name, "CACHE"))
       ->capture_default_str();
 }
@@ -108,6 +114,26 @@ inline CLI::Option* add_out(CLI::App& app, DriverOptions& options) {
 
 inline CLI::Option* add_quiet(CLI::App& app, DriverOptions& options) {
   return app.add_flag("--quiet", options.is_quiet, "No progress on stderr");
+}
+
+/// --off and --plan. The switches are a device's; the reference has none.
+inline void add_policy(CLI::App& app, DriverOptions& options) {
+  std::string help = "What is off, comma-separated:";
+  std::vector<std::string> names;
+  for (const ExecutionSwitch& entry : kExecutionSwitches) {
+    names.emplace_back(entry.name);
+    help += concat("\n  ", entry.name, ": ", entry.help);
+  }
+  app.add_option("--off", options.off, help)->delimiter(',')->check(CLI::IsMember(names));
+  app.add_flag("--plan", options.shows_plan,
+               "Say on stderr how a decode step and a chunk run, and why no faster way fits");
+}
+
+/// The plans on stderr, with --plan.
+inline void show_plans(const DriverOptions& options, const std::string& what, const std::vector<StepPlan>& plans) {
+  if (!options.shows_plan) return;
+  std::cerr << "plan of " << what << ", digest " << digest(plans) << '\n';
+  for (const StepPlan& plan : plans) print_step_plan(std::cerr, plan);
 }
 
 /// What --out stands for, as ResultTable takes it: an empty path is no file.

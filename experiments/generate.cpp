@@ -102,6 +102,7 @@ void run_cuda(const Options& options, const Tokenizer& tokenizer, std::span<cons
               const CudaSettings& settings) {
   const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, settings);
   const auto session = model->make_session(settings);
+  show_plans(options, to_string(settings.cache), session->step_plans());
   const auto profiled = [&](const char* what, const std::function<void()>& work) {
     options.profile ? print_profile(what, session->profile(work)) : work();
   };
@@ -133,6 +134,7 @@ void run_reference(const Options& options, const GgufFile& gguf, const Tokenizer
   reference::Backend<float> backend(
       weights, {.cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk});
   Model<reference::Backend<float>> model(backend);
+  show_plans(options, to_string(settings.cache), backend.step_plans());
   const auto prefill_start = Clock::now();
   {
     Progress progress("prompt", static_cast<std::int64_t>(ids.size()), progress_options(options, "tokens"));
@@ -176,6 +178,7 @@ int run(int argc, char** argv) {
   app.add_flag("--echo", options.echo, "Write the prompt before its continuation");
   app.add_flag("--profile", options.profile,
                "With --backend cuda: launch every step anew, without a graph, and say what each component took");
+  add_policy(app, options);
   add_cache(app, options);
   add_backend(app, options);
   add_seed(app, options);
@@ -190,9 +193,10 @@ int run(int argc, char** argv) {
   const Tokenizer tokenizer(gguf);
   const std::vector<std::int32_t> ids = prompt_ids(options, tokenizer);
   require(!ids.empty(), "the prompt has no tokens: give --prompt, --file or --chat");
-  CudaSettings settings{.cache = parse_cache_spec(options.caches.front()), .max_chunk = options.chunk};
-  settings.cache.tq4.seed = options.seed;
-  settings.use_graph = !options.profile;
+  CudaSettings settings{.cache = with_seed(parse_cache_spec(options.caches.front()), options.seed),
+                        .max_chunk = options.chunk};
+  settings.policy = options.policy();
+  settings.policy.graph = settings.policy.graph && !options.profile;
   settings.context = options.context > 0 ? options.context
                                          : std::min(static_cast<std::int64_t>(ids.size()) + options.max_tokens,
                                                     config_from_gguf(gguf).context);

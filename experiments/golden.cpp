@@ -9,6 +9,7 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/model_source.hpp"
+#include "experiments/support/run_text.hpp"
 #include "reference/golden_check.hpp"
 
 /// Do we compute what other implementations computed?
@@ -24,7 +25,8 @@ struct Options : DriverOptions {
   std::int64_t chunk = 512;
 };
 
-const std::vector<std::string> kParameters = {"golden_case", "what", "model", "backend", "cache", "chunk"};
+const std::vector<std::string> kParameters = {"golden_case", "what",  "model", "backend",
+                                              "cache",       "chunk", "off",   "plan"};
 const std::vector<std::string> kMeasures = {"n_compared", "n_same", "max_err", "bound"};
 
 /// Codes may differ at ties only; a norm is within the roundoff of bf16; the peer's codebook leaves a relative RMS
@@ -42,9 +44,12 @@ class Golden {
     const BackendWish wish{.cache = parse_cache_spec(options_.caches.front()),
                            .context = n_token,
                            .max_chunk = options_.chunk,
-                           .n_logit_row = static_cast<std::int64_t>(golden.positions.size())};
+                           .n_logit_row = static_cast<std::int64_t>(golden.positions.size()),
+                           .policy = options_.policy()};
     const ModelSource source(options_, wish);
     const auto backend = source.make(wish);
+    show_plans(options_, options_.caches.front(), backend->step_plans());
+    plan_ = digest(backend->step_plans());
     Progress progress("golden", n_token, progress_options(options_, "tokens"));
     const GoldenComparison result =
         compare_with_golden(*backend, golden, options_.chunk, [&](std::int64_t done) { progress.update(done); });
@@ -85,6 +90,7 @@ class Golden {
         .set("max_err", verdict.error)
         .set("bound", verdict.bound);
     if (!options_.model.empty()) {
+      set_run_plan(row, options_.policy(), plan_);
       row.set("model", options_.model.filename().string())
           .set("cache", options_.caches.front())
           .set("chunk", options_.chunk);
@@ -100,6 +106,7 @@ class Golden {
   const Options& options_;
   ResultTable& table_;
   bool passed_ = true;
+  std::string plan_;
 };
 
 int run(int argc, char** argv) {
@@ -115,6 +122,7 @@ int run(int argc, char** argv) {
       ->needs(model);
   app.add_option("--tq4", options.tq4, "Container with a TQ4 case; may be given more than once")
       ->check(CLI::ExistingFile);
+  add_policy(app, options);
   add_cache(app, options);
   add_backend(app, options);
   app.add_option("--bound", options.bound,

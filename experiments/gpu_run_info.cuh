@@ -4,7 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include <cmath>
+#include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -12,6 +14,7 @@
 #include "cuda/device/device_buffer.cuh"
 #include "cuda/device/device_info.cuh"
 #include "experiments/build_info.hpp"
+#include "experiments/support/nvml.hpp"
 #include "gemma4/report/run_info.hpp"
 
 namespace gemma4::experiment {
@@ -64,11 +67,19 @@ static __global__ void count_cycles(unsigned long long nanoseconds, unsigned lon
   int current = 0, memory_khz = 0;
   cuda::check(cudaGetDevice(&current), "current device");
   cuda::check(cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, current), "clock of the memory");
+  cudaDeviceProp properties{};
+  cuda::check(cudaGetDeviceProperties(&properties, current), "properties of the device");
+  char pci_bus_id[32] = {};
+  cuda::check(cudaDeviceGetPCIBusId(pci_bus_id, sizeof(pci_bus_id), current), "address of the device on its bus");
+  const DriverSays says = ask_driver(pci_bus_id);
   info.gpu = device.name;
+  info.card = card_name(std::string_view(properties.uuid.bytes, sizeof(properties.uuid.bytes)));
   info.sm_count = std::to_string(device.sm_count);
   info.sm_mhz = std::to_string(std::lround(detail::measured_sm_mhz(device.sm_count)));
   info.memory_mhz = std::to_string(memory_khz / 1000);
+  info.power_limit_w = says.power_limit_w;
   info.driver = version(driver);
+  info.driver_release = says.release;
   info.cuda = version(runtime);
   return info;
 }

@@ -28,26 +28,19 @@
 namespace gemma4::experiment {
 namespace {
 
-constexpr std::int64_t kPoolRows = 64;  ///< rows that are drawn; matrices repeat them
+constexpr std::int64_t kPoolRows = 64;    ///< rows that are drawn; matrices repeat them
+constexpr std::size_t kRowsPerStep = 12;  ///< of the table, at most: nine matrices, their sum, and two chains of them
 
 enum class End { kPlain, kGeluUp, kSoftcap };
 
 /// Where a launch has its input from.
 enum class Start {
   kPlain,       ///< rows of bf16
-  kResidual,    ///< where the model normalises the residual stream first, that is part of the launch
-  kNormLaunch,  ///< there a launch in front does it, as in a decode step of the model
+  kNormLaunch,  ///< where the model normalises the residual stream first, a launch in front does it
 };
 
 [[nodiscard]] const char* input_name(Start start) {
-  switch (start) {
-    case Start::kPlain:
-      return "bf16";
-    case Start::kResidual:
-      return "residual";
-    default:
-      return "norm_launch";
-  }
+  return start == Start::kPlain ? "bf16" : "norm_launch";
 }
 
 /// One launch of a decode step: matrices that share their input.
@@ -124,7 +117,7 @@ class Bench {
     norms_ = cuda::DeviceBuffer<float>(std::vector<float>(static_cast<std::size_t>(kHidden), 1.0f));
     const std::vector<float> rows(static_cast<std::size_t>(cuda::kMaxDecodeTokens * kHidden), 0.25f);
     pending_ = cuda::DeviceBuffer<float>(rows);
-    for (cuda::DeviceBuffer<float>& residual : residual_) residual = cuda::DeviceBuffer<float>(rows);
+    residual_ = cuda::DeviceBuffer<float>(rows);
     tickets_ = cuda::DeviceBuffer<cuda::LinearTickets>(1);
     tickets_.fill_bytes(0, stream_);
     copy_gb_per_s_ = copy_gb_per_s(stream_);
@@ -166,39 +159,27 @@ class Bench {
       outs[m] = make_view(out, n_token, launch.rows[m]);
       out += n_token * launch.rows[m];
     }
-    const auto run = [&](const auto& input, auto... types) {
+    const auto run = [&](const View<const Bf16, 2>& input) {
       const std::span weights = std::span(matrices).first(launch.rows.size());
       const std::span<const View<float, 2>> views = std::span(outs).first(launch.rows.size());
       if (launch.end == End::kSoftcap) {
         cuda::lm_head(input, matrices[0], 30.0f, outs[0], device_, stream_, options);
       } else if (launch.end == End::kGeluUp) {
         const auto gated = make_view(reinterpret_cast<Bf16*>(out_.data()), n_token, launch.rows[0] / 2);
-        cuda::gate_up_decode<decltype(types)..., Bf16>(input, {.joined = matrices[0], .gate = {}, .up = {}}, {}, gated,
-                                                       device_, stream_, options);
+        cuda::gate_up_decode(input, {.joined = matrices[0], .gate = {}, .up = {}}, {}, gated, device_, stream_,
+                             options);
       } else {
-        cuda::quantized_linear_decode<decltype(types)..., float>(input, weights, views, device_, stream_, options);
+        cuda::quantized_linear_decode<Bf16, float>(input, weights, views, device_, stream_, options);
       }
     };
     if (start == Start::kPlain || !launch.begins_with_norm) {
-      return run(make_view(static_cast<const Bf16*>(x_.data()), n_token, launch.cols), Bf16{});
+      return run(make_view(static_cast<const Bf16*>(x_.data()), n_token, launch.cols));
     }
-    const auto rows = [&](const cuda::DeviceBuffer<float>& from) {
-      return make_view(static_cast<const float*>(from.data()), n_token, launch.cols);
-    };
-    if (start == Start::kNormLaunch) {
-      cuda::residual_norm<float, Bf16>(
-          make_view(residual_[0].data(), n_token, launch.cols), rows(pending_), norms_.data(), 1.0f, norms_.data(),
-          1e-6f, make_view(normed_.data(), n_token, launch.cols), stream_, device_.compute_capability >= 90, true);
-      return run(make_view(static_cast<const Bf16*>(normed_.data()), n_token, launch.cols), Bf16{});
-    }
-    run(cuda::LinearPrologue{.residual = rows(residual_[now_]),
-                             .pending = rows(pending_),
-                             .post_norm = norms_.data(),
-                             .scale = 1.0f,
-                             .norm = norms_.data(),
-                             .epsilon = 1e-6f,
-                             .residual_out = make_view(residual_[(now_ + 2) % 3].data(), n_token, launch.cols)});
-    now_ = (now_ + 1) % 3;
+    cuda::residual_norm<float, Bf16>(
+        make_view(residual_.data(), n_token, launch.cols),
+        make_view(static_cast<const float*>(pending_.data()), n_token, launch.cols), norms_.data(), 1.0f, norms_.data(),
+        1e-6f, make_view(normed_.data(), n_token, launch.cols), stream_, device_.compute_capability >= 90, true);
+    run(make_view(static_cast<const Bf16*>(normed_.data()), n_token, launch.cols));
   }
 
   /// Largest error of the pool's rows, in units of the bound of 8-bit activations; above 1 is wrong.
@@ -209,7 +190,7 @@ class Bench {
                                                make_view(out_.data(), n_token, kPoolRows), device_, stream_);
     const std::vector<float> out = out_.to_host(stream_);
     std::vector<float> weight(static_cast<std::size_t>(kPoolRows * cols));
-    decode_row(type, pool.file, weight);
+    dequantise_row(type, pool.file, weight);
     double worst = 0;
     for (std::int64_t t = 0; t < n_token; ++t) {
       for (std::int64_t row = 0; row < kPoolRows; ++row) {
@@ -222,27 +203,22 @@ class Bench {
     return worst;
   }
 
-  [[nodiscard]] Timing time_launch(const Launch& launch, std::int64_t n_token, Start start) {
+  [[nodiscard]] Timing time_launch(const Launch& launch, std::int64_t n_token) {
     const std::int64_t n_copy = std::max<std::int64_t>(2, (kBeyondL2 + launch.bytes() - 1) / launch.bytes());
     const Weights weights = make_weights(std::vector<Launch>(static_cast<std::size_t>(n_copy), launch));
     const int n_launch = static_cast<int>(n_copy * ((15 + n_copy) / n_copy));
     return time_calls(stream_, {.n_launch = n_launch, .n_warmup = 4, .n_repeat = 30}, [&](int i) {
-      enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], n_token, start,
-              {.tickets = tickets_.data()});
+      enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], n_token,
+              Start::kPlain, {.tickets = tickets_.data()});
     });
   }
 
-  /// All matrices of one token, each its own memory, one launch after another; each fetches hint_bytes of the next
-  /// one's weights when it has asked for its own.
+  /// All matrices of one token, each its own memory, one launch after another.
   [[nodiscard]] Timing time_token(const std::vector<Launch>& launches, const Weights& weights, std::int64_t n_token,
-                                  Start start, std::int64_t hint_bytes) {
+                                  Start start) {
     return time_calls(stream_, {.n_launch = 1, .n_warmup = 3, .n_repeat = 20}, [&](int) {
       for (std::size_t i = 0; i < launches.size(); ++i) {
-        const std::size_t next = (i + 1) % launches.size();
-        const cuda::LinearOptions options{.tickets = tickets_.data(),
-                                          .next_weights = weights.bytes.data() + weights.begin[next],
-                                          .next_bytes = std::min(hint_bytes, launches[next].bytes())};
-        enqueue(launches[i], weights.bytes.data() + weights.begin[i], n_token, start, options);
+        enqueue(launches[i], weights.bytes.data() + weights.begin[i], n_token, start, {.tickets = tickets_.data()});
       }
     });
   }
@@ -313,10 +289,7 @@ class Bench {
   cuda::DeviceBuffer<Bf16> x_, normed_;
   std::vector<Bf16> host_x_;
   cuda::DeviceBuffer<float> out_, norms_;
-  cuda::DeviceBuffer<float> pending_;
-  /// In turn: a launch reads what the one before the one in front of it has stored.
-  std::array<cuda::DeviceBuffer<float>, 3> residual_;
-  std::size_t now_ = 0;
+  cuda::DeviceBuffer<float> pending_, residual_;
   cuda::DeviceBuffer<cuda::LinearTickets> tickets_;
   double copy_gb_per_s_ = 0;
 };
@@ -331,7 +304,6 @@ struct RowContext {
   std::string mix;
   std::int64_t n_token = 0;
   Start start = Start::kPlain;
-  std::int64_t hint_kb = 0;
 };
 
 class Experiment {
@@ -339,17 +311,15 @@ class Experiment {
   Experiment(Bench& bench, ResultTable& table, Progress& progress)
       : bench_(bench), table_(table), progress_(progress) {}
 
-  void measure(const Mix& mix, const std::vector<std::int64_t>& tokens, const std::vector<std::int64_t>& hints_kb) {
+  void measure(const Mix& mix, const std::vector<std::int64_t>& tokens) {
     const ModelConfig config = gemma4_31b();
     const std::vector<Launch> launches = launches_of(config, model_tensors(config, mix.only));
     const Bench::Weights weights = bench_.make_weights(launches);
     for (const std::int64_t n_token : tokens) {
-      for (const Start start : {Start::kPlain, Start::kResidual, Start::kNormLaunch}) {
-        if (start != Start::kNormLaunch) measure_launches(launches, {mix.name, n_token, start});
-        for (const std::int64_t hint_kb : hints_kb) {
-          write_step("step_chained", launches, {mix.name, n_token, start, hint_kb},
-                     bench_.time_token(launches, weights, n_token, start, hint_kb << 10));
-        }
+      measure_launches(launches, {mix.name, n_token});
+      for (const Start start : {Start::kPlain, Start::kNormLaunch}) {
+        write_step("step_chained", launches, {mix.name, n_token, start},
+                   bench_.time_token(launches, weights, n_token, start));
       }
     }
   }
@@ -364,15 +334,14 @@ class Experiment {
     }
     Timing sum;
     for (const auto& [launch, count] : distinct) {
-      if (context.start == Start::kResidual && !launch.begins_with_norm) continue;
-      const Timing timing = bench_.time_launch(launch, context.n_token, context.start);
+      const Timing timing = bench_.time_launch(launch, context.n_token);
       write_launch(launch, count, context, timing);
       const auto n = static_cast<double>(count);
       sum.median_us += n * timing.median_us, sum.p10_us += n * timing.p10_us, sum.p90_us += n * timing.p90_us;
       sum.n_repeat = timing.n_repeat;
       progress_.advance();
     }
-    if (context.start == Start::kPlain) write_step("step_sum", launches, context, sum);
+    write_step("step_sum", launches, context, sum);
   }
 
   [[nodiscard]] ResultTable::Row row_of(const RowContext& context, const std::string& matrix, std::int64_t count,
@@ -380,7 +349,7 @@ class Experiment {
     const double gb_per_s = 1e-3 * static_cast<double>(bytes) / timing.median_us;
     auto row = table_.row();
     row.set("mix", context.mix).set("matrix", matrix).set("n_token", context.n_token).set("n_per_step", count);
-    row.set("input", input_name(context.start)).set("hint_kb", context.hint_kb);
+    row.set("input", input_name(context.start));
     row.set("median_us", timing.median_us).set("p10_us", timing.p10_us).set("p90_us", timing.p90_us);
     row.set("n_repeat", timing.n_repeat).set("bytes", bytes).set("gb_per_s", gb_per_s);
     row.set("copy_gb_per_s", bench_.copy_rate()).set("of_copy", gb_per_s / bench_.copy_rate());
@@ -396,10 +365,8 @@ class Experiment {
     }
     auto row = row_of(context, launch.name, count, launch.bytes(), timing);
     row.set("types", launch.type_text()).set("n_out", launch.total_rows()).set("n_in", launch.cols);
-    if (context.start == Start::kPlain) {
-      const double blas_us = bench_.time_blas(launch, context.n_token).median_us;
-      row.set("blas_bf16_us", blas_us).set("over_blas", blas_us / timing.median_us);
-    }
+    const double blas_us = bench_.time_blas(launch, context.n_token).median_us;
+    row.set("blas_bf16_us", blas_us).set("over_blas", blas_us / timing.median_us);
     row.set("error_of_bound", error);
     if (error <= 1.0) {
       row.commit();
@@ -426,16 +393,10 @@ void run(int argc, char** argv) {
   CLI::App app("How fast the matrices of a decode step of the 31B are read, one by one and as a whole step.");
   DriverOptions driver;
   std::vector<std::int64_t> tokens = {1, 2, 4, 8};
-  std::vector<std::int64_t> hints_kb = {0, 8192};
   std::vector<std::string> mixes = {"q4_k_m", "q4_k"};
   add_seed(app, driver);
   add_out(app, driver);
   add_quiet(app, driver);
-  app.add_option("--hint-kb", hints_kb,
-                 "KB of the next weights that each launch of a chained step fetches into the L2 cache")
-      ->delimiter(',')
-      ->check(CLI::Range(0, 1 << 20))
-      ->capture_default_str();
   app.add_option("--tokens", tokens, "Tokens of a step, comma-separated")
       ->delimiter(',')
       ->check(CLI::Range(1, 8))
@@ -449,18 +410,18 @@ void run(int argc, char** argv) {
   const RunInfo info = gpu_run_info("linear", argc, argv, driver.seed);
   Bench bench(driver.seed);
   ResultTable table(result_path(driver, info), info,
-                    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "hint_kb"},
+                    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
                     {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy",
                      "step_us", "blas_bf16_us", "over_blas", "error_of_bound"});
-  Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * (14 + 3 * hints_kb.size())),
+  Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * kRowsPerStep),
                     progress_options(driver, "row"));
   Experiment experiment(bench, table, progress);
   const std::map<std::string, std::optional<TensorType>> types = {
       {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
-  for (const std::string& mix : mixes) experiment.measure({mix, types.at(mix)}, tokens, hints_kb);
+  for (const std::string& mix : mixes) experiment.measure({mix, types.at(mix)}, tokens);
   progress.finish();
-  table.print(std::cout, {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "hint_kb",
-                          "median_us", "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"});
+  table.print(std::cout, {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
+                          "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"});
 }
 
 }  // namespace

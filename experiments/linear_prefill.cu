@@ -74,7 +74,7 @@ class Bench {
     x_ = cuda::DeviceBuffer<Bf16>(max_token * kMaxCols);
     fill_random(x_.data(), x_.size(), static_cast<std::uint32_t>(seed) + 7, stream_);
     out_ = cuda::DeviceBuffer<Bf16>(max_token * kMaxRows);
-    decoded_ = cuda::DeviceBuffer<Bf16>(cuda::LinearPrefill::kDefaultScratchBytes / 2);
+    dequantised_ = cuda::DeviceBuffer<Bf16>(cuda::LinearPrefill::kDefaultScratchBytes / 2);
     copy_gb_per_s_ = copy_gb_per_s(stream_);
   }
 
@@ -114,7 +114,7 @@ class Bench {
   }
 
   /// Milliseconds that the host needs to enqueue do not count as long as the device is behind, so this is not recorded:
-  /// a recorded product would not be decoded ahead.
+  /// a recorded product would not be dequantised ahead.
   template <class TEnqueue>
   [[nodiscard]] Timing time_eager(int n_launch, int n_warmup, int n_repeat, TEnqueue&& enqueue_one) {
     std::vector<cuda::Event> events(static_cast<std::size_t>(n_repeat) + 1);
@@ -137,7 +137,7 @@ class Bench {
 
   struct Times {
     Timing linear;
-    double gemm_us = 0, decode_us = 0;
+    double gemm_us = 0, dequantise_us = 0;
   };
   [[nodiscard]] Times time_matrix(const Matrix& matrix, std::int64_t n_token) {
     constexpr std::int64_t kBeyondL2 = 256 << 20;
@@ -146,12 +146,12 @@ class Bench {
     const auto data = [&](int i) { return weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)]; };
     Times times;
     times.linear = time_eager(4, 3, 8, [&](int i) { enqueue(matrix, data(i), n_token, true); });
-    const std::int64_t slice = std::min(matrix.rows, decoded_.size() / matrix.cols);
-    times.decode_us =
+    const std::int64_t slice = std::min(matrix.rows, dequantised_.size() / matrix.cols);
+    times.dequantise_us =
         time_eager(4, 3, 8, [&](int i) {
           const cuda::PackedMatrix weight{matrix.type, matrix.rows, matrix.cols, data(i)};
           for (std::int64_t row = 0; row < matrix.rows; row += slice) {
-            cuda::decode_rows(weight, row, std::min(slice, matrix.rows - row), 1, decoded_.data(), stream_);
+            cuda::dequantise_rows(weight, row, std::min(slice, matrix.rows - row), 1, dequantised_.data(), stream_);
           }
         }).median_us;
     const Matrix plain{.name = {},
@@ -160,7 +160,7 @@ class Bench {
                        .cols = matrix.cols,
                        .is_gate_up = false};
     const int n_gemm = matrix.is_gate_up ? 2 : 1;
-    const auto* const bf16 = reinterpret_cast<const std::byte*>(decoded_.data());
+    const auto* const bf16 = reinterpret_cast<const std::byte*>(dequantised_.data());
     times.gemm_us = n_gemm * time_eager(4, 3, 8, [&](int) { enqueue(plain, bf16, n_token, true); }).median_us;
     return times;
   }
@@ -246,7 +246,7 @@ class Bench {
     }
     Pool pool{std::vector<float>(static_cast<std::size_t>(kPoolRows * cols)),
               cuda::DeviceBuffer<std::byte>(kPoolRows * cuda::packed_row_bytes(type, cols))};
-    decode_row(type, file, pool.values);
+    dequantise_row(type, file, pool.values);
     cuda::DeviceBuffer<std::byte> staging(kPoolRows * bytes);
     cuda::upload_packed({type, kPoolRows, cols, file}, pool.packed.data(), 1, staging, stream_);
     stream_.synchronize();
@@ -266,7 +266,7 @@ class Bench {
   cuda::Stream stream_;
   cuda::LinearPrefill ahead_, in_turn_;
   std::map<std::pair<TensorType, std::int64_t>, Pool> pools_;
-  cuda::DeviceBuffer<Bf16> x_, out_, decoded_;
+  cuda::DeviceBuffer<Bf16> x_, out_, dequantised_;
   double copy_gb_per_s_ = 0;
 };
 
@@ -277,17 +277,17 @@ double tflops(double flop, double us) {
 void write_matrix(ResultTable& table, Bench& bench, const std::string& mix, const Matrix& matrix, std::int64_t count,
                   std::int64_t n_token, const Bench::Times& times) {
   const double error = bench.error_of_bound(matrix, n_token), flop = matrix.flop(n_token);
-  const double decode_bytes = static_cast<double>(matrix.bytes() + 2 * matrix.rows * matrix.cols);
-  const double decode_gb_per_s = 1e-3 * decode_bytes / times.decode_us;
+  const double dequantise_bytes = static_cast<double>(matrix.bytes() + 2 * matrix.rows * matrix.cols);
+  const double dequantise_gb_per_s = 1e-3 * dequantise_bytes / times.dequantise_us;
   auto row = table.row();
   row.set("mix", mix).set("matrix", matrix.name).set("type", type_name(matrix.type)).set("n_out", matrix.rows);
-  row.set("n_in", matrix.cols).set("n_token", n_token).set("n_per_pass", count).set("decode", "ahead");
+  row.set("n_in", matrix.cols).set("n_token", n_token).set("n_per_pass", count).set("dequantise", "ahead");
   row.set("median_us", times.linear.median_us).set("p10_us", times.linear.p10_us).set("p90_us", times.linear.p90_us);
   row.set("n_repeat", times.linear.n_repeat).set("tflop", 1e-12 * flop);
   row.set("tflops", tflops(flop, times.linear.median_us)).set("gemm_us", times.gemm_us);
   row.set("gemm_tflops", tflops(flop, times.gemm_us)).set("of_gemm", times.gemm_us / times.linear.median_us);
-  row.set("decode_us", times.decode_us).set("decode_gb_per_s", decode_gb_per_s);
-  row.set("copy_gb_per_s", bench.copy_rate()).set("decode_of_copy", decode_gb_per_s / bench.copy_rate());
+  row.set("dequantise_us", times.dequantise_us).set("dequantise_gb_per_s", dequantise_gb_per_s);
+  row.set("copy_gb_per_s", bench.copy_rate()).set("dequantise_of_copy", dequantise_gb_per_s / bench.copy_rate());
   row.set("error_of_bound", error);
   if (error <= 1.0) {
     row.commit();
@@ -296,13 +296,14 @@ void write_matrix(ResultTable& table, Bench& bench, const std::string& mix, cons
   }
 }
 
-void write_pass(ResultTable& table, const std::string& mix, const char* name, const char* decode, std::int64_t n_token,
-                double flop, const Timing& timing, std::optional<double> gemm_us, std::optional<double> decode_us) {
+void write_pass(ResultTable& table, const std::string& mix, const char* name, const char* dequantise,
+                std::int64_t n_token, double flop, const Timing& timing, std::optional<double> gemm_us,
+                std::optional<double> dequantise_us) {
   auto row = table.row();
-  row.set("mix", mix).set("matrix", name).set("n_token", n_token).set("n_per_pass", 1).set("decode", decode);
+  row.set("mix", mix).set("matrix", name).set("n_token", n_token).set("n_per_pass", 1).set("dequantise", dequantise);
   row.set("median_us", timing.median_us).set("p10_us", timing.p10_us).set("p90_us", timing.p90_us);
   row.set("n_repeat", timing.n_repeat).set("tflop", 1e-12 * flop).set("tflops", tflops(flop, timing.median_us));
-  row.set("gemm_us", gemm_us).set("decode_us", decode_us);
+  row.set("gemm_us", gemm_us).set("dequantise_us", dequantise_us);
   if (gemm_us) row.set("gemm_tflops", tflops(flop, *gemm_us)).set("of_gemm", *gemm_us / timing.median_us);
   row.commit();
 }
@@ -317,20 +318,20 @@ void measure_mix(ResultTable& table, Bench& bench, const std::string& mix, std::
   }
   for (const std::int64_t n_token : tokens) {
     Timing sum;
-    double flop = 0, gemm_us = 0, decode_us = 0;
+    double flop = 0, gemm_us = 0, dequantise_us = 0;
     for (const auto& [matrix, count] : distinct) {
       const Bench::Times times = bench.time_matrix(matrix, n_token);
       write_matrix(table, bench, mix, matrix, count, n_token, times);
       const auto n = static_cast<double>(count);
       sum.median_us += n * times.linear.median_us, sum.p10_us += n * times.linear.p10_us;
       sum.p90_us += n * times.linear.p90_us, sum.n_repeat = times.linear.n_repeat;
-      gemm_us += n * times.gemm_us, decode_us += n * times.decode_us, flop += n * matrix.flop(n_token);
+      gemm_us += n * times.gemm_us, dequantise_us += n * times.dequantise_us, flop += n * matrix.flop(n_token);
     }
-    write_pass(table, mix, "pass_sum", "ahead", n_token, flop, sum, gemm_us, decode_us);
+    write_pass(table, mix, "pass_sum", "ahead", n_token, flop, sum, gemm_us, dequantise_us);
     const Bench::Weights weights = bench.make_weights(matrices);
     for (const bool ahead : {true, false}) {
       write_pass(table, mix, "pass_chained", ahead ? "ahead" : "in_turn", n_token, flop,
-                 bench.time_pass(matrices, weights, n_token, ahead), gemm_us, decode_us);
+                 bench.time_pass(matrices, weights, n_token, ahead), gemm_us, dequantise_us);
     }
   }
 }
@@ -354,15 +355,16 @@ void run(int argc, char** argv) {
 
   const RunInfo info = gpu_run_info("linear_prefill", argc, argv, driver.seed);
   Bench bench(driver.seed, std::ranges::max(tokens));
-  ResultTable table(result_path(driver, info), info,
-                    {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "decode"},
-                    {"median_us", "p10_us", "p90_us", "n_repeat", "tflop", "tflops", "gemm_us", "gemm_tflops",
-                     "of_gemm", "decode_us", "decode_gb_per_s", "copy_gb_per_s", "decode_of_copy", "error_of_bound"});
+  ResultTable table(
+      result_path(driver, info), info,
+      {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise"},
+      {"median_us", "p10_us", "p90_us", "n_repeat", "tflop", "tflops", "gemm_us", "gemm_tflops", "of_gemm",
+       "dequantise_us", "dequantise_gb_per_s", "copy_gb_per_s", "dequantise_of_copy", "error_of_bound"});
   const std::map<std::string, std::optional<TensorType>> types = {
       {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
   for (const std::string& mix : mixes) measure_mix(table, bench, mix, types.at(mix), tokens);
-  table.print(std::cout, {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "decode", "median_us",
-                          "tflops", "gemm_tflops", "of_gemm", "decode_of_copy", "error_of_bound", "status"});
+  table.print(std::cout, {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise", "median_us",
+                          "tflops", "gemm_tflops", "of_gemm", "dequantise_of_copy", "error_of_bound", "status"});
 }
 
 }  // namespace

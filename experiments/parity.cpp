@@ -28,8 +28,8 @@ struct Options : DriverOptions {
   std::int64_t n_decode = 3;
 };
 
-const std::vector<std::string> kParameters = {"model", "model_desc", "text",  "cache",
-                                              "phase", "what",       "layer", "n_token"};
+const std::vector<std::string> kParameters = {"model", "model_desc", "text",    "cache", "phase",
+                                              "what",  "layer",      "n_token", "off",   "plan"};
 const std::vector<std::string> kMeasures = {"cosine_min", "max_rel_err", "kl_max", "same_top"};
 
 /// Residual stream after each layer, and logits of every token.
@@ -66,6 +66,8 @@ class Parity {
 
   void run(const std::string& cache) {
     const auto expected = reference_.make(wish(cache)), actual = device_.make(wish(cache));
+    show_plans(options_, cache, actual->step_plans());
+    plan_ = digest(actual->step_plans());
     Model<AnyBackend> expected_model(*expected), actual_model(*actual);
     expected_model.reset(), actual_model.reset();
     const std::int64_t total = options_.n_prompt + options_.n_decode;
@@ -88,18 +90,19 @@ class Parity {
   }
 
   [[nodiscard]] BackendWish wish(const std::string& cache) const {
-    CacheSpec spec = parse_cache_spec(cache);
-    spec.tq4.seed = options_.seed;
+    const CacheSpec spec = with_seed(parse_cache_spec(cache), options_.seed);
     return {.cache = spec,
             .context = options_.n_prompt + options_.n_decode,
             .max_chunk = options_.n_prompt,
-            .n_logit_row = options_.n_prompt};
+            .n_logit_row = options_.n_prompt,
+            .policy = options_.policy()};
   }
 
   ResultTable::Row row(const std::string& cache, const std::string& phase, const std::string& what,
                        std::size_t n_token) {
     ResultTable::Row row = table_.row();
     set_run_text(row, options_, desc_);
+    set_run_plan(row, options_.policy(), plan_);
     row.set("cache", cache).set("phase", phase).set("what", what).set("n_token", static_cast<std::int64_t>(n_token));
     return row;
   }
@@ -138,7 +141,7 @@ class Parity {
   const Options& options_;
   ResultTable& table_;
   ModelSource reference_, device_;
-  std::string desc_;
+  std::string desc_, plan_;
 };
 
 void run(int argc, char** argv) {
@@ -157,6 +160,7 @@ void run(int argc, char** argv) {
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
   add_ids(app, options);
+  add_policy(app, options);
   add_seed(app, options);
   add_out(app, options);
   add_quiet(app, options);

@@ -10,15 +10,20 @@
 
 #include "experiments/driver.hpp"
 #include "gemma4/report/csv_table.hpp"
+#include "gemma4/report/markdown_tables.hpp"
 #include "gemma4/report/svg_chart.hpp"
+#include "gemma4/report/table_query.hpp"
 
-/// What do the tables look like?
+/// What do the tables look like, and do the pages say what they say?
 namespace {
 
 using namespace gemma4;
 using namespace gemma4::experiment;
 
 struct Options {
+  std::vector<std::filesystem::path> pages;
+  bool is_check = false;
+  std::filesystem::path results = "results";
   std::vector<std::filesystem::path> tables;
   std::filesystem::path out;
   std::string kind = "lines";
@@ -39,22 +44,6 @@ std::string joined(const CsvTable& table, std::size_t row, const std::vector<std
   return text;
 }
 
-/// column=value, or column!=value; a column that a table lacks is empty. Several values: column=a|b.
-bool holds(const CsvTable& table, std::size_t row, const std::string& condition) {
-  const std::size_t equals = condition.find('=');
-  require(equals != condition.npos && equals > 0, "--where '", condition, "': expected column=value or column!=value");
-  const bool is_negated = condition[equals - 1] == '!';
-  const std::string cell = table.cell(row, condition.substr(0, equals - (is_negated ? 1 : 0)));
-  std::string values = condition.substr(equals + 1) + "|";
-  bool found = false;
-  for (std::size_t at = 0; at < values.size();) {
-    const std::size_t end = values.find('|', at);
-    found = found || values.substr(at, end - at) == cell;
-    at = end + 1;
-  }
-  return found != is_negated;
-}
-
 /// The rows that are drawn, from all tables: their x, their series, their y. A row with a `source` is somebody else's.
 struct Value {
   std::string x, series;
@@ -64,13 +53,14 @@ struct Value {
 
 std::vector<Value> read_values(const Options& options) {
   std::vector<Value> values;
+  std::vector<Condition> where;
+  for (const std::string& condition : options.where) where.push_back(parse_condition(condition));
   for (const std::filesystem::path& path : options.tables) {
     const CsvTable table = read_csv(path);
     require(table.find_column(options.y).has_value(), path.string(), ": no column '", options.y, "'");
-    for (std::size_t row = 0; row < table.rows.size(); ++row) {
-      const auto wanted = [&](const std::string& condition) { return holds(table, row, condition); };
+    for (const std::size_t row : rows_where(table, where)) {
       const auto y = csv_number(table.cell(row, options.y));
-      if (!y || !std::ranges::all_of(options.where, wanted)) continue;
+      if (!y) continue;
       values.push_back({.x = table.cell(row, options.x),
                         .series = joined(table, row, options.series),
                         .y = *y * options.scale,
@@ -107,37 +97,78 @@ void write_chart(const Options& options, std::ostream& stream) {
   }
 }
 
-void run(int argc, char** argv) {
-  CLI::App app(
-      "Draws rows of result tables as SVG: lines over a logarithmic axis, or stacked bars. Rows with a `source` are "
-      "published figures of others and are drawn dashed.");
-  Options options;
-  app.add_option("tables", options.tables, "CSV files")->required()->check(CLI::ExistingFile);
-  app.add_option("--out", options.out, "SVG file to write")->required();
+void write_file(const std::filesystem::path& path, const std::string& text) {
+  if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path());
+  std::ofstream file(path, std::ios::binary);
+  file << text;
+  file.close();
+  require(file.good(), "cannot write ", path.string());
+  std::cout << path.string() << "\n";
+}
+
+/// Writes the tables of the pages, or says where they are not what the results have. @return exit code
+int update_pages(const Options& options) {
+  int code = EXIT_SUCCESS;
+  for (const std::filesystem::path& path : options.pages) {
+    std::ifstream file(path, std::ios::binary);
+    std::ostringstream page;
+    page << file.rdbuf();
+    const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : ".";
+    const std::string expected = with_markdown_tables(page.str(), path.string(), folder, options.results);
+    const auto difference = page_difference(page.str(), expected, path.string());
+    if (!difference) continue;
+    if (options.is_check) {
+      std::cerr << *difference << "\n";
+      code = EXIT_FAILURE;
+    } else {
+      write_file(path, expected);
+    }
+  }
+  return code;
+}
+
+void add_options(CLI::App& app, Options& options) {
+  CLI::Option* const pages =
+      app.add_option("--markdown", options.pages, "Pages whose tables are written, in place of a chart")
+          ->check(CLI::ExistingFile);
+  app.add_flag("--check", options.is_check, "Write no page: name the line where one differs, and fail")->needs(pages);
+  app.add_option("--results", options.results, "Folder that the queries of pages are asked of")
+      ->check(CLI::ExistingDirectory)
+      ->capture_default_str();
+  app.add_option("tables", options.tables, "CSV files")->check(CLI::ExistingFile)->excludes(pages);
+  app.add_option("--out", options.out, "SVG file to write")->excludes(pages);
   app.add_option("--kind", options.kind, "Kind of chart")
       ->check(CLI::IsMember({"lines", "bars"}))
       ->capture_default_str();
-  app.add_option("--x", options.x, "Column of the points' x, or of the bars")->required();
-  app.add_option("--y", options.y, "Column of the values")->required();
-  app.add_option("--series", options.series, "Columns that name a line, or a part of a bar")
-      ->delimiter(',')
-      ->required();
-  app.add_option("--where", options.where, "Only rows with column=value, column=a|b or column!=value; may be repeated")
+  app.add_option("--x", options.x, "Column of the points' x, or of the bars");
+  app.add_option("--y", options.y, "Column of the values");
+  app.add_option("--series", options.series, "Columns that name a line, or a part of a bar")->delimiter(',');
+  app.add_option("--where", options.where,
+                 "Only rows with column=value, column=a|b, column!=value, column>number or column<number; may be "
+                 "repeated")
       ->take_all();
   app.add_option("--scale", options.scale, "Factor on the values")->capture_default_str();
   app.add_option("--title", options.labels.title, "Above the chart");
   app.add_option("--x-label", options.labels.x, "Below it");
   app.add_option("--y-label", options.labels.y, "Above the axis");
-  parse(app, argc, argv);
+}
 
+int run(int argc, char** argv) {
+  CLI::App app(
+      "Draws rows of result tables as SVG: lines over a logarithmic axis, or stacked bars. Rows with a `source` are "
+      "published figures of others and are drawn dashed. With --markdown it writes the tables of pages instead, each "
+      "behind a comment that says what it shows (gemma4/report/markdown_tables.hpp).");
+  Options options;
+  add_options(app, options);
+  parse(app, argc, argv);
+  if (!options.pages.empty()) return update_pages(options);
+  require(!options.tables.empty() && !options.out.empty() && !options.x.empty() && !options.y.empty() &&
+              !options.series.empty(),
+          "a chart needs tables, --out, --x, --y and --series; pages need --markdown");
   std::ostringstream svg;
   write_chart(options, svg);
-  if (options.out.has_parent_path()) std::filesystem::create_directories(options.out.parent_path());
-  std::ofstream file(options.out);
-  file << svg.str();
-  file.close();
-  require(file.good(), "cannot write ", options.out.string());
-  std::cout << options.out.string() << "\n";
+  write_file(options.out, svg.str());
+  return EXIT_SUCCESS;
 }
 
 }  // namespace

@@ -41,8 +41,7 @@ class Statistics {
 
   void run_depth(std::int64_t depth, const std::string& cache) {
     const std::vector<std::int32_t> ids = text_ids(options_, weights_.config.vocab, depth);
-    CacheSpec test = parse_cache_spec(cache);
-    test.tq4.seed = options_.seed;
+    const CacheSpec test = with_seed(parse_cache_spec(cache), options_.seed);
     Progress progress("statistics " + cache, depth, progress_options(options_, "tokens"));
     const std::vector<LayerStatistics> layers = reference::layer_statistics(
         weights_, ids, options_.chunk, std::min(options_.window, depth), parse_cache_spec(options_.base), test,

@@ -12,6 +12,7 @@
 #include "experiments/support/cuda_model.hpp"
 #include "experiments/support/rates.hpp"
 #include "experiments/support/run_text.hpp"
+#include "gemma4/plan/step_bytes.hpp"
 
 /// How fast is the model at a depth, and in how much memory?
 namespace {
@@ -30,23 +31,39 @@ struct Options : DriverOptions {
   std::int64_t repeat = 4;
 };
 
-const std::vector<std::string> kParameters = {"model",  "model_desc", "text",  "context",  "n_batch", "type_k",
-                                              "type_v", "mode",       "phase", "n_prompt", "n_gen",   "n_depth"};
-const std::vector<std::string> kMeasures = {"avg_ts",        "stddev_ts",         "n_sample",        "us_a_token",
-                                            "planned_bytes", "peak_device_bytes", "load_peak_bytes", "load_s"};
+const std::vector<std::string> kParameters = {"model",  "model_desc", "text", "context", "n_batch",
+                                              "type_k", "type_v",     "mode", "phase",   "n_prompt",
+                                              "n_gen",  "n_depth",    "off",  "plan"};
+const std::vector<std::string> kMeasures = {
+    "avg_ts",      "stddev_ts",     "n_sample",          "us_a_token",      "read_bytes", "copy_gb_per_s",
+    "of_roofline", "planned_bytes", "peak_device_bytes", "load_peak_bytes", "load_s"};
+
+/// What a decode step is held against: the bytes that it must read, at the rate of a copy in the same run.
+struct Roofline {
+  std::vector<ModelTensor> tensors;
+  double copy_gb_per_s = 0;
+};
 
 /// One cache format: one sequence that grows from depth to depth, its cache filled by prefill alone. What is decoded at
 /// a depth is taken back before the prompt goes on.
 class Run {
  public:
-  Run(const Options& options, ResultTable& table, const CudaModel& model, std::string cache, std::string desc)
-      : options_(options), table_(table), model_(model), cache_(std::move(cache)), desc_(std::move(desc)) {
+  Run(const Options& options, ResultTable& table, const CudaModel& model, const Roofline& roofline, std::string cache,
+      std::string desc)
+      : options_(options),
+        table_(table),
+        model_(model),
+        roofline_(roofline),
+        cache_(std::move(cache)),
+        desc_(std::move(desc)) {
     const std::int64_t deepest = *std::max_element(options.depths.begin(), options.depths.end());
     const std::int64_t longest = std::max(deepest, *std::max_element(options.prompts.begin(), options.prompts.end()));
     ids_ = text_ids(options, model.config().vocab, std::min(longest + options.chunk, options.context));
-    CacheSpec spec = parse_cache_spec(cache_);
-    spec.tq4.seed = options.seed;
-    session_ = model.make_session({.cache = spec, .context = options.context, .max_chunk = options.chunk});
+    spec_ = with_seed(parse_cache_spec(cache_), options.seed);
+    session_ = model.make_session(
+        {.cache = spec_, .context = options.context, .max_chunk = options.chunk, .policy = options.policy()});
+    show_plans(options, cache_, session_->step_plans());
+    plan_ = digest(session_->step_plans());
   }
 
   void run() {
@@ -91,7 +108,9 @@ class Run {
   }
 
   void run_decode(const std::string& mode, std::int64_t depth) {
-    session_->set_use_graph(mode == "graph");
+    ExecutionPolicy policy = options_.policy();
+    policy.graph = mode == "graph";
+    session_->set_policy(policy);
     const std::vector<double> rates = decode_rates(*session_, options_.window, options_.repeat);
     note_memory();
     write("decode", {.n_gen = options_.window, .n_depth = depth, .mode = mode}, rates);
@@ -114,10 +133,16 @@ class Run {
   void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
     ResultTable::Row row = table_.row();
     set_run_text(row, options_, desc_);
+    set_run_plan(row, options_.policy(), plan_);
     row.set("context", options_.context).set("n_batch", options_.chunk).set("type_k", cache_).set("type_v", cache_);
     if (!what.mode.empty()) row.set("mode", what.mode);
     row.set("phase", phase).set("n_prompt", what.n_prompt).set("n_gen", what.n_gen).set("n_depth", what.n_depth);
-    set_rates(row, rates);
+    const double mean = set_rates(row, rates);
+    if (phase == "decode") {
+      const double bytes = mean_step_read_bytes(model_.config(), roofline_.tensors, spec_, what.n_depth, what.n_gen);
+      row.set("read_bytes", static_cast<std::int64_t>(bytes)).set("copy_gb_per_s", roofline_.copy_gb_per_s);
+      row.set("of_roofline", 1e-9 * bytes * mean / roofline_.copy_gb_per_s);
+    }
     row.set("planned_bytes", session_->plan().total_bytes()).set("peak_device_bytes", peak_bytes_);
     row.set("load_peak_bytes", model_.load_peak_bytes()).set("load_s", model_.load_seconds()).commit();
   }
@@ -125,7 +150,9 @@ class Run {
   const Options& options_;
   ResultTable& table_;
   const CudaModel& model_;
-  std::string cache_, desc_;
+  const Roofline& roofline_;
+  std::string cache_, desc_, plan_;
+  CacheSpec spec_;
   std::vector<std::int32_t> ids_;
   std::unique_ptr<CudaSession> session_;
   std::int64_t peak_bytes_ = 0;
@@ -157,6 +184,7 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--repeat", options.repeat, "Windows at a depth, and runs of a prompt")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
+  add_policy(app, options);
   add_ids(app, options);
   add_seed(app, options);
   add_out(app, options);
@@ -167,7 +195,9 @@ void run(int argc, char** argv) {
   CLI::App app(
       "Rates of prefill and decode at each depth, with the cache filled by prefill, and device memory, planned and "
       "measured. One row per cache, depth and phase: `prompt` is a prompt of its own, `prefill` the whole prompt up to "
-      "here, `chunk` the next chunk at a depth, `decode` a window of tokens at a depth. Needs a CUDA device.");
+      "here, `chunk` the next chunk at a depth, `decode` a window of tokens at a depth, with the share of the "
+      "roofline: the "
+      "bytes that a token must read, at the rate of a copy. Needs a CUDA device.");
   Options options;
   add_options(app, options);
   parse(app, argc, argv);
@@ -178,12 +208,16 @@ void run(int argc, char** argv) {
   const RunInfo info = device_run_info("throughput", argc, argv, options.seed);
   ResultTable table(result_path(options, info), info, kParameters, kMeasures);
   const std::string desc = model_desc(options.model);
-  CudaSettings planned{
-      .cache = parse_cache_spec(options.caches.front()), .context = options.context, .max_chunk = options.chunk};
+  const Roofline roofline{.tensors = model_tensors(GgufFile::open(options.model)),
+                          .copy_gb_per_s = device_copy_gb_per_s()};  // before the model takes the memory
+  CudaSettings planned{.cache = parse_cache_spec(options.caches.front()),
+                       .context = options.context,
+                       .max_chunk = options.chunk,
+                       .policy = options.policy()};
   const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, planned);
-  for (const std::string& cache : options.caches) Run(options, table, *model, cache, desc).run();
+  for (const std::string& cache : options.caches) Run(options, table, *model, roofline, cache, desc).run();
   table.print(std::cout, {"type_k", "mode", "phase", "n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts",
-                          "planned_bytes", "peak_device_bytes", "load_s"});
+                          "of_roofline", "planned_bytes", "peak_device_bytes", "load_s"});
 }
 
 }  // namespace

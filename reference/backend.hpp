@@ -10,6 +10,7 @@
 
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
+#include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
 #include "reference/decoder_layer.hpp"
 #include "reference/embedding.hpp"
@@ -102,6 +103,19 @@ class Backend {
             " values for the residual stream, need ", x_.size());
     std::transform(values.begin(), values.end(), x_.data(), [](float value) { return static_cast<Scalar>(value); });
     pending_ = {};
+  }
+
+  /// The reference has one path; a plan says so, so that every row of a table has one.
+  [[nodiscard]] std::vector<StepPlan> step_plans() const {
+    const auto plan = [&](const char* name, std::int64_t n_token) {
+      StepPlan plan{.name = name, .n_token = n_token};
+      for (const char* component : {"project_qkv", "project_output", "gate_up", "down", "lm_head", "attention_sliding"}) {
+        plan.rows.push_back({.component = component, .path = "reference"});
+      }
+      plan.rows.push_back({.component = "attention_full", .path = concat("reference over ", to_string(options_.cache))});
+      return plan;
+    };
+    return {plan("decode", 1), plan("prefill", options_.max_chunk)};
   }
 
   void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context); }

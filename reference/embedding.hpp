@@ -23,7 +23,7 @@ void embedding(std::span<const std::int32_t> tokens, const QuantizedMatrix& tabl
     require(tokens[t] >= 0 && tokens[t] < table.rows, "embedding: token ", tokens[t], " at ", t,
             " is outside the vocabulary [0, ", table.rows, ")");
     out.row(static_cast<Eigen::Index>(t)) =
-        detail::decode_rows<Scalar>(table, tokens[t], 1) * static_cast<Scalar>(scale);
+        detail::dequantise_rows<Scalar>(table, tokens[t], 1) * static_cast<Scalar>(scale);
   }
 }
 

@@ -42,15 +42,16 @@ namespace detail {
   return (test - base).norm() / base.norm();
 }
 
-/// sqrt of |mean of the rows|^2 over the mean of |row|^2, free of what the mean of n unrelated rows has by chance.
+}  // namespace detail
+
+/// What rows have in common: sqrt of |mean of the rows|^2 over the mean of |row|^2, free of what the mean of n
+/// unrelated rows has by chance.
 [[nodiscard]] inline double common_share(const Matrix<float>& rows) {
   const auto n = static_cast<double>(rows.rows());
   const double square = rows.squaredNorm() / n;
   const double mean_square = rows.colwise().mean().squaredNorm();
   return std::sqrt(std::max(0.0, (mean_square - square / n) / (square - square / n)));
 }
-
-}  // namespace detail
 
 /// Runs a text through two models of the same weights and different caches, side by side and chunk by chunk.
 class LayerProbe {
@@ -142,7 +143,7 @@ class LayerProbe {
     statistics.attention_ratio = ratio(base.between, base.before);
     statistics.mlp_ratio = ratio(base_.x / weights(layer).output_scale, base.between);
     statistics.stream_rms = detail::matrix_rms(bottom(base_.x, n_row));
-    statistics.common_share = detail::common_share(base_.x);
+    statistics.common_share = reference::common_share(base_.x);
     statistics.attention_error = detail::relative_error(bottom(test.attended, n_row), bottom(base.attended, n_row));
     statistics.stream_error = detail::relative_error(bottom(test_.x, n_row), bottom(base_.x, n_row));
     return statistics;

@@ -14,17 +14,17 @@ namespace gemma4::reference {
 
 namespace detail {
 
-/// Rows of a weight matrix that are decoded at a time: the tile of the 31B's widest matrix is 11 MB, so a model is
-/// never decoded as a whole, and a GEMM of this width is efficient.
+/// Rows of a weight matrix that are dequantised at a time: the tile of the 31B's widest matrix is 11 MB, so a model is
+/// never dequantised as a whole, and a GEMM of this width is efficient.
 inline constexpr std::int64_t kWeightTileRows = 128;
 
-/// Rows [begin, begin + count) of `weight`, decoded: [count, cols].
+/// Rows [begin, begin + count) of `weight`, dequantised: [count, cols].
 template <class Scalar>
-[[nodiscard]] Matrix<Scalar> decode_rows(const QuantizedMatrix& weight, std::int64_t begin, std::int64_t count) {
+[[nodiscard]] Matrix<Scalar> dequantise_rows(const QuantizedMatrix& weight, std::int64_t begin, std::int64_t count) {
   Matrix<float> tile(count, weight.cols);
   for (std::int64_t row = 0; row < count; ++row) {
-    decode_row(weight.type, weight.row(begin + row),
-               std::span<float>(tile.row(row).data(), static_cast<std::size_t>(weight.cols)));
+    dequantise_row(weight.type, weight.row(begin + row),
+                   std::span<float>(tile.row(row).data(), static_cast<std::size_t>(weight.cols)));
   }
   if constexpr (std::is_same_v<Scalar, float>) {
     return tile;
@@ -59,7 +59,7 @@ void quantized_linear(ConstMatrixRef<Scalar> x, const QuantizedMatrix& weight, M
   require(out.rows() == x.rows() && out.cols() == weight.rows, "quantized_linear: out is ", out.rows(), " x ",
           out.cols(), ", need ", x.rows(), " x ", weight.rows);
   detail::for_weight_tiles(weight.rows, weight.cols, x.rows(), [&](std::int64_t begin, std::int64_t count) {
-    const Matrix<Scalar> tile = detail::decode_rows<Scalar>(weight, begin, count);
+    const Matrix<Scalar> tile = detail::dequantise_rows<Scalar>(weight, begin, count);
     out.middleCols(begin, count).noalias() = x * tile.transpose();
   });
 }

@@ -29,7 +29,10 @@ inline void require_logits(std::span<const float> logits) {
   require(any_finite, "sampler: all ", logits.size(), " logits are -inf, so no token can be chosen");
 }
 
+}  // namespace detail
+
 /// Steps 2 to 4 of the contract: the tokens that may be chosen; in order where top_k or top_p is on.
+/// @param logits [vocab], such as sample() takes; @param settings of a temperature above 0
 [[nodiscard]] inline std::vector<std::int32_t> survivors(std::span<const float> logits,
                                                          const SamplerSettings& settings) {
   const auto logit = [&](std::int32_t i) { return logits[static_cast<std::size_t>(i)]; };
@@ -61,8 +64,6 @@ inline void require_logits(std::span<const float> logits) {
   return kept;
 }
 
-}  // namespace detail
-
 /// The token to follow the one at `position`, by the contract in gemma4/sampler.hpp. Mirror: cuda/sampler.cuh
 /// @param position  of the token that gave the logits; another one draws other noise
 /// @param logits [vocab]; -inf forbids a token
@@ -77,7 +78,7 @@ inline void require_logits(std::span<const float> logits) {
   }
   std::int32_t best = -1;
   double best_score = -std::numeric_limits<double>::infinity();
-  for (const std::int32_t i : detail::survivors(logits, settings)) {
+  for (const std::int32_t i : survivors(logits, settings)) {
     const double x =
         static_cast<double>(logits[static_cast<std::size_t>(i)]) / static_cast<double>(settings.temperature);
     const double score = x - std::log(-std::log(sampler_uniform(settings.seed, position, i)));

@@ -24,8 +24,7 @@
 /// Compression of K and V to the row format of gemma4/tq4_format.hpp, and back. Mirror: cuda/tq4_cache.cuh.
 namespace gemma4::reference {
 
-/// Which of the two halves of a cache a row belongs to: they may have codebooks of different widths.
-enum class CacheSide { kKey, kValue };
+using gemma4::CacheSide;
 
 /// Everything needed to compress head vectors and to read them again: one rotation, a codebook for K and one for V.
 ///

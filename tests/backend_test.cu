@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device/allocation_count.cuh"
 #include "gemma4/model/golden.hpp"
 #include "reference/backend.hpp"
 #include "tests/support/model_logits.hpp"
@@ -333,16 +334,14 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
   for (const Switch off :
        {&cuda::BackendSwitches::kv_len_clamp, &cuda::BackendSwitches::causal_skip, &cuda::BackendSwitches::split_k,
         &cuda::BackendSwitches::fuse_qkv_prologue, &cuda::BackendSwitches::fuse_sliding_decode,
-        &cuda::BackendSwitches::norm_launch, &cuda::BackendSwitches::deal_rows, &cuda::BackendSwitches::fetch_ahead,
-        &cuda::BackendSwitches::overlap}) {
+        &cuda::BackendSwitches::deal_rows, &cuda::BackendSwitches::overlap}) {
     cuda::BackendOptions other = options;
     other.switches.*off = false;
     cuda::Backend backend(packed, other);
     const std::vector<float> actual = logits_of(backend, tokens, chunks);
     testkit::rc_require(rows_close(actual, expected, small.weights.config.vocab, rounding_of(cache)));
     const bool has_same_bits = off == &cuda::BackendSwitches::overlap || off == &cuda::BackendSwitches::causal_skip ||
-                               off == &cuda::BackendSwitches::norm_launch || off == &cuda::BackendSwitches::deal_rows ||
-                               off == &cuda::BackendSwitches::fetch_ahead;
+                               off == &cuda::BackendSwitches::deal_rows;
     RC_ASSERT(!has_same_bits || actual == expected);
   }
   const cuda::PackedModel apart = cuda::load_model(*small.file, {.join_gate_up = false});
@@ -355,10 +354,10 @@ class CudaBackendRefuses : public testing::Test {
   void SetUp() override { packed_.emplace(cuda::load_model(*small_.file)); }  // not reached where there is no GPU
 
   testing::AssertionResult refuses(const cuda::BackendOptions& options, const std::vector<std::string>& parts) {
-    const std::int64_t before = cuda::device_bytes_in_use();
+    const std::int64_t before = cuda::allocation_count().device_bytes;
     const testing::AssertionResult result =
         testkit::refuses([&] { const cuda::Backend backend(*packed_, options); }, parts);
-    EXPECT_EQ(cuda::device_bytes_in_use(), before) << "memory was kept";
+    EXPECT_EQ(cuda::allocation_count().device_bytes, before) << "memory was kept";
     return result;
   }
 
@@ -417,7 +416,7 @@ TEST(CudaBackendMemory, PlannedIsAllocatedAndGivenBack) {
     const cuda::PackedModel warm = cuda::load_model(*small.file);
     cuda::Backend backend(warm, small_options("tq4"));
   }
-  const std::int64_t before = cuda::device_bytes_in_use();
+  const std::int64_t before = cuda::device_bytes_in_use(), own_before = cuda::allocation_count().device_bytes;
   for (const char* cache : {"tq4", "bf16", "tq4-haar"}) {
     const cuda::PackedModel packed = cuda::load_model(*small.file);
     const cuda::BackendOptions options{.cache = parse_cache_spec(cache), .context = 65536, .max_chunk = 512};
@@ -435,11 +434,13 @@ TEST(CudaBackendMemory, PlannedIsAllocatedAndGivenBack) {
     Model<cuda::Backend> model(backend);
     model.prefill(tokens, 512, [](std::int64_t) {});
     model.decode(5);
+    EXPECT_EQ(cuda::allocation_count().device_bytes - own_before, planned) << cache;
     // The driver rounds each allocation up to 2 MiB; kernels that are loaded late take some, once.
     EXPECT_NEAR(static_cast<double>(cuda::device_bytes_in_use() - before), static_cast<double>(planned),
                 3.0 * (2 << 20))
         << cache;
   }
+  EXPECT_EQ(cuda::allocation_count().device_bytes, own_before);
   EXPECT_LE(cuda::device_bytes_in_use() - before, 2 << 20);
 }
 

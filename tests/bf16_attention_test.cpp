@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include "tests/support/attention_promises.hpp"
+#include "tests/support/random_matrix.hpp"
 
 namespace gemma4::reference {
 namespace {
@@ -213,7 +214,7 @@ TEST(Bf16Attention, ScoresFarApartNeitherOverflowNorVanish) {
 /// Leaving out the last block of a tile, as an off-by-one in the skip would, is seen: the skip test can fail.
 TEST(Bf16Attention, SkippingOneBlockTooManyWouldBeSeen) {
   const std::int64_t n_key = 2 * detail::kKeyBlock + 1;
-  const Matrix<float> q = Matrix<float>::Random(2, 64), k = Matrix<float>::Random(n_key, 64);
+  const Matrix<float> q = random_matrix<float>(1, 2, 64), k = random_matrix<float>(2, n_key, 64);
   const auto load = [&](detail::KeyRange keys, MatrixRef<float> k_block, MatrixRef<float> v_block) {
     k_block = k.middleRows(keys.first, keys.size());
     v_block = k_block;

@@ -338,16 +338,31 @@ TEST(Bf16AttentionGpu, RealShapes) {
     const DeviceSubject subject(c);
     const std::vector<float> out = subject.attend(c.options(), c.kv_len);
     const std::vector<float> q = c.q(), k = c.k(), v = c.v();
-    std::vector<float> expected(q.size());
     const AttentionShape& s = c.shape;
-    reference::bf16_attention<float, float>(make_view(q.data(), 1, s.n_query, s.n_head, s.head_dim),
-                                            make_view(k.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim),
-                                            make_view(v.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim), c.options(),
-                                            c.kv_len, make_view(expected.data(), 1, s.n_query, s.n_head, s.head_dim));
+    const auto expect = [&](float scale_factor) {
+      std::vector<float> result(q.size());
+      AttentionOptions options = c.options();
+      options.scale *= scale_factor;
+      reference::bf16_attention<float, float>(make_view(q.data(), 1, s.n_query, s.n_head, s.head_dim),
+                                              make_view(k.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim),
+                                              make_view(v.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim), options,
+                                              c.kv_len, make_view(result.data(), 1, s.n_query, s.n_head, s.head_dim));
+      return result;
+    };
+    const std::vector<float> expected = expect(1.0f);
     // |q_i k_ji| <= 1.7^2 and |v| <= 1.7 bound the magnitudes of every row.
     const double bound = attention_bound(device_rounding(256, 140), r.head_dim, c.scale * r.head_dim * 2.89, 1.7);
     EXPECT_TRUE(close(out, expected, bound)) << c;
     EXPECT_GE(cosine(out, expected), 0.9999) << c;
+    // Weights and the result are rounded to bf16 (2^-9), without direction: over 8192 values or more that comes to less
+    // than 2^-15 of a factor of the result. A factor of the scores shows on the way to sharper ones.
+    constexpr double kScaleBound = 1e-3;
+    EXPECT_TRUE(scale_close(out, expected, kScaleBound)) << c;
+    if (r.n_query * r.kv_len <= 300000) {
+      const std::vector<float> sharper = expect(1.0f + 0x1p-6f);
+      EXPECT_TRUE(stays_at(out, expected, sharper, kScaleBound / 0x1p-6)) << c;
+      EXPECT_FALSE(stays_at(expect(1.004f), expected, sharper, kScaleBound / 0x1p-6)) << c;
+    }
   }
 }
 

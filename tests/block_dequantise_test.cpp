@@ -22,9 +22,9 @@ const std::filesystem::path kData = GEMMA4_TEST_DATA;
 
 using Bytes = std::vector<std::uint8_t>;
 
-// ---- A second decoder, one weight at a time from the byte maps, in double. Every product and difference below is
+// ---- A second dequantiser, one weight at a time from the byte maps, in double. Every product and difference below is
 // exact in double (d spans 2^-24 to 2^16 with 11 bits, the integer factors at most 2^13), so that its one rounding to
-// float is the one that block_decode.hpp promises, and the two must be equal.
+// float is the one that block_dequantise.hpp promises, and the two must be equal.
 
 double f16_at(const Bytes& block, std::size_t at) {
   const int bits = block[at] | block[at + 1] << 8;
@@ -89,14 +89,14 @@ const std::vector<Format>& formats() {
   return kFormats;
 }
 
-std::vector<float> decode(TensorType type, const Bytes& bytes) {
+std::vector<float> dequantise(TensorType type, const Bytes& bytes) {
   const auto blocks = static_cast<std::int64_t>(bytes.size()) / block_bytes(type);
   std::vector<float> values(static_cast<std::size_t>(blocks * block_size(type)));
-  decode_row(type, std::as_bytes(std::span(bytes)), values);
+  dequantise_row(type, std::as_bytes(std::span(bytes)), values);
   return values;
 }
 
-std::vector<float> decode_slowly(const Format& format, const Bytes& bytes) {
+std::vector<float> dequantise_slowly(const Format& format, const Bytes& bytes) {
   const auto block_size_bytes = static_cast<std::size_t>(block_bytes(format.type));
   std::vector<float> values;
   for (std::size_t at = 0; at < bytes.size(); at += block_size_bytes) {
@@ -122,26 +122,26 @@ Bytes random_bytes(const Format& format, std::size_t n_block, std::uint32_t seed
   return bytes;
 }
 
-RC_GTEST_PROP(BlockDecode, EqualsTheByteMapsOnAnyBlock, ()) {
+RC_GTEST_PROP(BlockDequantise, EqualsTheByteMapsOnAnyBlock, ()) {
   const auto seed = *rc::gen::arbitrary<std::uint32_t>();
   for (const Format& format : formats()) {
     const Bytes bytes = random_bytes(format, 3, seed);
-    RC_ASSERT(decode(format.type, bytes) == decode_slowly(format, bytes));
+    RC_ASSERT(dequantise(format.type, bytes) == dequantise_slowly(format, bytes));
   }
 }
 
-TEST(BlockDecode, EveryBitOfTheQuantsBelongsToOneWeight) {
+TEST(BlockDequantise, EveryBitOfTheQuantsBelongsToOneWeight) {
   for (const Format& format : formats()) {
     Bytes block = random_bytes(format, 1, 5);
     // Unit scales: each weight is its quant, times a step of 1, with no minimum.
     for (const std::size_t step : format.steps) block[step] = 0, block[step + 1] = step == format.steps[0] ? 0x3C : 0;
     if (format.type == TensorType::kQ6K) std::fill(block.begin() + 192, block.begin() + 208, std::uint8_t{1});
     if (format.steps.size() == 2) std::fill(block.begin() + 4, block.begin() + 16, std::uint8_t{1});
-    const std::vector<float> before = decode(format.type, block);
+    const std::vector<float> before = dequantise(format.type, block);
     std::vector<int> n_bits(before.size());
     for (std::size_t bit = format.quants_begin * 8; bit < format.quants_end * 8; ++bit) {
       block[bit / 8] ^= static_cast<std::uint8_t>(1 << bit % 8);
-      const std::vector<float> after = decode(format.type, block);
+      const std::vector<float> after = dequantise(format.type, block);
       block[bit / 8] ^= static_cast<std::uint8_t>(1 << bit % 8);
       std::size_t changed = 0;
       for (std::size_t i = 0; i < after.size(); ++i) {
@@ -158,7 +158,7 @@ TEST(BlockDecode, EveryBitOfTheQuantsBelongsToOneWeight) {
 }
 
 // Worked by hand from the byte map.
-TEST(BlockDecode, Q4KKnownAnswer) {
+TEST(BlockDequantise, Q4KKnownAnswer) {
   Bytes block(144);
   block[1] = 0x38;                  // d = 0.5
   block[3] = 0x34;                  // dmin = 0.25
@@ -169,7 +169,7 @@ TEST(BlockDecode, Q4KKnownAnswer) {
   block[16] = 0xA7;                 // weight 0 = 7, weight 32 = 10
   block[16 + 32 + 31] = 0xF0;       // weight 95 = 0, weight 127 = 15
   block[16 + 64] = 0x02;            // weight 128 = 2
-  const std::vector<float> values = decode(TensorType::kQ4K, block);
+  const std::vector<float> values = dequantise(TensorType::kQ4K, block);
   EXPECT_EQ(values[0], 0.5f * 3 * 7 - 0.25f * 5);
   EXPECT_EQ(values[1], -0.25f * 5);
   EXPECT_EQ(values[32], 0.0f);  // sub-block 1 has no scale and no minimum
@@ -180,7 +180,7 @@ TEST(BlockDecode, Q4KKnownAnswer) {
   EXPECT_EQ(values[255], 0.0f);
 }
 
-TEST(BlockDecode, Q5KKnownAnswer) {
+TEST(BlockDequantise, Q5KKnownAnswer) {
   Bytes block(176);
   block[1] = 0x3C;               // d = 1
   block[3] = 0x40;               // dmin = 2
@@ -190,14 +190,14 @@ TEST(BlockDecode, Q5KKnownAnswer) {
   block[16 + 31] = 0b1000'0010;  // bit 4 of the weights 63 and 255
   block[48 + 31] = 0x50;         // weight 63 = 5 + 16
   block[48 + 96 + 31] = 0x60;    // weight 255 = 6 + 16
-  const std::vector<float> values = decode(TensorType::kQ5K, block);
+  const std::vector<float> values = dequantise(TensorType::kQ5K, block);
   EXPECT_EQ(values[63], 7.0f * 21 - 2);
   EXPECT_EQ(values[62], -2.0f);
   EXPECT_EQ(values[255], 11.0f * 22);
   EXPECT_EQ(values[31], 0.0f);
 }
 
-TEST(BlockDecode, Q6KKnownAnswer) {
+TEST(BlockDequantise, Q6KKnownAnswer) {
   Bytes block(210);
   block[209] = 0x3C;            // d = 1
   block[192] = 2;               // scale of the weights 0 to 15
@@ -206,7 +206,7 @@ TEST(BlockDecode, Q6KKnownAnswer) {
   block[128] = 0x03;            // weight 0: high bits 3
   block[64 + 16] = 0xE0;        // half 1, quarter 2, l = 16, weight 208: low bits 14
   block[128 + 32 + 16] = 0x10;  // weight 208: high bits 1
-  const std::vector<float> values = decode(TensorType::kQ6K, block);
+  const std::vector<float> values = dequantise(TensorType::kQ6K, block);
   EXPECT_EQ(values[0], 2.0f * (53 - 32));
   EXPECT_EQ(values[1], 2.0f * -32);
   EXPECT_EQ(values[208], -3.0f * (30 - 32));
@@ -214,32 +214,32 @@ TEST(BlockDecode, Q6KKnownAnswer) {
   EXPECT_EQ(values[16], 0.0f);
 }
 
-TEST(BlockDecode, PlainTypesKnownAnswers) {
-  EXPECT_EQ(decode(TensorType::kBf16, {0x80, 0x3F, 0x20, 0xC1}), (std::vector<float>{1.0f, -10.0f}));
-  EXPECT_EQ(decode(TensorType::kF16, {0x00, 0x3C, 0x00, 0xC9, 0x01, 0x00}),
+TEST(BlockDequantise, PlainTypesKnownAnswers) {
+  EXPECT_EQ(dequantise(TensorType::kBf16, {0x80, 0x3F, 0x20, 0xC1}), (std::vector<float>{1.0f, -10.0f}));
+  EXPECT_EQ(dequantise(TensorType::kF16, {0x00, 0x3C, 0x00, 0xC9, 0x01, 0x00}),
             (std::vector<float>{1.0f, -10.0f, 0x1p-24f}));
-  EXPECT_EQ(decode(TensorType::kF32, {0x00, 0x00, 0x20, 0xC1}), std::vector<float>{-10.0f});
-  EXPECT_EQ(decode(TensorType::kQ8_0, Bytes(34, 0x40))[31], to_float(F16{0x4040}) * 64);
+  EXPECT_EQ(dequantise(TensorType::kF32, {0x00, 0x00, 0x20, 0xC1}), std::vector<float>{-10.0f});
+  EXPECT_EQ(dequantise(TensorType::kQ8_0, Bytes(34, 0x40))[31], to_float(F16{0x4040}) * 64);
 }
 
-TEST(BlockDecode, DoesNotDependOnTheAddress) {
+TEST(BlockDequantise, DoesNotDependOnTheAddress) {
   for (const Format& format : formats()) {
     const Bytes bytes = random_bytes(format, 2, 9);
     Bytes shifted(bytes.size() + 1);
     std::ranges::copy(bytes, shifted.begin() + 1);
     std::vector<float> values(static_cast<std::size_t>(2 * block_size(format.type)));
-    decode_row(format.type, std::as_bytes(std::span(shifted)).subspan(1), values);
-    EXPECT_EQ(values, decode(format.type, bytes)) << type_name(format.type);
+    dequantise_row(format.type, std::as_bytes(std::span(shifted)).subspan(1), values);
+    EXPECT_EQ(values, dequantise(format.type, bytes)) << type_name(format.type);
   }
 }
 
-TEST(BlockDecode, RefusesWrongSizesAndTypes) {
+TEST(BlockDequantise, RefusesWrongSizesAndTypes) {
   std::vector<std::byte> bytes(144);
   std::vector<float> values(256);
-  EXPECT_THROW(decode_row(TensorType::kQ4K, std::span(bytes).first(143), values), std::invalid_argument);
-  EXPECT_THROW(decode_row(TensorType::kQ4K, bytes, std::span(values).first(255)), std::invalid_argument);
-  EXPECT_THROW(decode_row(TensorType::kI8, bytes, std::span(values).first(144)), std::invalid_argument);
-  EXPECT_NO_THROW(decode_row(TensorType::kQ4K, bytes, values));
+  EXPECT_THROW(dequantise_row(TensorType::kQ4K, std::span(bytes).first(143), values), std::invalid_argument);
+  EXPECT_THROW(dequantise_row(TensorType::kQ4K, bytes, std::span(values).first(255)), std::invalid_argument);
+  EXPECT_THROW(dequantise_row(TensorType::kI8, bytes, std::span(values).first(144)), std::invalid_argument);
+  EXPECT_NO_THROW(dequantise_row(TensorType::kQ4K, bytes, values));
 }
 
 // ---- A peer's files: the same weights, encoded by its Q4_K and its Q6_K.
@@ -259,17 +259,17 @@ Bytes bytes_of(const GgufTensor& tensor) {
   return bytes;
 }
 
-// The peer's encoders lose about 7 % and 2 %; a decoder that puts a weight or a scale in a wrong place loses more than
-// 100 %, as the control shows for two neighbouring nibbles.
-TEST(BlockDecode, APeersQ4KAndQ6KOfTheSameWeightsAgree) {
+// The peer's encoders lose about 7 % and 2 %; a dequantiser that puts a weight or a scale in a wrong place loses more
+// than 100 %, as the control shows for two neighbouring nibbles.
+TEST(BlockDequantise, APeersQ4KAndQ6KOfTheSameWeightsAgree) {
   const GgufFile q4 = GgufFile::open(kData / "tiny/tiny-a-Q4_K_M.gguf");
   const GgufFile q6 = GgufFile::open(kData / "tiny/tiny-a-Q6_K.gguf");
   int compared = 0;
   for (const GgufTensor& tensor : q4.tensors()) {
     const GgufTensor& twin = q6.tensor(tensor.name);
     if (tensor.type != TensorType::kQ4K || twin.type != TensorType::kQ6K) continue;
-    std::vector<float> coarse = decode(tensor.type, bytes_of(tensor));
-    const std::vector<float> fine = decode(twin.type, bytes_of(twin));
+    std::vector<float> coarse = dequantise(tensor.type, bytes_of(tensor));
+    const std::vector<float> fine = dequantise(twin.type, bytes_of(twin));
     EXPECT_LE(relative_rms(coarse, fine), 0.09) << tensor.name;
     for (std::size_t i = 0; i < coarse.size(); i += 64) {
       std::swap_ranges(coarse.begin() + static_cast<std::ptrdiff_t>(i),
@@ -282,7 +282,7 @@ TEST(BlockDecode, APeersQ4KAndQ6KOfTheSameWeightsAgree) {
   EXPECT_GE(compared, 20);
 }
 
-TEST(BlockDecode, EqualsTheByteMapsOnAPeersTensors) {
+TEST(BlockDequantise, EqualsTheByteMapsOnAPeersTensors) {
   int compared = 0;
   for (const char* name : {"tiny/tiny-a-Q4_K_M.gguf", "tiny/tiny-a-Q6_K.gguf", "nano/nano-Q4_K_M.gguf"}) {
     const GgufFile file = GgufFile::open(kData / name);
@@ -292,7 +292,7 @@ TEST(BlockDecode, EqualsTheByteMapsOnAPeersTensors) {
       const std::span<const std::byte> row = tensor.row(tensor.rows() / 2);
       Bytes bytes;
       for (const std::byte byte : row) bytes.push_back(std::to_integer<std::uint8_t>(byte));
-      ASSERT_EQ(decode(tensor.type, bytes), decode_slowly(*format, bytes)) << name << ' ' << tensor.name;
+      ASSERT_EQ(dequantise(tensor.type, bytes), dequantise_slowly(*format, bytes)) << name << ' ' << tensor.name;
       ++compared;
     }
   }

@@ -33,7 +33,7 @@ std::vector<std::byte> encode(TensorType type, const std::vector<float>& values)
 
 std::vector<float> decode(TensorType type, const std::vector<std::byte>& bytes, std::size_t n) {
   std::vector<float> values(n);
-  decode_row(type, bytes, values);
+  dequantise_row(type, bytes, values);
   return values;
 }
 

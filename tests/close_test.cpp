@@ -2,7 +2,10 @@
 // The comparator is code under test: most cases here must be rejected.
 #include "tests/support/close.hpp"
 
+#include <cmath>
+#include <cstdint>
 #include <limits>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -11,6 +14,10 @@
 namespace {
 
 using gemma4::testkit::close;
+using gemma4::testkit::scale_close;
+using gemma4::testkit::scale_of;
+using gemma4::testkit::share_of_way;
+using gemma4::testkit::stays_at;
 using Row = std::vector<float>;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -99,6 +106,65 @@ RC_GTEST_PROP(Close, OneElementBeyondTheBoundIsFoundWhereverItStands, ()) {
   RC_ASSERT(static_cast<bool>(close(actual, expected, 0.25)));
   actual[at] = *rc::gen::element(1.5f, 0.5f, -1.0f, kNan, kInf);
   RC_ASSERT(!close(actual, expected, 0.25));
+}
+
+// ---- scale_close() and stays_at(), of which most must be rejected too
+
+TEST(ScaleClose, AcceptsEqualsAndTheBound) {
+  EXPECT_TRUE(scale_close(Row{1, -2, 3}, Row{1, -2, 3}, 0.0));
+  EXPECT_TRUE(scale_close(Row{1.5f, -3}, Row{1, -2}, 0.5));
+  EXPECT_EQ(scale_of(Row{3, 6}, Row{1, 2}), 3.0);
+  EXPECT_EQ(scale_of(Row{-1, -2}, Row{1, 2}), -1.0);
+}
+
+TEST(ScaleClose, RejectsAFactorBeyondTheBound) {
+  EXPECT_FALSE(scale_close(Row{1.004f, -2.008f}, Row{1, -2}, 1e-3));
+  EXPECT_FALSE(scale_close(Row{0.996f, -1.992f}, Row{1, -2}, 1e-3));
+  EXPECT_FALSE(scale_close(Row{-1, 2}, Row{1, -2}, 1e-3)) << "the sign";
+  EXPECT_FALSE(scale_close(Row{0, 0}, Row{1, -2}, 1e-3)) << "nothing written";
+}
+
+TEST(ScaleClose, RejectsNanInfinityAndNothingToCompare) {
+  EXPECT_FALSE(scale_close(Row{1, kNan}, Row{1, 2}, 1e30));
+  EXPECT_FALSE(scale_close(Row{1, 2}, Row{1, kNan}, 1e30));
+  EXPECT_FALSE(scale_close(Row{kInf, 1}, Row{kInf, 1}, 1e30));
+  EXPECT_FALSE(scale_close(Row{1, 2}, Row{1, 2}, kNan));
+  EXPECT_FALSE(scale_close(Row{1, 2}, Row{1, 2}, -1.0));
+  EXPECT_FALSE(scale_close(Row{1, 2}, Row{0, 0}, 1e30)) << "nothing has no scale";
+  EXPECT_FALSE(scale_close(Row{}, Row{}, 1e30));
+  EXPECT_FALSE(scale_close(Row{1, 2}, Row{1}, 1e30));
+}
+
+/// An error of 1 % without direction on 10000 values moves the scale by 1e-4; a factor of 1.004 beneath it shows.
+RC_GTEST_PROP(ScaleClose, SeesASmallFactorUnderALargerNoise, ()) {
+  const auto seed = *rc::gen::arbitrary<std::uint32_t>();
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal;
+  std::vector<double> expected(10000), right, wrong;
+  for (double& value : expected) {
+    value = normal(random);
+    const double noise = 0.01 * normal(random);
+    right.push_back(value + noise), wrong.push_back(1.004 * value + noise);
+  }
+  RC_ASSERT(static_cast<bool>(scale_close(right, expected, 1e-3)));
+  RC_ASSERT(!scale_close(wrong, expected, 1e-3));
+}
+
+TEST(StaysAt, MeasuresTheWayToAnother) {
+  const Row expected{1, 0, 5}, other{3, 0, 5};
+  EXPECT_TRUE(stays_at(expected, expected, other, 0.0));
+  EXPECT_EQ(share_of_way(other, expected, other), 1.0);
+  EXPECT_EQ(share_of_way(Row{1.5f, 7, 9}, expected, other), 0.25) << "what lies across the way does not count";
+  EXPECT_FALSE(stays_at(Row{1.5f, 0, 5}, expected, other, 0.2));
+  EXPECT_FALSE(stays_at(Row{0.5f, 0, 5}, expected, other, 0.2)) << "the other direction";
+}
+
+TEST(StaysAt, RejectsNanAndNoWay) {
+  EXPECT_FALSE(stays_at(Row{1, kNan}, Row{1, 2}, Row{2, 2}, 1e30));
+  EXPECT_FALSE(stays_at(Row{1, 2}, Row{1, 2}, Row{1, 2}, 1e30)) << "other is expected";
+  EXPECT_FALSE(stays_at(Row{1, 2}, Row{1, 2}, Row{1, kNan}, 1e30));
+  EXPECT_FALSE(stays_at(Row{1, 2}, Row{1, 2}, Row{2}, 1e30));
+  EXPECT_FALSE(stays_at(Row{}, Row{}, Row{}, 1e30));
 }
 
 }  // namespace

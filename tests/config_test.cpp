@@ -3,10 +3,16 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <limits>
 #include <map>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gemma4/gguf/config_from_gguf.hpp"
@@ -76,6 +82,13 @@ TEST(Config, EveryFieldOutOfRangeIsRefusedByName) {
   }
 }
 
+/// What else than keys is changed in a file.
+struct Tensors {
+  std::string dropped = {};
+  std::string added = {};              ///< F32 with 4 zeros
+  std::vector<float> rope_freqs = {};  ///< what rope_freqs.weight holds instead; empty: what it held
+};
+
 /// The tiny model written anew, with single keys and tensors changed, dropped or added.
 class ConfigFromGguf : public testing::Test {
  protected:
@@ -111,13 +124,8 @@ class ConfigFromGguf : public testing::Test {
             {"gemma4.context_length", u32(131072)}};
   }
 
-  struct Tensors {
-    std::string dropped;
-    std::string added;  ///< F32 with 4 zeros
-  };
-
-  /// The message with which the file is refused; empty when it is not.
-  [[nodiscard]] std::string refusal(const Keys& keys, const Tensors& tensors = {}) const {
+  /// Writes the file, and opens it.
+  [[nodiscard]] GgufFile changed(const Keys& keys, const Tensors& tensors = {}) const {
     const GgufFile source = GgufFile::open(kData / "tiny/tiny-a-Q4_K_M.gguf");
     GgufWriter writer(directory_.file("changed.gguf"));
     for (const auto& [key, set] : keys) set(writer, key);
@@ -126,13 +134,21 @@ class ConfigFromGguf : public testing::Test {
     }
     if (!tensors.added.empty()) writer.add_tensor(tensors.added, TensorType::kF32, {4});
     for (const GgufTensor& tensor : source.tensors()) {
-      if (tensor.name != tensors.dropped) writer.append(tensor.name, tensor.data);
+      if (tensor.name == tensors.dropped) continue;
+      const bool is_replaced = tensor.name == "rope_freqs.weight" && !tensors.rope_freqs.empty();
+      writer.append(tensor.name, is_replaced ? std::as_bytes(std::span(tensors.rope_freqs)) : tensor.data);
     }
     const std::vector<std::byte> zeros(16);
     if (!tensors.added.empty()) writer.append(tensors.added, zeros);
     writer.finish();
+    return GgufFile::open(directory_.file("changed.gguf"));
+  }
+
+  /// The message with which the file is refused; empty when it is not.
+  [[nodiscard]] std::string refusal(const Keys& keys, const Tensors& tensors = {}) const {
+    const GgufFile file = changed(keys, tensors);
     try {
-      (void)weights_from_gguf(GgufFile::open(directory_.file("changed.gguf")));
+      (void)weights_from_gguf(file);
     } catch (const FormatError& error) {
       return error.what();
     }
@@ -144,6 +160,13 @@ class ConfigFromGguf : public testing::Test {
     Keys keys = tiny_keys();
     keys[key] = std::move(set);
     return refusal(keys);
+  }
+
+  [[nodiscard]] ModelConfig config_with(const std::string& key,
+                                        std::function<void(GgufWriter&, const std::string&)> set) const {
+    Keys keys = tiny_keys();
+    keys[key] = std::move(set);
+    return config_from_gguf(changed(keys));
   }
 
   testkit::TempDir directory_;
@@ -172,7 +195,7 @@ TEST_F(ConfigFromGguf, FeaturesThatAreNotImplementedAreRefusedByName) {
             std::string::npos);
   EXPECT_NE(refusal_with("gemma4.attention.shared_kv_layers", u32(2)).find("shared KV layers"), std::string::npos);
   EXPECT_NE(refusal_with("gemma4.expert_count", u32(8)).find("experts"), std::string::npos);
-  const auto with_tensor = [&](const char* name) { return refusal(tiny_keys(), {.dropped = {}, .added = name}); };
+  const auto with_tensor = [&](const char* name) { return refusal(tiny_keys(), {.added = name}); };
   EXPECT_NE(with_tensor("v.patch_embd.weight").find("vision"), std::string::npos);
   EXPECT_NE(with_tensor("blk.0.ffn_gate_exps.weight").find("experts"), std::string::npos);
   EXPECT_NE(with_tensor("per_layer_token_embd.weight").find("per-layer embeddings"), std::string::npos);
@@ -192,9 +215,59 @@ TEST_F(ConfigFromGguf, ValuesThatContradictAreRefusedWithBothOfThem) {
   EXPECT_NE(refusal_with("gemma4.attention.head_count", u32(3)).find("n_head 3"), std::string::npos);
 }
 
+TEST_F(ConfigFromGguf, EveryNumberIsTheFilesAndNoOtherChanges) {
+  const ModelConfig tiny = gemma4_tiny();
+  const auto changes = [&](const char* key, std::function<void(GgufWriter&, const std::string&)> set,
+                           const std::function<void(ModelConfig&)>& expect) {
+    ModelConfig expected = tiny;
+    expect(expected);
+    EXPECT_FALSE(expected == tiny) << key << ": nothing to see";
+    EXPECT_EQ(config_with(key, std::move(set)), expected) << key;
+  };
+  changes("gemma4.attention.layer_norm_rms_epsilon", value(3e-5f), [](ModelConfig& c) { c.rms_epsilon = 3e-5f; });
+  changes("gemma4.final_logit_softcapping", value(17.5f), [](ModelConfig& c) { c.softcap = 17.5f; });
+  changes("gemma4.rope.freq_base", value(2e6f), [](ModelConfig& c) { c.full.rope_theta = 2e6; });
+  changes("gemma4.rope.freq_base_swa", value(3e4f), [](ModelConfig& c) { c.sliding.rope_theta = 3e4; });
+  changes("gemma4.attention.sliding_window", u32(48), [](ModelConfig& c) { c.window = 48; });
+  changes("gemma4.context_length", u32(4096), [](ModelConfig& c) { c.context = 4096; });
+  changes("gemma4.embedding_length", u32(320), [](ModelConfig& c) { c.hidden = 320; });
+  changes("gemma4.feed_forward_length", u32(768), [](ModelConfig& c) { c.ffn_hidden = 768; });
+  changes("gemma4.attention.head_count", u32(8), [](ModelConfig& c) { c.n_head = 8; });
+  changes("gemma4.attention.head_count_kv", array(std::vector<std::uint32_t>{1, 1, 1, 1, 1, 2}), [](ModelConfig& c) {
+    c.sliding.n_head_kv = 1;
+    c.full.n_head_kv = 2;
+  });
+}
+
+TEST_F(ConfigFromGguf, RopeFactorsAreOnesAndThenHugeOnes) {
+  constexpr std::size_t kPairs = 64, kRotated = 16;  // of the full layers of tiny
+  const auto factors = [&](std::size_t n_one) {
+    std::vector<float> values(kPairs, 1e30f);
+    std::fill_n(values.begin(), n_one, 1.0f);
+    return values;
+  };
+  const auto with = [&](const std::vector<float>& values) { return refusal(tiny_keys(), {.rope_freqs = values}); };
+  for (const std::size_t n_one : {std::size_t{0}, std::size_t{1}, kRotated, kPairs}) {
+    const GgufFile file = changed(tiny_keys(), {.rope_freqs = factors(n_one)});
+    EXPECT_EQ(config_from_gguf(file).full.rope_pairs, static_cast<std::int64_t>(n_one));
+  }
+  // A factor that is neither, or a 1 behind the huge ones, wherever it stands.
+  for (const float bad : {1.0f, 0.5f, 0.0f, 8.0f, 1e19f, -1e30f, std::numeric_limits<float>::quiet_NaN()}) {
+    for (const std::size_t at : {kRotated + 1, kPairs / 2, kPairs - 1}) {
+      std::vector<float> values = factors(kRotated);
+      values[at] = bad;
+      EXPECT_NE(with(values).find(concat("'rope_freqs.weight' has ", bad, " at ", at)), std::string::npos)
+          << bad << " at " << at << ": " << with(values);
+    }
+  }
+  std::vector<float> early = factors(kRotated);
+  early[3] = 0.5f;
+  EXPECT_NE(with(early).find("has 0.5 at 3"), std::string::npos) << with(early);
+}
+
 TEST_F(ConfigFromGguf, AMissingTensorIsNamed) {
   for (const char* name : {"blk.3.ffn_up.weight", "token_embd.weight", "rope_freqs.weight", "output_norm.weight"}) {
-    EXPECT_NE(refusal(tiny_keys(), {.dropped = name, .added = {}}).find(name), std::string::npos) << name;
+    EXPECT_NE(refusal(tiny_keys(), {.dropped = name}).find(name), std::string::npos) << name;
   }
 }
 

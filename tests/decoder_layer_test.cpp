@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "tests/support/close.hpp"
+#include "tests/support/random_matrix.hpp"
 #include "tests/support/random_weights.hpp"
 
 /// The steps of a layer against the formula written out: what is finished, added, scaled, normalised, and in what
@@ -67,9 +68,8 @@ class DecoderLayer : public testing::Test {
     gate_ = testkit::random_weights(TensorType::kQ4K, 512, kHidden, 5, 0.1f);
     up_ = testkit::random_weights(TensorType::kQ4K, 512, kHidden, 6, 0.1f);
     down_ = testkit::random_weights(TensorType::kQ6K, kHidden, 512, 7, 0.1f);
-    std::srand(3);
-    x_ = Matrix<double>::Random(kToken, kHidden);
-    pending_value_ = Matrix<double>::Random(kToken, kHidden) * 5.0;
+    x_ = testkit::random_matrix<double>(3, kToken, kHidden);
+    pending_value_ = testkit::random_matrix<double>(4, kToken, kHidden) * 5.0;
   }
 
   [[nodiscard]] LayerWeights weights(bool sliding) const {
@@ -141,13 +141,12 @@ TEST_F(DecoderLayer, OnAFullLayerVIsTheRawProjectionOfK) {
 }
 
 TEST_F(DecoderLayer, OutputsStayPendingWithTheirOwnNormAndScale) {
-  std::srand(5);
-  const Matrix<double> attended = Matrix<double>::Random(kToken, config_.n_head * attention_.head_dim);
+  const Matrix<double> attended = testkit::random_matrix<double>(5, kToken, config_.n_head * attention_.head_dim);
   const auto after_attention = reference::project_output<double>(weights(true), attended);
   EXPECT_TRUE(testkit::close(flat(after_attention.value), flat(product(attended, output_)), kSameFormula));
   EXPECT_EQ(after_attention.post_norm.data(), post_attention_norm_.data());
   EXPECT_EQ(after_attention.scale, 1.0f);
-  const Matrix<double> activation = Matrix<double>::Random(kToken, 512);
+  const Matrix<double> activation = testkit::random_matrix<double>(6, kToken, 512);
   const auto after_mlp = reference::down<double>(weights(true), activation);
   EXPECT_TRUE(testkit::close(flat(after_mlp.value), flat(product(activation, down_)), kSameFormula));
   EXPECT_EQ(after_mlp.post_norm.data(), post_ffw_norm_.data());

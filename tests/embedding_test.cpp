@@ -13,7 +13,7 @@ namespace {
 using namespace gemma4;
 using reference::Matrix;
 
-RC_GTEST_PROP(Embedding, IsTheDecodedRowTimesTheScaleExactly, ()) {
+RC_GTEST_PROP(Embedding, IsTheDequantisedRowTimesTheScaleExactly, ()) {
   const auto table = testkit::random_weights(*rc::gen::elementOf(testkit::kWeightTypes), 37, 512,
                                              *rc::gen::arbitrary<std::uint32_t>());
   const auto tokens = *rc::gen::nonEmpty(rc::gen::container<std::vector<std::int32_t>>(rc::gen::inRange(0, 37)));
@@ -22,7 +22,7 @@ RC_GTEST_PROP(Embedding, IsTheDecodedRowTimesTheScaleExactly, ()) {
   reference::embedding<float>(tokens, table.view(), kScale, out);
   std::vector<float> row(512);
   for (std::size_t t = 0; t < tokens.size(); ++t) {
-    decode_row(table.type, table.view().row(tokens[t]), row);
+    dequantise_row(table.type, table.view().row(tokens[t]), row);
     for (std::size_t i = 0; i < row.size(); ++i) {
       RC_ASSERT(out(static_cast<Eigen::Index>(t), static_cast<Eigen::Index>(i)) == row[i] * kScale);
     }

@@ -8,6 +8,7 @@
 
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/random_matrix.hpp"
 #include "tests/support/random_weights.hpp"
 
 namespace {
@@ -25,11 +26,10 @@ Mlp any_mlp() {
   const std::int64_t ffn_hidden = *rc::gen::inRange<std::int64_t>(1, 4) * 256;
   const auto type = [] { return *rc::gen::elementOf(testkit::kWeightTypes); };
   const auto seed = *rc::gen::arbitrary<std::uint32_t>();
-  std::srand(seed);
   return {testkit::random_weights(type(), ffn_hidden, hidden, seed, 0.1f),
           testkit::random_weights(type(), ffn_hidden, hidden, seed + 1, 0.1f),
           testkit::random_weights(type(), hidden, ffn_hidden, seed + 2, 0.1f),
-          Matrix<float>::Random(*rc::gen::inRange<std::int64_t>(1, 20), hidden)};
+          testkit::random_matrix<float>(seed, *rc::gen::inRange<std::int64_t>(1, 20), hidden)};
 }
 
 using MlpFunction = void (*)(reference::ConstMatrixRef<float>, const QuantizedMatrix&, const QuantizedMatrix&,
@@ -51,7 +51,7 @@ RC_GTEST_PROP(FusedMlp, IsBitIdenticalToTheUnfusedPathForEveryPairOfTypes, ()) {
 TEST(FusedMlp, SwappedGateAndUpDiffer) {  // the control: the property above sees which matrix is gated
   Mlp mlp{testkit::random_weights(TensorType::kQ4K, 256, 256, 1, 0.1f),
           testkit::random_weights(TensorType::kQ4K, 256, 256, 2, 0.1f),
-          testkit::random_weights(TensorType::kQ6K, 256, 256, 3, 0.1f), Matrix<float>::Random(3, 256)};
+          testkit::random_weights(TensorType::kQ6K, 256, 256, 3, 0.1f), testkit::random_matrix<float>(4, 3, 256)};
   const Matrix<float> right = run(reference::fused_mlp<float>, mlp);
   std::swap(mlp.gate, mlp.up);
   EXPECT_NE(right, run(reference::unfused_mlp<float>, mlp));

@@ -38,7 +38,7 @@ bool same_bytes(const std::vector<float>& a, const std::vector<float>& b) {
 /// formula itself adds 16 roundings (tanhf has 2 ulp).
 std::vector<double> gated_bounds(const std::vector<float>& x, const OwnedMatrix& gate, const OwnedMatrix& up) {
   const auto cols = static_cast<std::size_t>(gate.cols);
-  const DecodedWeights g = decode_with_parts(gate), u = decode_with_parts(up);
+  const DequantisedWeights g = dequantise_with_parts(gate), u = dequantise_with_parts(up);
   std::vector<double> all;
   for (std::size_t t = 0; t < x.size() / cols; ++t) {
     const auto row = std::span(x).subspan(t * cols, cols);

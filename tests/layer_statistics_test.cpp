@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
@@ -107,7 +107,7 @@ TEST(CommonShare, IsThatOfTheVectorThatRowsHaveInCommon) {
       }
     }
     // Chance leaves 1 / sqrt(400) of the mean square's noise, 1 / 200, to the square of the share.
-    EXPECT_NEAR(gemma4::reference::detail::common_share(rows), share, 0.03);
+    EXPECT_NEAR(gemma4::reference::common_share(rows), share, 0.03);
   }
 }
 

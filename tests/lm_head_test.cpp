@@ -7,6 +7,7 @@
 
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/random_matrix.hpp"
 #include "tests/support/random_weights.hpp"
 
 namespace {
@@ -17,8 +18,8 @@ using reference::Matrix;
 RC_GTEST_PROP(LmHead, IsTheCappedProductWithTheTable, ()) {
   const auto table = testkit::random_weights(TensorType::kQ6K, *rc::gen::inRange<std::int64_t>(1, 200), 256,
                                              *rc::gen::arbitrary<std::uint32_t>());
-  std::srand(*rc::gen::arbitrary<unsigned>());
-  const Matrix<double> x = Matrix<double>::Random(2, 256) * *rc::gen::element(0.1, 1.0, 10.0);
+  const Matrix<double> x =
+      testkit::random_matrix<double>(*rc::gen::arbitrary<std::uint64_t>(), 2, 256) * *rc::gen::element(0.1, 1.0, 10.0);
   Matrix<double> raw(2, table.rows), logits(2, table.rows);
   reference::quantized_linear<double>(x, table.view(), raw);
   reference::lm_head<double>(x, table.view(), 30.0f, logits);
@@ -30,7 +31,7 @@ RC_GTEST_PROP(LmHead, IsTheCappedProductWithTheTable, ()) {
 
 TEST(LmHead, TheCapShows) {  // the control: uncapped logits are not within the cap
   const auto table = testkit::random_weights(TensorType::kF32, 16, 256, 5);
-  const Matrix<double> x = Matrix<double>::Random(1, 256) * 20;
+  const Matrix<double> x = testkit::random_matrix<double>(6, 1, 256) * 20;
   Matrix<double> raw(1, 16);
   reference::quantized_linear<double>(x, table.view(), raw);
   EXPECT_GT(raw.cwiseAbs().maxCoeff(), 30.0);

@@ -38,11 +38,11 @@ RC_GTEST_PROP(LmHeadGpu, AgreesWithTheReferenceInEveryFormat, ()) {
   reference::Matrix<double> expected(n_row, vocab);
   const reference::Matrix<double> in = Eigen::Map<const reference::Matrix<float>>(x.data(), n_row, cols).cast<double>();
   reference::lm_head<double>(in, table.view(), cap, expected);
-  const DecodedWeights decoded = decode_with_parts(table);
+  const DequantisedWeights dequantised = dequantise_with_parts(table);
   std::vector<double> bound;
   for (std::int64_t row = 0; row < n_row; ++row) {
     const auto part = std::span(x).subspan(static_cast<std::size_t>(row * cols), static_cast<std::size_t>(cols));
-    for (const double b : linear_bound(part, decoded, is_packed_type(type)).likely) {
+    for (const double b : linear_bound(part, dequantised, is_packed_type(type)).likely) {
       bound.push_back(b + 4 * 0x1p-24 * static_cast<double>(cap));
     }
   }

@@ -16,7 +16,6 @@
 
 namespace {
 
-using gemma4::CacheKind;
 using gemma4::MemoryPlanOptions;
 using gemma4::ModelConfig;
 using gemma4::ModelTensor;
@@ -102,9 +101,9 @@ TEST(MemoryPlan, CachesOf31BAt131072) {
   EXPECT_EQ(plan_31b(options).bytes("cache_full"), 10LL * 4 * 131072 * (512 + 4)) << "codes of K and V, two norms";
   EXPECT_NEAR(static_cast<double>(plan_31b(options).bytes("cache_full")) / kGiB, 2.520, 0.0005);
   EXPECT_EQ(plan_31b(options).bytes("cache_sliding"), 50LL * 16 * (1024 + 64) * 256 * 2 * 2) << "64 to go back";
-  options.cache.kind = CacheKind::kBf16;
+  options.cache = gemma4::Bf16Format{};
   EXPECT_EQ(plan_31b(options).bytes("cache_full"), 10 * kGiB);
-  options.cache.kind = CacheKind::kF32;
+  options.cache = gemma4::F32Format{};
   EXPECT_EQ(plan_31b(options).bytes("cache_full"), 20 * kGiB);
 }
 
@@ -141,7 +140,7 @@ RC_GTEST_PROP(MemoryPlan, CachesOfTheReferenceAreWhatTheyAllocate, ()) {
   const auto tensors = gemma4::model_tensors(config);
   const gemma4::reference::Tq4CacheBuffer tq4(1, config.full.n_head_kv, context, config.full.head_dim);
   RC_ASSERT(gemma4::plan_memory(config, tensors, options).bytes("cache_full") == config.n_full_layer() * tq4.bytes());
-  options.cache.kind = CacheKind::kBf16;
+  options.cache = gemma4::Bf16Format{};
   const gemma4::reference::FlatCache<gemma4::Bf16> bf16(1, config.full.n_head_kv, context, config.full.head_dim);
   const auto plan = gemma4::plan_memory(config, tensors, options);
   RC_ASSERT(plan.bytes("cache_full") == config.n_full_layer() * bf16.bytes());

@@ -4,8 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
+#include <span>
+#include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "reference/backend.hpp"
@@ -95,6 +99,121 @@ RC_GTEST_PROP(Model, ASecondSequenceSeesNothingOfTheFirst, ()) {
   reference::Backend<double> used(small.weights, options), fresh(small.weights, options);
   (void)logits_of(used, first, {16});
   RC_ASSERT(logits_of(used, second, {16}) == logits_of(fresh, second, {16}));
+}
+
+TEST(Model, LogitsAfterAPromptAreThoseOfItsLastToken) {
+  const SmallModel small(gemma4_tiny(), 11);
+  const std::int64_t vocab = small.weights.config.vocab;
+  std::vector<std::int32_t> tokens(13);
+  std::iota(tokens.begin(), tokens.end(), 40);
+  const reference::BackendOptions options{.cache = parse_cache_spec("f32"), .context = 20, .max_chunk = 16};
+  reference::Backend<double> whole(small.weights, options);
+  const std::vector<double> all = logits_of(whole, tokens, {16});  // of each position, in one chunk
+  const auto row = [&](std::size_t position) {
+    return std::span(all).subspan(position * static_cast<std::size_t>(vocab), static_cast<std::size_t>(vocab));
+  };
+  EXPECT_FALSE(testkit::close(row(12), row(0), 100 * kRounding)) << "the control: rows differ";
+  EXPECT_FALSE(testkit::close(row(12), row(11), 100 * kRounding));
+  for (const std::int64_t chunk : {1, 4, 12, 13, 16}) {  // 4 and 12 leave a ragged 1
+    reference::Backend<double> backend(small.weights, options);
+    Model<reference::Backend<double>> model(backend);
+    std::vector<std::int64_t> done;
+    model.prefill(tokens, chunk, [&](std::int64_t n_done) { done.push_back(n_done); });
+    ASSERT_EQ(backend.logits().rows(), 1) << "chunk " << chunk;
+    EXPECT_TRUE(testkit::close(std::span(backend.logits().data(), static_cast<std::size_t>(vocab)), row(12), kRounding))
+        << "chunk " << chunk;
+    EXPECT_EQ(model.position(), 13);
+    EXPECT_EQ(done.back(), 13);
+    EXPECT_EQ(done.size(), static_cast<std::size_t>((13 + chunk - 1) / chunk));
+    // And a prompt goes on where the last one ended: the same tokens in two of them.
+    model.reset();
+    model.prefill(std::span(tokens).first(5), chunk, [](std::int64_t) {});
+    EXPECT_TRUE(testkit::close(std::span(backend.logits().data(), static_cast<std::size_t>(vocab)), row(4), kRounding));
+    model.prefill(std::span(tokens).subspan(5, 7), chunk, [](std::int64_t) {});
+    model.decode(tokens[12]);
+    EXPECT_TRUE(testkit::close(std::span(backend.logits().data(), static_cast<std::size_t>(vocab)), row(12), kRounding))
+        << "chunk " << chunk;
+  }
+}
+
+/// A backend that computes nothing and writes down what it is asked for.
+class ScriptBackend {
+ public:
+  [[nodiscard]] const ModelConfig& config() const { return config_; }
+  [[nodiscard]] std::int64_t context() const { return 12; }
+  [[nodiscard]] std::int64_t max_chunk() const { return 4; }
+  void embed(std::span<const std::int32_t> tokens, std::int64_t position) {
+    said << "embed " << tokens.size() << " from " << tokens.front() << " at " << position << '\n';
+  }
+  void embed_sampled() { said << "embed_sampled\n"; }
+  void sample(const SamplerSettings& settings) { said << "sample " << settings.seed << '\n'; }
+  void project_qkv(std::int64_t layer) { said << "qkv " << layer; }
+  void attend(std::int64_t layer) { said << " attend " << layer; }
+  void project_output(std::int64_t layer) { said << " output " << layer; }
+  void gate_up(std::int64_t layer) { said << " gate_up " << layer; }
+  void down(std::int64_t layer) { said << " down " << layer << '\n'; }
+  void lm_head(std::span<const std::int64_t> rows) {
+    said << "lm_head";
+    for (const std::int64_t row : rows) said << ' ' << row;
+    said << '\n';
+  }
+  void copy_logits(std::int64_t /*row*/, std::span<float> /*out*/) const {}
+  void reset() { said << "reset\n"; }
+  [[nodiscard]] int range(const char* /*name*/) const { return 0; }
+
+  /// What was said since the last call.
+  std::string take() { return std::exchange(said, {}).str(); }
+
+  std::ostringstream said;
+
+ private:
+  ModelConfig config_ = [] {
+    ModelConfig config = gemma4_tiny();
+    config.is_sliding = {1, 0};
+    return config;
+  }();
+};
+
+TEST(ModelScript, StepsRowsAndPositionsAreThoseOfTheGraph) {
+  static_assert(SelfFeedingBackend<ScriptBackend>);
+  ScriptBackend backend;
+  Model<ScriptBackend> model(backend);
+  const std::string layers = "qkv 0 attend 0 output 0 gate_up 0 down 0\nqkv 1 attend 1 output 1 gate_up 1 down 1\n";
+  const std::vector<std::int32_t> tokens = {50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60};
+  model.prefill(std::span(tokens).first(7), 3, [](std::int64_t) {});
+  EXPECT_EQ(backend.take(), "embed 3 from 50 at 0\n" + layers + "embed 3 from 53 at 3\n" + layers +
+                                "embed 1 from 56 at 6\n" + layers + "lm_head 0\n");
+  model.decode(9);
+  EXPECT_EQ(backend.take(), "embed 1 from 9 at 7\n" + layers + "lm_head 0\n");
+  model.enqueue_step({.seed = 31});
+  EXPECT_EQ(backend.take(), "sample 31\nembed_sampled\n" + layers + "lm_head 0\n");
+  EXPECT_EQ(model.position(), 8) << "a step that may be replayed is counted by who replays it";
+  model.advance(3);
+  EXPECT_EQ(model.position(), 11);
+  EXPECT_THROW(model.advance(2), std::invalid_argument);
+  EXPECT_NO_THROW(model.require_room(1));
+  EXPECT_THROW(model.require_room(2), std::invalid_argument);
+  EXPECT_THROW(model.rewind(12), std::invalid_argument);
+  EXPECT_THROW(model.rewind(-1), std::invalid_argument);
+  model.rewind(5);
+  EXPECT_EQ(model.position(), 6);
+  std::vector<std::int64_t> layers_done;
+  const std::vector<std::int64_t> rows = {2, 0};
+  model.forward(std::span(tokens).first(4), rows, [&](std::int64_t layer) { layers_done.push_back(layer); });
+  EXPECT_EQ(layers_done, (std::vector<std::int64_t>{0, 1}));
+  EXPECT_EQ(backend.take(), "embed 4 from 50 at 6\n" + layers + "lm_head 2 0\n");
+  model.reset();
+  EXPECT_EQ(backend.take(), "reset\n");
+  model.prefill(std::span(tokens).first(8), 4, [](std::int64_t) {});
+  EXPECT_EQ(backend.take(), "embed 4 from 50 at 0\n" + layers + "embed 4 from 54 at 4\n" + layers + "lm_head 3\n");
+  // Nothing is asked of the backend by a call that is refused.
+  EXPECT_THROW(model.prefill(tokens, 4, [](std::int64_t) {}), std::invalid_argument);
+  EXPECT_THROW(model.prefill(std::span(tokens).first(2), 5, [](std::int64_t) {}), std::invalid_argument);
+  EXPECT_THROW(model.prefill(std::span(tokens).first(2), 0, [](std::int64_t) {}), std::invalid_argument);
+  EXPECT_THROW(model.decode(-1), std::invalid_argument);
+  const std::vector<std::int64_t> none = {-1};
+  EXPECT_THROW(model.forward(std::span(tokens).first(2), none), std::invalid_argument);
+  EXPECT_EQ(backend.take(), "");
 }
 
 class ModelRefuses : public testing::Test {

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device/allocation_count.cuh"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/small_model.hpp"
@@ -135,10 +136,16 @@ std::filesystem::path damaged(const SmallModel& small, const std::string& tensor
   return path;
 }
 
+/// What the room holds of the device and of page-locked memory.
+std::int64_t held_bytes() {
+  const cuda::AllocationCount count = cuda::allocation_count();
+  return count.device_bytes + count.pinned_bytes;
+}
+
 TEST(CudaModelWeights, AFileThatIsCorruptInItsMiddleIsRefusedAndLeavesNoMemory) {
   const SmallModel small(gemma4_tiny(), 2);
   (void)cuda::load_model(*small.file);  // kernels are loaded
-  const std::int64_t before = cuda::device_bytes_in_use();
+  const std::int64_t before = held_bytes();
   struct Damage {
     const char* tensor;
     std::int64_t offset;
@@ -156,7 +163,7 @@ TEST(CudaModelWeights, AFileThatIsCorruptInItsMiddleIsRefusedAndLeavesNoMemory) 
     } catch (const FormatError& error) {
       EXPECT_NE(std::string(error.what()).find(damage.tensor), std::string::npos) << error.what();
     }
-    EXPECT_EQ(cuda::device_bytes_in_use(), before) << damage.tensor;
+    EXPECT_EQ(held_bytes(), before) << damage.tensor;
   }
   EXPECT_TRUE(holds_file(cuda::load_model(*small.file), small.weights)) << "the next one loads";
 }
@@ -164,7 +171,7 @@ TEST(CudaModelWeights, AFileThatIsCorruptInItsMiddleIsRefusedAndLeavesNoMemory) 
 TEST(CudaModelWeights, AnUploadThatEndsEarlyLeavesNoMemory) {
   const SmallModel small(gemma4_tiny(), 2);
   (void)cuda::load_model(*small.file);
-  const std::int64_t before = cuda::device_bytes_in_use();
+  const std::int64_t before = held_bytes();
   cuda::LoadOptions options;
   options.upload.slot_bytes = 16384;
   int n_batch = 0;
@@ -173,10 +180,10 @@ TEST(CudaModelWeights, AnUploadThatEndsEarlyLeavesNoMemory) {
   };
   EXPECT_THROW((void)cuda::load_model(*small.file, options), std::runtime_error);
   EXPECT_EQ(n_batch, 20);
-  EXPECT_EQ(cuda::device_bytes_in_use(), before);
+  EXPECT_EQ(held_bytes(), before);
   options.upload.slot_bytes = 16;
   EXPECT_TRUE(testkit::refuses([&] { (void)cuda::load_model(*small.file, options); }, {"a slot 16"}));
-  EXPECT_EQ(cuda::device_bytes_in_use(), before);
+  EXPECT_EQ(held_bytes(), before);
 }
 
 TEST(CudaModelWeights, AMatrixOfAnotherShapeIsRefusedAndTakesNoMemory) {
@@ -185,9 +192,9 @@ TEST(CudaModelWeights, AMatrixOfAnotherShapeIsRefusedAndTakesNoMemory) {
   other.ffn_hidden = 256;
   const SmallModel narrow(other, 2);
   std::vector<ModelTensor> tensors = model_tensors(*narrow.file);  // a plan for fewer bytes than the weights have
-  const std::int64_t before = cuda::device_bytes_in_use();
+  const std::int64_t before = held_bytes();
   EXPECT_TRUE(testkit::refuses([&] { const cuda::PackedModel model(small.weights, tensors); }, {"arena"}));
-  EXPECT_EQ(cuda::device_bytes_in_use(), before);
+  EXPECT_EQ(held_bytes(), before);
 }
 
 }  // namespace

@@ -22,6 +22,14 @@ using namespace gemma4;
 const std::filesystem::path kNano = std::filesystem::path(GEMMA4_TEST_DATA) / "nano";
 using NanoBackend = reference::Backend<float>;
 
+/// Acceptance figures of the project: agreed, not derived. Beside each what was measured when it was set
+/// (results/accuracy, the reference at 8192 tokens).
+constexpr double kLossAcceptance = 0.01;         ///< |nll - the other implementation's|, its activations bf16: 0.0006
+constexpr double kTq4KlAcceptance = 0.0025;      ///< mean KL of tq4 from bf16, nats a token: 0.0013
+constexpr double kTq4SameTopAcceptance = 0.982;  ///< share of the same first token: 0.986
+constexpr double kTq4LossAcceptance = 0.005;     ///< nll of tq4 above that of bf16: 0.0017
+constexpr double kPeerKlRatioAcceptance = 1.8;   ///< mean KL of the peer's format over that of tq4: 2.2
+
 class NanoAccuracy : public testing::Test {
  protected:
   static constexpr std::int64_t kContext = 8192;
@@ -68,21 +76,21 @@ class NanoAccuracy : public testing::Test {
 };
 
 TEST_F(NanoAccuracy, LossOfTheBf16CacheEqualsTheOtherImplementations) {
-  // tests/data/nano/reference.json, nll_by_position; that run had bf16 activations, hence 0.01.
-  EXPECT_TRUE(testkit::close(summary("bf16", 0, 2048).nll, 1.5004549, 0.01));
-  EXPECT_TRUE(testkit::close(summary("bf16", 2048, 8192).nll, 1.7703531, 0.01));
+  // tests/data/nano/reference.json, nll_by_position.
+  EXPECT_TRUE(testkit::close(summary("bf16", 0, 2048).nll, 1.5004549, kLossAcceptance));
+  EXPECT_TRUE(testkit::close(summary("bf16", 2048, 8192).nll, 1.7703531, kLossAcceptance));
 }
 
 TEST_F(NanoAccuracy, Tq4CostsLittle) {
   const AccuracySummary tq4 = summary("tq4");
-  EXPECT_LE(tq4.kl_mean, 0.0025);
-  EXPECT_GE(tq4.same_top, 0.982);
-  EXPECT_LE(tq4.nll - summary("bf16").nll, 0.005);
+  EXPECT_LE(tq4.kl_mean, kTq4KlAcceptance);
+  EXPECT_GE(tq4.same_top, kTq4SameTopAcceptance);
+  EXPECT_LE(tq4.nll - summary("bf16").nll, kTq4LossAcceptance);
   EXPECT_GT(tq4.kl_mean, 1e-5) << "the control: a cache that costs nothing is not compressed";
 }
 
 TEST_F(NanoAccuracy, ThePeersFormatCostsTwiceAsMuch) {
-  EXPECT_GE(summary("tq4-peer").kl_mean, 1.8 * summary("tq4").kl_mean);
+  EXPECT_GE(summary("tq4-peer").kl_mean, kPeerKlRatioAcceptance * summary("tq4").kl_mean);
   EXPECT_LT(summary("tq4-peer").same_top, summary("tq4").same_top);
 }
 

@@ -7,6 +7,7 @@
 
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/random_matrix.hpp"
 #include "tests/support/random_weights.hpp"
 
 namespace {
@@ -24,12 +25,11 @@ Case any_case() {
   const std::int64_t cols = *rc::gen::inRange<std::int64_t>(1, 4) * 256;
   const std::int64_t rows = *rc::gen::inRange<std::int64_t>(1, 300);  // below, at and beyond the tile of 128
   const std::int64_t n_token = *rc::gen::inRange<std::int64_t>(1, 9);
-  std::srand(*rc::gen::arbitrary<unsigned>());
   return {testkit::random_weights(type, rows, cols, *rc::gen::arbitrary<std::uint32_t>()),
-          Matrix<float>::Random(n_token, cols).cast<double>()};
+          testkit::random_matrix<float>(*rc::gen::arbitrary<std::uint64_t>(), n_token, cols).cast<double>()};
 }
 
-/// The definition in double on the whole decoded matrix, and for each output the sum of |x| |w|.
+/// The definition in double on the whole dequantised matrix, and for each output the sum of |x| |w|.
 struct Expected {
   std::vector<double> value, magnitude;
 };
@@ -39,7 +39,7 @@ Expected by_definition(const Case& c) {
   std::vector<float> row(static_cast<std::size_t>(c.weight.cols));
   Matrix<double> w(c.weight.rows, c.weight.cols);
   for (std::int64_t n = 0; n < c.weight.rows; ++n) {
-    decode_row(c.weight.type, c.weight.view().row(n), row);
+    dequantise_row(c.weight.type, c.weight.view().row(n), row);
     for (std::int64_t k = 0; k < c.weight.cols; ++k) w(n, k) = static_cast<double>(row[static_cast<std::size_t>(k)]);
   }
   for (Eigen::Index t = 0; t < c.x.rows(); ++t) {
@@ -75,7 +75,7 @@ std::vector<double> bounds(const Case& c, const Expected& expected) {
   return bound;
 }
 
-RC_GTEST_PROP(QuantizedLinear, EqualsTheDecodedMatrixInEveryFormat, ()) {
+RC_GTEST_PROP(QuantizedLinear, EqualsTheDequantisedMatrixInEveryFormat, ()) {
   const Case c = any_case();
   const Expected expected = by_definition(c);
   testkit::rc_require(testkit::close(run<float>(c), expected.value, bounds<float>(c, expected)), "float");

@@ -9,7 +9,9 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/device/check.cuh"
 #include "cuda/device/device_buffer.cuh"
+#include "cuda/device/device_info.cuh"
 #include "cuda/device/stream.cuh"
 #include "reference/decoder_layer.hpp"
 #include "tests/support/attention_case.hpp"
@@ -233,6 +235,66 @@ TEST(ResidualNormGpu, AChainWithEarlyStartsHasTheBitsOfOneWithout) {
     Case other = c;  // control
     other.pending[0] += 1.0f;
     EXPECT_GT(n_different(run_in_turn(other, true, true), plain), 0u);
+  }
+}
+
+/// Copies what `from` holds after some 2 ms; the next kernel of the stream may begin at once.
+__global__ void write_late_kernel(const float* from, float* to, int count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+  const long long begin = clock64();
+  while (clock64() - begin < 4'000'000) __nanosleep(1000);
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) to[i] = from[i];
+}
+
+/// The rows of `before`, of which a kernel in front makes those of `after`, late. In one graph, so that the second
+/// launch is there long before the first one ends.
+Result behind_a_late_writer(const Case& before, const Case& after, bool x_at_rest) {
+  DeviceBuffer<float> x(before.x), pending(before.pending), h(before.n_token * before.width);
+  const DeviceBuffer<float> late_x(after.x), late_pending(after.pending), post_norm(before.post_norm),
+      norm(before.norm);
+  const Stream stream;
+  const auto rows = [&](auto* data) { return make_view(data, before.n_token, before.width); };
+  const auto count = static_cast<int>(before.n_token * before.width);
+  const bool is_x = before.x != after.x;
+  const Graph graph = Graph::capture(stream, [&] {
+    write_late_kernel<<<1, 256, 0, stream>>>(is_x ? late_x.data() : late_pending.data(),
+                                             is_x ? x.data() : pending.data(), count);
+    check_launch("write_late_kernel");
+    residual_norm<float, float>(rows(x.data()), rows(static_cast<const float*>(pending.data())), post_norm.data(),
+                                before.scale, norm.data(), kEpsilon, rows(h.data()), stream,
+                                current_device().compute_capability >= 90, x_at_rest);
+  });
+  graph.launch(stream);
+  return {x.to_host(stream), h.to_host(stream)};
+}
+
+/// A kernel in front that writes x late is waited for, unless the caller says that x is at rest: then the result is
+/// another, so that the promise is one to keep. What is pending is waited for in any case. (Before sm_90 no kernel
+/// begins early, and no promise can be broken.)
+TEST(ResidualNormGpu, ALateWriterIsWaitedForUnlessXIsSaidToBeAtRest) {
+  const bool begins_early = current_device().compute_capability >= 90;
+  for (const std::int64_t width : {2048, 5376}) {
+    for (const std::int64_t n_token : {1, 4}) {
+      const Case before(n_token, width, true, 0.9f, 1.0f, 4);
+      Case after = before;
+      after.x = testkit::draw(99, n_token * width, 3.0f);
+      const Result right = on_device<float, float>(after, width);
+      const Result waited = behind_a_late_writer(before, after, false);
+      EXPECT_EQ(n_different(waited.x, right.x), 0u);
+      EXPECT_EQ(n_different(waited.h, right.h), 0u);
+      const Result broken = behind_a_late_writer(before, after, true);
+      EXPECT_EQ(n_different(broken.x, right.x) > 0, begins_early) << "x_at_rest has no effect";
+      after = before;
+      after.pending = testkit::draw(98, n_token * width, 3.0f);
+      const Result finished = on_device<float, float>(after, width);
+      for (const bool x_at_rest : {false, true}) {
+        const Result result = behind_a_late_writer(before, after, x_at_rest);
+        EXPECT_EQ(n_different(result.x, finished.x), 0u) << x_at_rest;
+        EXPECT_EQ(n_different(result.h, finished.h), 0u) << x_at_rest;
+      }
+    }
   }
 }
 

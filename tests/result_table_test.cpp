@@ -4,8 +4,17 @@
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <barrier>
+#include <chrono>
 #include <clocale>
 #include <cmath>
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -92,18 +101,29 @@ TEST(ResultTable, HeaderIsRunThenParametersThenMeasuresThenStatus) {
   table.row().set("cache", "tq4").set("context", 8192).set("nll", 1.25).commit();
   const auto rows = parse_csv(read_text(folder / "a/b/t.csv"));
   ASSERT_EQ(rows.size(), 2u);
-  const std::vector<std::string> header = {"schema",   "experiment", "git_sha",    "git_dirty", "utc",   "gpu",
-                                           "sm_count", "sm_mhz",     "memory_mhz", "driver",    "cuda",  "compiler",
-                                           "build",    "flags",      "seed",       "argv",      "cache", "context",
-                                           "nll",      "kl_mean",    "status"};
+  const std::vector<std::string> header = {"schema",        "experiment", "git_sha",        "git_dirty", "utc",
+                                           "gpu",           "card",       "sm_count",       "sm_mhz",    "memory_mhz",
+                                           "power_limit_w", "driver",     "driver_release", "cuda",      "compiler",
+                                           "build",         "flags",      "seed",           "argv",      "cache",
+                                           "context",       "nll",        "kl_mean",        "status"};
   EXPECT_EQ(rows[0], header);
   ASSERT_EQ(rows[1].size(), header.size());
   EXPECT_EQ(rows[1][1], "accuracy");
   EXPECT_EQ(rows[1][2], "0123456789abcdef");
   EXPECT_TRUE(rows[1][5].starts_with("cpu: ")) << rows[1][5];
-  EXPECT_EQ(rows[1][7] + rows[1][8], "") << "no clocks without a GPU";
-  EXPECT_EQ(rows[1][14], "7");
-  EXPECT_EQ(rows[1][15], "accuracy --cache bf16,tq4 --prompt 'it'\\''s, \"so\"'") << "the command, as a shell takes it";
+  for (const std::size_t column : {6, 8, 9, 10, 11, 12, 13}) {
+    EXPECT_EQ(rows[1][column], "") << header[column] << " is of a GPU, and there is none";
+  }
+  EXPECT_EQ(rows[1][17], "7");
+  EXPECT_EQ(rows[1][18], "accuracy --cache bf16,tq4 --prompt 'it'\\''s, \"so\"'") << "the command, as a shell takes it";
+  RunInfo gpu = example_run();
+  gpu.card = "1a2b3c4d", gpu.power_limit_w = "700", gpu.driver = "13.0", gpu.driver_release = "580.95.05";
+  gpu.sm_mhz = "1980", gpu.memory_mhz = "3201", gpu.cuda = "12.8";
+  ResultTable(folder / "gpu.csv", gpu, {}, {}).row().commit();
+  const auto gpu_rows = parse_csv(read_text(folder / "gpu.csv"));
+  const std::vector<std::string> of_card(gpu_rows[1].begin() + 6, gpu_rows[1].begin() + 14);
+  EXPECT_EQ(of_card,
+            (std::vector<std::string>{"1a2b3c4d", gpu.sm_count, "1980", "3201", "700", "13.0", "580.95.05", "12.8"}));
   const std::vector<std::string> values(rows[1].begin() + gemma4::kRunColumns.size(), rows[1].end());
   EXPECT_EQ(values, (std::vector<std::string>{"tq4", "8192", "1.25", "", "ok"})) << "not measured is an empty cell";
 }
@@ -251,6 +271,126 @@ TEST(ResultTable, ConcurrentRunsInterleaveWholeRows) {
   for (const auto& row : rows) EXPECT_EQ(row.size(), rows[0].size());
 }
 
+TEST(ResultTable, WritersThatBeginTogetherMakeOneHeader) {
+  // Every round begins with no file, so that all of them would write the header.
+  constexpr int kWriters = 8, kRounds = 40;
+  for (int round = 0; round < kRounds; ++round) {
+    const TemporaryFolder folder;
+    std::barrier start(kWriters);
+    std::vector<std::thread> writers;
+    for (int writer = 0; writer < kWriters; ++writer) {
+      writers.emplace_back([&, writer] {
+        ResultTable table(folder / "t.csv", example_run(), {"writer"}, {"nll"});
+        auto row = table.row().set("writer", writer);
+        start.arrive_and_wait();
+        row.commit();
+      });
+    }
+    for (std::thread& writer : writers) writer.join();
+    const auto rows = parse_csv(read_text(folder / "t.csv"));
+    ASSERT_EQ(rows.size(), static_cast<std::size_t>(kWriters + 1)) << "round " << round;
+    EXPECT_EQ(rows[0][0], "schema");
+    for (std::size_t i = 1; i < rows.size(); ++i) ASSERT_NE(rows[i][0], "schema") << "a second header";
+  }
+}
+
+/// Another program that has the table locked, as a reader would: an exclusive lock has to wait for it.
+class OtherProgram {
+ public:
+  explicit OtherProgram(const std::filesystem::path& path)
+      : file_(open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644)) {
+    if (file_ < 0 || flock(file_, LOCK_SH) != 0) throw std::runtime_error("cannot lock the file");
+  }
+  ~OtherProgram() { close(file_); }
+  OtherProgram(const OtherProgram&) = delete;
+  OtherProgram& operator=(const OtherProgram&) = delete;
+  void append(const std::string& text) const {
+    if (write(file_, text.data(), text.size()) != static_cast<ssize_t>(text.size())) throw std::runtime_error("write");
+  }
+  void unlock() const { flock(file_, LOCK_UN); }
+
+ private:
+  int file_;
+};
+
+/// What commit() says ("" when it wrote), with `meanwhile` in the file before the lock is let go.
+std::string commit_behind_a_lock(const std::filesystem::path& path, const std::string& meanwhile) {
+  ResultTable table(path, example_run(), {"context"}, {"nll"});
+  OtherProgram other(path);
+  std::atomic<bool> is_done = false;
+  std::string said;
+  std::thread writer([&] {
+    said = message_of([&] { table.row().set("context", 1).commit(); });
+    is_done = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  EXPECT_FALSE(is_done) << "the row was written although the file is locked";
+  other.append(meanwhile);
+  other.unlock();
+  writer.join();
+  return said;
+}
+
+std::string header_of(const std::string& measure) {
+  const TemporaryFolder folder;
+  ResultTable(folder / "t.csv", example_run(), {"context"}, {measure}).row().set("context", 7).commit();
+  return read_text(folder / "t.csv");
+}
+
+TEST(ResultTable, ARowWaitsForTheLockAndThenLooksAgain) {
+  const TemporaryFolder folder;
+  EXPECT_EQ(commit_behind_a_lock(folder / "empty.csv", ""), "");
+  EXPECT_EQ(parse_csv(read_text(folder / "empty.csv")).size(), 2u);
+  // Who had the lock wrote the header and a row.
+  EXPECT_EQ(commit_behind_a_lock(folder / "same.csv", header_of("nll")), "");
+  const auto rows = parse_csv(read_text(folder / "same.csv"));
+  ASSERT_EQ(rows.size(), 3u) << "one header and two rows";
+  EXPECT_EQ(rows[2][gemma4::kRunColumns.size()], "1");
+  // Who had the lock wrote another table, or stopped within a line.
+  const std::string another = header_of("kl_mean");
+  EXPECT_NE(commit_behind_a_lock(folder / "another.csv", another).find("another header"), std::string::npos);
+  EXPECT_EQ(read_text(folder / "another.csv"), another);
+  const std::string whole = header_of("nll"), part = whole.substr(0, whole.size() - 3);
+  EXPECT_NE(commit_behind_a_lock(folder / "part.csv", part).find("incomplete"), std::string::npos);
+  EXPECT_EQ(read_text(folder / "part.csv"), part);
+}
+
+TEST(ResultTable, TheHeaderIsLookedAtBeforeEveryRow) {
+  const TemporaryFolder folder;
+  const auto path = folder / "t.csv";
+  ResultTable table(path, example_run(), {"context"}, {"nll"});
+  table.row().set("context", 1).commit();
+  const std::string another = header_of("kl_mean");
+  std::ofstream(path, std::ios::trunc) << another;
+  EXPECT_NE(message_of([&] { table.row().set("context", 2).commit(); }).find("another header"), std::string::npos);
+  EXPECT_EQ(read_text(path), another);
+  std::filesystem::remove(path);
+  table.row().set("context", 3).commit();
+  EXPECT_EQ(parse_csv(read_text(path)).size(), 2u) << "a file that is gone begins anew";
+}
+
+TEST(ResultTable, ARowThatTheDiskTookInPartIsTakenBack) {
+  const TemporaryFolder folder;
+  const auto path = folder / "t.csv";
+  ResultTable table(path, example_run(), {"context"}, {"nll"});
+  table.row().set("context", 1).commit();
+  const std::string before = read_text(path);
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &limit), 0);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  rlimit small = limit;
+  small.rlim_cur = before.size() + 10;
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+  const std::string said = message_of([&] { table.row().set("context", 2).commit(); });
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_NE(said.find("took only a part"), std::string::npos) << said;
+  EXPECT_EQ(said.find("incomplete"), std::string::npos) << said;
+  EXPECT_EQ(read_text(path), before);
+  table.row().set("context", 3).commit();
+  EXPECT_EQ(parse_csv(read_text(path)).size(), 3u);
+}
+
 TEST(ResultTable, PrintsChosenColumnsAligned) {
   ResultTable table("", example_run(), {"cache", "context"}, {"nll"});
   table.row().set("cache", "bf16").set("context", 512).set("nll", 1.23456789).commit();
@@ -267,6 +407,24 @@ TEST(ResultTable, PrintsChosenColumnsAligned) {
 TEST(RunInfo, UtcIsIso8601) {
   EXPECT_EQ(gemma4::utc_text(std::chrono::system_clock::from_time_t(0)), "1970-01-01T00:00:00Z");
   EXPECT_EQ(gemma4::utc_text(std::chrono::system_clock::from_time_t(951782399)), "2000-02-28T23:59:59Z");
+}
+
+TEST(RunInfo, ACardIsNamedByAHashOfItsUuid) {
+  EXPECT_EQ(gemma4::card_name(""), "cbf29ce4") << "FNV-1a of nothing is its offset";
+  EXPECT_EQ(gemma4::card_name("a"), "af63dc4c") << "published value af63dc4c8601ec8c";
+  EXPECT_EQ(gemma4::card_name("foobar"), "85944171") << "published value 85944171f73967e8";
+  const std::string with_zeros("\x00\x80\xff\x00", 4);
+  EXPECT_NE(gemma4::card_name(with_zeros), gemma4::card_name(with_zeros.substr(0, 3))) << "a zero byte counts";
+}
+
+TEST(RunInfo, TheDriversReleaseIsReadFromWhatTheKernelSays) {
+  EXPECT_EQ(gemma4::driver_release_in("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Mon Jan  5 22:42:20 "
+                                      "UTC 2026\nGCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"),
+            "580.159.04");
+  EXPECT_EQ(gemma4::driver_release_in("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release"),
+            "570.86.15");
+  EXPECT_EQ(gemma4::driver_release_in(""), "");
+  EXPECT_EQ(gemma4::driver_release_in("no release. x86_64 12 .5"), "");
 }
 
 TEST(RunInfo, DefaultPathNamesExperimentDeviceAndCommit) {

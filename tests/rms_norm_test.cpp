@@ -7,6 +7,7 @@
 
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/random_matrix.hpp"
 
 namespace {
 
@@ -17,15 +18,13 @@ std::vector<double> flat(const Matrix<double>& m) {
   return {m.data(), m.data() + m.size()};
 }
 
-Matrix<double> random_matrix(Eigen::Index rows, Eigen::Index cols) {
-  const auto seed = *rc::gen::arbitrary<unsigned>();
-  std::srand(seed);
-  return Matrix<double>::Random(rows, cols);
+Matrix<double> any_matrix(Eigen::Index rows, Eigen::Index cols) {
+  return testkit::random_matrix<double>(*rc::gen::arbitrary<std::uint64_t>(), rows, cols);
 }
 
 RC_GTEST_PROP(RmsNorm, OutputHasUnitMeanSquareWithoutWeight, ()) {
   const auto width = *rc::gen::inRange(1, 600);
-  const Matrix<double> x = random_matrix(3, width) * 10.0 + Matrix<double>::Constant(3, width, 0.5);
+  const Matrix<double> x = any_matrix(3, width) * 10.0 + Matrix<double>::Constant(3, width, 0.5);
   Matrix<double> out(3, width);
   reference::rms_norm<double>(x, {}, 1e-12f, out);
   for (Eigen::Index row = 0; row < 3; ++row) {
@@ -36,7 +35,7 @@ RC_GTEST_PROP(RmsNorm, OutputHasUnitMeanSquareWithoutWeight, ()) {
 
 RC_GTEST_PROP(RmsNorm, ScaleOfTheInputCancelsAndWeightMultiplies, ()) {
   const auto width = *rc::gen::inRange(1, 300);
-  const Matrix<double> x = random_matrix(2, width) + Matrix<double>::Constant(2, width, 2.0);
+  const Matrix<double> x = any_matrix(2, width) + Matrix<double>::Constant(2, width, 2.0);
   std::vector<float> weight(static_cast<std::size_t>(width));
   for (std::size_t i = 0; i < weight.size(); ++i) weight[i] = 0.25f * static_cast<float>(i % 9) - 1.0f;
   Matrix<double> plain(2, width), scaled(2, width);

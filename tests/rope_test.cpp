@@ -5,10 +5,12 @@
 
 #include <cmath>
 #include <complex>
+#include <cstdint>
 #include <vector>
 
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
+#include "tests/support/random_matrix.hpp"
 
 namespace {
 
@@ -21,9 +23,8 @@ std::vector<double> flat(const Matrix<double>& m) {
   return {m.data(), m.data() + m.size()};
 }
 
-Matrix<double> random_matrix(Eigen::Index rows, Eigen::Index cols) {
-  std::srand(*rc::gen::arbitrary<unsigned>());
-  return Matrix<double>::Random(rows, cols);
+Matrix<double> any_matrix(Eigen::Index rows, Eigen::Index cols) {
+  return testkit::random_matrix<double>(*rc::gen::arbitrary<std::uint64_t>(), rows, cols);
 }
 
 AttentionConfig any_attention() {
@@ -57,7 +58,7 @@ Matrix<double> by_definition(const Matrix<double>& x, std::int64_t position, con
 RC_GTEST_PROP(Rope, EqualsTheDefinitionAtEveryPosition, ()) {
   const AttentionConfig attention = any_attention();
   const std::int64_t position = *rc::gen::inRange<std::int64_t>(0, kLastPosition + 1);
-  Matrix<double> x = random_matrix(3, 2 * attention.head_dim);
+  Matrix<double> x = any_matrix(3, 2 * attention.head_dim);
   const Matrix<double> expected = by_definition(x, position, attention);
   reference::rope<double>(x, position, attention);
   // pow and exp(log) differ by an ulp or two of the frequency, times the angle: 2.6e5 * 4e-16, on values up to sqrt(2).
@@ -68,7 +69,7 @@ RC_GTEST_PROP(Rope, ScoresDependOnTheDistanceAlone, ()) {
   const AttentionConfig attention = any_attention();
   const std::int64_t position = *rc::gen::inRange<std::int64_t>(0, kLastPosition - 4000);
   const std::int64_t shift = *rc::gen::inRange<std::int64_t>(1, 2000);
-  const Matrix<double> q = random_matrix(1, attention.head_dim), k = random_matrix(1, attention.head_dim);
+  const Matrix<double> q = any_matrix(1, attention.head_dim), k = any_matrix(1, attention.head_dim);
   const auto score = [&](std::int64_t q_position, std::int64_t k_position) {
     Matrix<double> a = q, b = k;
     reference::rope<double>(a, q_position, attention);
@@ -92,7 +93,7 @@ TEST(Rope, AnotherDistanceGivesAnotherScore) {  // the control of the property a
 
 RC_GTEST_PROP(Rope, FloatStaysWithinItsRoundingAtTheLastPosition, ()) {
   const AttentionConfig attention = any_attention();
-  const Matrix<double> x = random_matrix(1, attention.head_dim);
+  const Matrix<double> x = any_matrix(1, attention.head_dim);
   Matrix<double> expected = x.cast<float>().cast<double>();
   reference::rope<double>(expected, kLastPosition, attention);
   Matrix<float> actual = x.cast<float>();
@@ -104,7 +105,7 @@ RC_GTEST_PROP(Rope, FloatStaysWithinItsRoundingAtTheLastPosition, ()) {
 
 TEST(Rope, PartialRotationLeavesTheRestUntouched) {
   const AttentionConfig full = gemma4_31b().full;
-  Matrix<double> x = Matrix<double>::Random(2, full.head_dim);
+  Matrix<double> x = testkit::random_matrix<double>(1, 2, full.head_dim);
   const Matrix<double> before = x;
   reference::rope<double>(x, 5000, full);
   const Eigen::Index half = full.head_dim / 2, pairs = full.rope_pairs;
@@ -115,7 +116,7 @@ TEST(Rope, PartialRotationLeavesTheRestUntouched) {
 }
 
 TEST(Rope, PositionZeroIsTheIdentity) {
-  Matrix<double> x = Matrix<double>::Random(1, 256);
+  Matrix<double> x = testkit::random_matrix<double>(2, 1, 256);
   const Matrix<double> before = x;
   reference::rope<double>(x, 0, gemma4_31b().sliding);
   EXPECT_EQ(x, before);

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/support/close.hpp"
@@ -135,6 +136,42 @@ TEST(Rotation, IsOrthogonalToOneMillionth) {
       bent(3, 5) += 1e-4;
       EXPECT_FALSE(close(flat<double>(bent * bent.transpose()), flat(one), 1e-6)) << "negative control";
     }
+  }
+}
+
+/// The Gaussians made orthogonal from top to bottom, each row swept `n_sweep` times (gemma4/rotation.hpp: twice).
+Matrix<double> swept(std::uint64_t seed, std::int64_t head_dim, int n_sweep) {
+  Matrix<double> m = normal_rows(seed, head_dim, head_dim);
+  for (Eigen::Index r = 0; r < head_dim; ++r) {
+    for (int sweep = 0; sweep < n_sweep; ++sweep) {
+      for (Eigen::Index above = 0; above < r; ++above) m.row(r) -= m.row(r).dot(m.row(above)) * m.row(above);
+    }
+    m.row(r).normalize();
+  }
+  return m;
+}
+
+/// Largest entry of |R R^T - 1|, summed in long double.
+double distance_from_orthogonal(const Matrix<double>& r) {
+  const Matrix<long double> wide = r.cast<long double>();
+  const Matrix<long double> one = Matrix<long double>::Identity(r.rows(), r.rows());
+  return static_cast<double>((wide * wide.transpose() - one).cwiseAbs().maxCoeff());
+}
+
+TEST(Rotation, HaarMatrixIsOrthogonalToRounding) {
+  // The last sweep takes at most head_dim components off a row of length near 1, each of them next to nothing: one
+  // rounding of the row each. One sweep leaves what the condition of the Gaussians makes of a rounding; these seeds are
+  // among the worst.
+  constexpr double kDoubleUnit = 0x1p-53;
+  const std::pair<std::int64_t, std::uint64_t> cases[] = {{64, 3}, {64, 20}, {128, 2}, {128, 3}};
+  for (const auto& [head_dim, seed] : cases) {
+    const std::vector<double> values = haar_matrix(seed, head_dim);
+    const Matrix<double> r = Eigen::Map<const Matrix<double>>(values.data(), head_dim, head_dim);
+    const double bound = static_cast<double>(head_dim) * kDoubleUnit;
+    EXPECT_LE(distance_from_orthogonal(r), bound) << head_dim << ", seed " << seed;
+    EXPECT_LE(distance_from_orthogonal(swept(seed, head_dim, 2)), bound) << head_dim << ", seed " << seed;
+    EXPECT_GT(distance_from_orthogonal(swept(seed, head_dim, 1)), 2 * bound) << "negative control: one sweep";
+    EXPECT_TRUE(close(flat(r), flat(swept(seed, head_dim, 2)), 1e-12)) << "and it is this matrix";
   }
 }
 

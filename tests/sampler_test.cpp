@@ -17,7 +17,7 @@ namespace {
 
 using namespace gemma4;
 using reference::sample;
-using reference::detail::survivors;
+using reference::survivors;
 using Logits = std::vector<float>;
 using Indices = std::vector<std::int32_t>;
 

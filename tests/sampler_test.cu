@@ -136,7 +136,7 @@ TEST(SamplerGpu, ExactlyWhatStaysIsDrawn) {
   for (const SamplerSettings& settings :
        {SamplerSettings{.temperature = 1, .top_k = 3}, SamplerSettings{.temperature = 1, .top_p = 0.6f},
         SamplerSettings{.temperature = 1, .top_k = 6, .top_p = 0.9f}, SamplerSettings{.temperature = 1}}) {
-    std::vector<std::int32_t> kept = reference::detail::survivors(logits, settings), drawn;
+    std::vector<std::int32_t> kept = reference::survivors(logits, settings), drawn;
     for (std::int32_t position = 0; position < 400; ++position) drawn.push_back(device.sample(settings, position));
     std::sort(kept.begin(), kept.end());
     std::sort(drawn.begin(), drawn.end());

@@ -19,10 +19,13 @@ namespace gemma4::cuda {
 namespace {
 
 using testkit::close;
+using testkit::cosine;
 using testkit::NaiveAttention;
 using testkit::narrow;
 using testkit::rc_require;
 using testkit::refuses;
+using testkit::scale_close;
+using testkit::stays_at;
 
 /// A whole sequence: q [n_token, n_head, head_dim], k and v [n_token, n_head_kv, head_dim].
 struct Sequence {
@@ -211,24 +214,27 @@ TEST(SlidingAttentionGpu, RealShape) {
                    .scale = 2.0f / 16.0f,
                    .seed = 4};
   const std::vector<float> q = s.q(), k = s.k(), v = s.v();
-  std::vector<float> expected(q.size()), ring(static_cast<std::size_t>(s.n_head_kv * s.ring_len * s.head_dim));
+  std::vector<float> ring(static_cast<std::size_t>(s.n_head_kv * s.ring_len * s.head_dim));
   const auto ring_view = make_view<const float>(ring.data(), s.n_head_kv, s.ring_len, s.head_dim);
-  reference::sliding_attention<float, float>(make_view(q.data(), s.n_token, s.n_head, s.head_dim), ring_view, ring_view,
-                                             make_view(k.data(), s.n_token, s.n_head_kv, s.head_dim),
-                                             make_view(v.data(), s.n_token, s.n_head_kv, s.head_dim), 0, s.window,
-                                             s.scale, make_view(expected.data(), s.n_token, s.n_head, s.head_dim));
+  const auto expect = [&](float scale) {
+    std::vector<float> result(q.size());
+    reference::sliding_attention<float, float>(make_view(q.data(), s.n_token, s.n_head, s.head_dim), ring_view,
+                                               ring_view, make_view(k.data(), s.n_token, s.n_head_kv, s.head_dim),
+                                               make_view(v.data(), s.n_token, s.n_head_kv, s.head_dim), 0, s.window,
+                                               scale, make_view(result.data(), s.n_token, s.n_head, s.head_dim));
+    return result;
+  };
+  const std::vector<float> expected = expect(s.scale), sharper = expect(s.scale * (1.0f + 0x1p-6f));
   const double bound = attention_bound(s.rounding(), s.head_dim, s.scale * s.head_dim * 2.89, 1.7);
   for (const std::vector<std::int64_t>& chunks :
        {std::vector<std::int64_t>{4096, 1, 603}, {2048, 2048, 604}, {1025, 3, 1, 1, 1000, 2670}}) {
     const std::vector<float> actual = in_chunks(s, chunks);
     EXPECT_TRUE(close(actual, expected, bound));
-    double ab = 0, aa = 0, bb = 0;
-    for (std::size_t i = 0; i < actual.size(); ++i) {
-      ab += static_cast<double>(actual[i]) * expected[i];
-      aa += static_cast<double>(actual[i]) * actual[i];
-      bb += static_cast<double>(expected[i]) * expected[i];
-    }
-    EXPECT_GE(ab / std::sqrt(aa * bb), 0.9999);
+    EXPECT_GE(cosine(actual, expected), 0.9999);
+    // Roundings to bf16 have no direction: over 38 million values nothing of them is left in a factor of the result.
+    // One of the scores shows on the way to sharper ones.
+    EXPECT_TRUE(scale_close(actual, expected, 1e-3));
+    EXPECT_TRUE(stays_at(actual, expected, sharper, 1e-3 / 0x1p-6));
   }
 }
 

@@ -83,7 +83,7 @@ std::vector<float> draw(TensorType type, std::uint64_t seed, const std::string& 
   std::vector<std::byte> bytes(static_cast<std::size_t>(gemma4::row_bytes(type, n)));
   gemma4::SyntheticRows(seed, common_share).fill(name, row, type, n, deviation, bytes);
   std::vector<float> values(static_cast<std::size_t>(n));
-  gemma4::decode_row(type, bytes, values);
+  gemma4::dequantise_row(type, bytes, values);
   return values;
 }
 
@@ -132,7 +132,7 @@ TEST(SyntheticWeights, RowsHaveTheShareInCommonThatIsAskedFor) {
       for (std::int64_t row = 0; row < kRows; ++row) {
         std::ranges::copy(draw(type, 1, "w", row, kColumns, 0.1, share), rows.row(row).begin());
       }
-      EXPECT_NEAR(gemma4::reference::detail::common_share(rows), share, 0.02) << type_name(type);
+      EXPECT_NEAR(gemma4::reference::common_share(rows), share, 0.02) << type_name(type);
       EXPECT_NEAR(rows.squaredNorm() / static_cast<double>(rows.size()), 0.01, 0.0002) << type_name(type) << share;
     }
   }
@@ -153,7 +153,7 @@ TEST(SyntheticVocabulary, AnySizeMakesATokenizerThatRoundTrips) {
   const TemporaryFolder folder;
   for (const std::int64_t size : {267, 300, 1024, 20000}) {
     gemma4::GgufWriter writer(folder / "v.gguf");
-    gemma4::detail::set_vocabulary_keys(writer, size);
+    gemma4::set_vocabulary_keys(writer, size);
     writer.finish();
     const GgufFile file = GgufFile::open(folder / "v.gguf");
     const gemma4::Tokenizer tokenizer(file);

@@ -22,7 +22,6 @@
 namespace {
 
 using namespace gemma4;
-using testkit::add_token;
 using testkit::toy_vocabulary;
 using Ids = std::vector<std::int32_t>;
 
@@ -277,89 +276,10 @@ TEST(Tokenizer, ParsedTextBecomesControlTokens) {
   EXPECT_GT(nano().encode("<|turn>user", kPlain).front(), 255);
 }
 
-TEST(Tokenizer, AMergeThatSpellsAControlOrByteTokenIsNotUsed) {
-  VocabularyData data = toy_vocabulary();
-  for (const char* text : {"<", "bos>", "<0x", "41>"}) add_token(data, text);
-  data.merges.insert(data.merges.end(), {"< bos>", "<0x 41>"});
-  const Tokenizer tokenizer(data);
-  EXPECT_EQ(tokenizer.decode(tokenizer.encode("<bos><0x41>", kPlain)), "<bos><0x41>");
-  for (const std::int32_t id : tokenizer.encode("<bos>", kPlain)) EXPECT_NE(id, 2);
-}
-
-// ---- cases
-
-TEST(Tokenizer, TheEarliestThenTheLongestUserDefinedTokenWins) {
-  const Tokenizer toy(toy_vocabulary());
-  const auto id = [&](std::string_view text) { return *toy.vocabulary().find(text); };
-  EXPECT_EQ(toy.encode("xyzab", kPlain), (Ids{id("xyz"), id("ab")}));
-  EXPECT_EQ(toy.encode("yzab", kPlain), (Ids{id("yzab")}));
-  EXPECT_EQ(toy.encode("axya", kPlain), (Ids{id("a"), id("xy"), id("a")}));
-}
-
-TEST(Tokenizer, EqualMergesGoLeftToRight) {
-  const Tokenizer toy(toy_vocabulary());
-  const auto id = [&](std::string_view text) { return *toy.vocabulary().find(text); };
-  EXPECT_EQ(toy.encode("aaa", kPlain), (Ids{id("aa"), id("a")}));
-  EXPECT_EQ(toy.encode("aaaaaa", kPlain), (Ids{id("aaaa"), id("aa")}));
-  EXPECT_EQ(toy.encode("abc", kPlain), (Ids{id("abc")}));  // "b c" first, then "a bc"
-}
-
-TEST(Tokenizer, ARunOfNewlinesThatIsATokenStaysWhole) {
-  const Tokenizer toy(toy_vocabulary());  // no merge makes three newlines
-  const auto id = [&](std::string_view text) { return *toy.vocabulary().find(text); };
-  EXPECT_EQ(toy.encode("a\n\n\na", kPlain), (Ids{id("a"), id("\n\n\n"), id("a")}));
-  EXPECT_EQ(toy.encode("\n\n\n\n\n", kPlain), (Ids{id("\n\n"), id("\n\n"), id("\n")}));
-}
-
-TEST(Tokenizer, ACodePointOutsideTheVocabularyGivesItsBytes) {
-  const Tokenizer toy(toy_vocabulary());
-  const auto byte = [&](std::uint8_t value) { return toy.vocabulary().byte_token(value); };
-  EXPECT_EQ(toy.encode("ü", kPlain), (Ids{byte(0xC3), byte(0xBC)}));
-  EXPECT_EQ(toy.encode("a\xE4\xBD", kPlain), (Ids{*toy.vocabulary().find("a"), byte(0xE4), byte(0xBD)}));
-  EXPECT_EQ(toy.encode(std::string_view("\0", 1), kPlain), (Ids{byte(0)}));
-}
-
-TEST(Tokenizer, BeginOfSequenceComesAsAskedFor) {
-  VocabularyData data = toy_vocabulary();
-  EXPECT_EQ(Tokenizer(data).encode(""), (Ids{2}));
-  EXPECT_EQ(Tokenizer(data).encode("", kPlain), Ids{});
-  data.add_bos = false;
-  EXPECT_EQ(Tokenizer(data).encode(""), Ids{});
-  EXPECT_EQ(Tokenizer(data).encode("", {.add_bos = true}), (Ids{2}));
-  data.bos_id = -1;
-  EXPECT_THROW(static_cast<void>(Tokenizer(data).encode("", {.add_bos = true})), std::invalid_argument);
-}
-
 TEST(Tokenizer, ControlTokensAreSkippedWhenAsked) {
   const Ids ids = nano().encode("<bos>a<turn|> b<|channel>", kSpecial);
   EXPECT_EQ(nano().decode(ids), "<bos>a<turn|> b<|channel>");
   EXPECT_EQ(nano().decode(ids, {.skip_control = true}), "a b<|channel>");
-}
-
-TEST(Tokenizer, TheSpacePrefixIsAddedOnceAndTakenBack) {
-  VocabularyData data = toy_vocabulary();
-  data.add_space_prefix = true;
-  const Tokenizer toy(data);
-  const auto id = [&](std::string_view text) { return *toy.vocabulary().find(text); };
-  EXPECT_EQ(toy.encode("ab", kPlain), (Ids{id(kSpaceMark), id("ab")}));
-  EXPECT_EQ(toy.encode("<bos>a", kSpecial), (Ids{2, id("\u2581a")}));
-  EXPECT_EQ(toy.encode("xya", kPlain), (Ids{id("xy"), id("a")}));
-  for (const char* text : {"", " ", "ab", " ab", "  a", "\na", "xy a", " xy", "<bos> a", "<bos>xy a"}) {
-    EXPECT_EQ(toy.decode(toy.encode(text, kSpecial)), text);
-  }
-}
-
-TEST(Tokenizer, EndsAreTheEndOfSequenceAndOfATurn) {
-  const Tokenizer toy(toy_vocabulary());
-  EXPECT_TRUE(toy.is_end(1));
-  EXPECT_TRUE(toy.is_end(5));
-  EXPECT_FALSE(toy.is_end(2));
-  EXPECT_FALSE(toy.is_end(300));
-  VocabularyData data = toy_vocabulary();
-  data.eos_id = -1;
-  data.types[5] = static_cast<std::int32_t>(TokenType::kNormal);
-  EXPECT_FALSE(Tokenizer(data).is_end(1));
-  EXPECT_FALSE(Tokenizer(data).is_end(5));
 }
 
 TEST(Tokenizer, PiecesJoinToTheDecodedText) {
@@ -367,20 +287,6 @@ TEST(Tokenizer, PiecesJoinToTheDecodedText) {
   std::string joined;
   for (const std::int32_t id : nano().encode(text, kPlain)) joined += nano().decode_piece(id);
   EXPECT_EQ(joined, text);
-}
-
-TEST(Tokenizer, AMillionBytesInOnePieceAreNoWork) {
-  const Tokenizer toy(toy_vocabulary());
-  const std::string text(1'000'000, 'a');
-  const Ids ids = toy.encode(text, kPlain);
-  EXPECT_EQ(ids.size(), text.size() / 4);
-  EXPECT_EQ(toy.decode(ids), text);
-}
-
-TEST(Tokenizer, AMovedTokenizerWorks) {
-  Tokenizer first(toy_vocabulary());
-  const Tokenizer second = std::move(first);
-  EXPECT_EQ(second.decode(second.encode("<bos>abc xyz", kSpecial)), "<bos>abc xyz");
 }
 
 TEST(Tokenizer, AnIdOutsideTheVocabularyIsRefused) {
@@ -392,85 +298,6 @@ TEST(Tokenizer, AnIdOutsideTheVocabularyIsRefused) {
     static_cast<void>(nano().decode(Ids{5, 4096}));
   } catch (const std::invalid_argument& error) {
     EXPECT_STREQ(error.what(), "tokenizer: id 4096 at place 1, the vocabulary has 4096 tokens");
-  }
-}
-
-// ---- bad vocabularies
-
-struct BadVocabulary {
-  const char* name;
-  void (*spoil)(VocabularyData&);
-  const char* message;  // that the error must contain
-};
-
-std::int32_t number(TokenType type) {
-  return static_cast<std::int32_t>(type);
-}
-
-const BadVocabulary kBad[] = {
-    {"no_tokens", [](VocabularyData& d) { d.tokens.clear(), d.types.clear(); },
-     "tokens: expected 1 to 2147483647 tokens, found 0"},
-    {"types_too_few", [](VocabularyData& d) { d.types.pop_back(); },
-     "token_type: expected 284 types, one a token, found 283"},
-    {"types_too_many", [](VocabularyData& d) { d.types.push_back(1); }, "expected 284 types, one a token, found 285"},
-    {"type_zero", [](VocabularyData& d) { d.types[9] = 0; }, "token_type[9]: expected a type from 1 to 6, found 0"},
-    {"type_seven", [](VocabularyData& d) { d.types[9] = 7; }, "token_type[9]: expected a type from 1 to 6, found 7"},
-    {"empty_token", [](VocabularyData& d) { d.tokens[3].clear(); }, "tokens[3]: expected a text, found an empty one"},
-    {"repeated_token", [](VocabularyData& d) { d.tokens[3] = "<bos>"; },
-     "tokens[3]: expected unique tokens, found '<bos>', which is also id 2"},
-    {"byte_missing", [](VocabularyData& d) { d.types[8] = number(TokenType::kNormal); },
-     "expected a byte token for each byte, found none for byte 0"},
-    {"byte_malformed", [](VocabularyData& d) { d.tokens[8] = "<0x0g>"; },
-     "tokens[8]: expected a byte token <0x00> to <0xFF>, found '<0x0g>'"},
-    {"byte_lower_case", [](VocabularyData& d) { d.tokens[8 + 0xAB] = "<0xab>"; }, "found '<0xab>'"},
-    {"no_space_mark", [](VocabularyData& d) { d.types[267] = number(TokenType::kControl); },
-     "expected a normal token for the space mark U+2581, found none"},
-    {"merge_without_space", [](VocabularyData& d) { d.merges[1] = "ab"; },
-     "merges[1]: expected two tokens with one space between, found 'ab'"},
-    {"merge_with_two_spaces", [](VocabularyData& d) { d.merges[1] = "a  b"; },
-     "merges[1]: expected two tokens with one space between"},
-    {"merge_without_left", [](VocabularyData& d) { d.merges[1] = " b"; }, "merges[1]: expected two tokens"},
-    {"merge_without_right", [](VocabularyData& d) { d.merges[1] = "a "; }, "merges[1]: expected two tokens"},
-    {"merge_empty", [](VocabularyData& d) { d.merges[1] = ""; }, "merges[1]: expected two tokens"},
-    {"merge_unknown_left", [](VocabularyData& d) { d.merges[1] = "q b"; },
-     "merges[1]: expected tokens of the vocabulary, found 'q', which is none"},
-    {"merge_unknown_right", [](VocabularyData& d) { d.merges[1] = "a q"; }, "found 'q', which is none"},
-    {"merge_unknown_result", [](VocabularyData& d) { d.merges[1] = "c c"; }, "found 'cc', which is none"},
-    {"merge_repeated", [](VocabularyData& d) { d.merges[3] = "b c"; },
-     "merges[3]: expected unique merges, found 'b c', which is also merge 0"},
-    {"bos_out_of_range", [](VocabularyData& d) { d.bos_id = 284; },
-     "bos_token_id: expected an id below 284, found 284"},
-    {"bos_below_none", [](VocabularyData& d) { d.bos_id = -2; }, "bos_token_id: expected an id below 284, found -2"},
-    {"eos_out_of_range", [](VocabularyData& d) { d.eos_id = 1LL << 40; },
-     "eos_token_id: expected an id below 284, found 1099511627776"},
-    {"add_bos_without_bos", [](VocabularyData& d) { d.bos_id = -1; },
-     "add_bos_token: expected a bos_token_id with it, found none"},
-};
-
-class TokenizerRefuses : public testing::TestWithParam<BadVocabulary> {};
-
-TEST_P(TokenizerRefuses, NamingWhatIsWrong) {
-  VocabularyData data = toy_vocabulary();
-  ASSERT_NO_THROW(Tokenizer{data});
-  GetParam().spoil(data);
-  try {
-    const Tokenizer tokenizer(data);
-    FAIL() << "accepted";
-  } catch (const FormatError& error) {
-    EXPECT_NE(std::string(error.what()).find(GetParam().message), std::string::npos) << error.what();
-    EXPECT_TRUE(std::string(error.what()).starts_with("toy: tokenizer.ggml."));
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(Tokenizer, TokenizerRefuses, testing::ValuesIn(kBad),
-                         [](const auto& info) { return std::string(info.param.name); });
-
-TEST(Tokenizer, AFileWithoutAVocabularyIsRefused) {
-  try {
-    static_cast<void>(vocabulary_data(GgufFile::open(kData / "nano/nano-Q4_K_M-logits.gguf")));
-    FAIL() << "accepted";
-  } catch (const FormatError& error) {
-    EXPECT_NE(std::string(error.what()).find("tokenizer.ggml.model"), std::string::npos) << error.what();
   }
 }
 

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "cuda/device/device_buffer.cuh"
@@ -34,9 +35,9 @@ struct BigCall {
   Tq4AttentionPlan plan;
   DeviceBuffer<std::byte> workspace;
 
-  explicit BigCall(const AttentionShape& s)
+  explicit BigCall(const AttentionShape& s, float scale = 1.0f)
       : shape(s),
-        options{.scale = 1.0f},
+        options{.scale = scale},
         rows(s.batch, s.n_head_kv, s.buffer_len, s.head_dim),
         q(draw(3, s.batch * s.n_query * s.n_head * s.head_dim)),
         q_device(narrow(q)),
@@ -58,6 +59,20 @@ struct BigCall {
                   options, kv_len, make_view(out.data(), s.batch, s.n_query, s.n_head, s.head_dim), plan,
                   {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, stream);
   }
+  /// The reference in double on the same rows, with the levels as the device reads them.
+  /// @param scale_factor  of the scores
+  [[nodiscard]] std::vector<double> exact(const reference::Tq4Codec<double>& codec, std::int64_t kv_len,
+                                          float scale_factor = 1.0f) const {
+    const AttentionShape& s = shape;
+    const std::vector<double> wide(q.begin(), q.end());
+    std::vector<double> result(wide.size());
+    AttentionOptions changed = options;
+    changed.scale *= scale_factor;
+    reference::tq4_attention<double>(make_view(wide.data(), s.batch, s.n_query, s.n_head, s.head_dim), rows.view(),
+                                     codec, changed, kv_len,
+                                     make_view(result.data(), s.batch, s.n_query, s.n_head, s.head_dim));
+    return result;
+  }
   [[nodiscard]] std::vector<float> run(std::int64_t kv_len) {
     const auto value = static_cast<std::int32_t>(kv_len);
     length.from_host(std::span<const std::int32_t>(&value, 1));
@@ -66,6 +81,39 @@ struct BigCall {
     return widen(out.to_host());
   }
 };
+
+/// How far a factor of the whole result may be from 1. What is rounded (queries to fp16, weights and the result to
+/// bf16, each by at most 2^-9 of itself, without direction) leans on the result by 1 / sqrt(n) of that, n being the
+/// values of a call or the keys that share its weights: 256 at least, so 2^-13 = 1.2e-4. Eight deviations.
+constexpr double kScaleBound = 1e-3;
+
+/// A factor on V or K of 1.004, which a cosine does not see and a bound on each element hides under bf16. V's is that
+/// of the result. K's is that of every score, and takes the result towards the one of scores that are sharper by 2^-6:
+/// 0.26 of that way. Scores deviate by 2.6 here, so that there is a way to go (with a scale of 1 they deviate by 0.2).
+TEST(Tq4DecodeGpu, KeysAndValuesHaveTheirScale) {
+  constexpr float kSharper = 1.0f + 0x1p-6f;
+  constexpr double kShareBound = kScaleBound / 0x1p-6;
+  for (const auto& [n_head, n_head_kv, head_dim, n_query] :
+       {std::array<std::int64_t, 4>{32, 4, 512, 1}, {32, 4, 512, 4}, {16, 2, 256, 1}, {16, 2, 128, 2}}) {
+    BigCall call({.batch = 1,
+                  .n_query = n_query,
+                  .n_head = n_head,
+                  .n_head_kv = n_head_kv,
+                  .head_dim = head_dim,
+                  .buffer_len = 4096},
+                 12.0f);
+    const auto& codec = codec_with_device_levels(head_dim);
+    for (const std::int64_t kv_len : {200, 4096}) {
+      const std::vector<double> expected = call.exact(codec, kv_len), sharper = call.exact(codec, kv_len, kSharper);
+      const std::vector<float> out = call.run(kv_len);
+      EXPECT_TRUE(scale_close(out, expected, kScaleBound)) << "V, head_dim " << head_dim << ", kv_len " << kv_len;
+      EXPECT_TRUE(stays_at(out, expected, sharper, kShareBound)) << "K, head_dim " << head_dim << ", kv_len " << kv_len;
+      // Control: keys that are too large show.
+      EXPECT_FALSE(stays_at(call.exact(codec, kv_len, 1.004f), expected, sharper, kShareBound));
+      EXPECT_FALSE(stays_at(call.exact(codec, kv_len, 0.996f), expected, sharper, kShareBound));
+    }
+  }
+}
 
 /// The shapes of the model and of a smaller sibling, against the reference in double on the same packed rows. Random
 /// codes do not have unit length, so the bound takes the largest level instead.
@@ -82,24 +130,19 @@ TEST(Tq4DecodeGpu, RealShapesAgreeWithTheReference) {
                   .n_head_kv = r.n_head_kv,
                   .head_dim = r.head_dim,
                   .buffer_len = r.buffer_len});
-    const std::vector<double> q(call.q.begin(), call.q.end());
-    const auto expect = [&](const reference::Tq4Codec<double>& codec, std::int64_t kv_len) {
-      std::vector<double> out(q.size());
-      reference::tq4_attention<double>(make_view(q.data(), 1, r.n_query, r.n_head, r.head_dim), call.rows.view(), codec,
-                                       call.options, kv_len, make_view(out.data(), 1, r.n_query, r.n_head, r.head_dim));
-      return out;
-    };
     const auto& codec = codec_of<reference::Tq4Codec<double>>(r.head_dim);
     const double level = codec.k_codebook().centroids[15] * std::sqrt(static_cast<double>(r.head_dim));
     const double score = 1.7 * std::sqrt(static_cast<double>(r.head_dim)) * 0.21 * level, value = 21.1 * level;
     for (const std::int64_t kv_len : r.kv_len) {
-      const std::vector<double> expected = expect(codec, kv_len);
+      const std::vector<double> expected = call.exact(codec, kv_len),
+                                on_levels = call.exact(codec_with_device_levels(r.head_dim), kv_len);
       const std::vector<float> out = call.run(kv_len);
       const AttentionRounding rounding = decode_rounding(r.head_dim, kv_len, call.plan.decode.n_split, score);
-      EXPECT_TRUE(vectors_close(out, expect(codec_with_device_levels(r.head_dim), kv_len),
+      EXPECT_TRUE(vectors_close(out, on_levels,
                                 std::vector<double>(out.size(), attention_bound(rounding, r.head_dim, score, value)),
                                 r.head_dim))
           << kv_len;
+      EXPECT_TRUE(scale_close(out, on_levels, kScaleBound)) << r.head_dim << ", " << kv_len;
       EXPECT_GE(cosine(out, expected), 0.9999) << r.head_dim << ", " << kv_len;
       EXPECT_TRUE(same_bits(call.run(kv_len), out)) << "twice, " << kv_len;
       if (kv_len > 16) {
@@ -135,10 +178,14 @@ TEST_P(Tq4DecodeGolden, AgreesWithTheReferenceOnTheSameRows) {
   const Tq4Golden golden = read_tq4_golden(std::string(GEMMA4_TEST_DATA) + "/tq4/" + GetParam() + ".gguf");
   const AttentionShape& s = golden.shape;
   const Eigen::Map<const Matrix<float>> matrix(golden.rotation.data(), s.head_dim, s.head_dim);
-  const reference::Tq4Codec<double> codec(reference::Rotation<double>::dense(matrix.cast<double>()), golden.codebook,
-                                          golden.codebook, NormKind::kRaw);
   const Tq4Codec device_codec(Rotation::dense(s.head_dim, golden.rotation), golden.codebook, golden.codebook,
                               NormKind::kRaw);
+  const auto codec_of_levels = [&](const Codebook& k, const Codebook& v) {
+    return reference::Tq4Codec<double>(reference::Rotation<double>::dense(matrix.cast<double>()), k, v, NormKind::kRaw);
+  };
+  const auto codec = codec_of_levels(golden.codebook, golden.codebook);
+  const auto device_levels = codec_of_levels(read_levels(golden.codebook, device_codec.k_bytes()),
+                                             read_levels(golden.codebook, device_codec.v_bytes()));
   Tq4CacheBuffer rows(1, s.n_head_kv, s.buffer_len, s.head_dim);
   std::copy(golden.k_codes.begin(), golden.k_codes.end(), rows.k_codes().begin());
   std::copy(golden.v_codes.begin(), golden.v_codes.end(), rows.v_codes().begin());
@@ -147,10 +194,13 @@ TEST_P(Tq4DecodeGolden, AgreesWithTheReferenceOnTheSameRows) {
   const std::vector<Bf16> q16 = narrow(golden.q);
   const std::vector<float> q_float = widen(q16);
   const std::vector<double> q(q_float.begin(), q_float.end());
-  std::vector<double> expected(q.size());
-  reference::tq4_attention<double>(make_view(q.data(), 1, s.n_query, s.n_head, s.head_dim), rows.view(), codec,
-                                   golden.options(), golden.kv_len,
-                                   make_view(expected.data(), 1, s.n_query, s.n_head, s.head_dim));
+  const auto expect = [&](const reference::Tq4Codec<double>& levels) {
+    std::vector<double> result(q.size());
+    reference::tq4_attention<double>(make_view(q.data(), 1, s.n_query, s.n_head, s.head_dim), rows.view(), levels,
+                                     golden.options(), golden.kv_len,
+                                     make_view(result.data(), 1, s.n_query, s.n_head, s.head_dim));
+    return result;
+  };
   const DeviceBuffer<std::byte> memory = records_of(rows);
   const DeviceBuffer<Bf16> q_device(q16);
   DeviceBuffer<Bf16> out(q_device.size());
@@ -162,8 +212,11 @@ TEST_P(Tq4DecodeGolden, AgreesWithTheReferenceOnTheSameRows) {
                 DeviceCount::on_host(golden.kv_len), make_view(out.data(), 1, s.n_query, s.n_head, s.head_dim), plan,
                 {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
   const std::vector<float> actual = widen(out.to_host());
-  EXPECT_GE(cosine(actual, expected), 0.9999);
+  EXPECT_GE(cosine(actual, expect(codec)), 0.9999);
+  EXPECT_TRUE(scale_close(actual, expect(device_levels), kScaleBound));
   EXPECT_GE(cosine(actual, golden.out_tq4), 0.9998);
+  // The peer's levels and norms are float32: ours are off by at most 2^-8 and 2^-9.
+  EXPECT_TRUE(scale_close(actual, golden.out_tq4, 0x1p-8 + 0x1p-9 + kScaleBound));
   EXPECT_LT(cosine(actual, golden.out_exact), 0.9998);  // compression is seen
 }
 

@@ -129,7 +129,7 @@ RC_GTEST_PROP(Tq4AttentionPrefillGpu, EqualsItsPartsBitForBit, (const AttentionC
   RC_ASSERT(!same_bits(fixture.run(c.options(), c.kv_len, scratch_limit, choice), expected));
 }
 
-/// The model's layer against the reference in double on the same rows. Control: a seventh of the keys missing shows.
+/// The model's layer against the reference in float on the same rows. Control: a seventh of the keys missing shows.
 TEST(Tq4AttentionPrefillGpu, RealShapesAgreeWithTheReference) {
   struct Real {
     std::int64_t n_query, kv_len, buffer_len;
@@ -146,11 +146,26 @@ TEST(Tq4AttentionPrefillGpu, RealShapesAgreeWithTheReference) {
                           .seed = 31};
     const Fixture fixture(c);
     const std::vector<float> values = c.q(), out = fixture.run(c.options(), c.kv_len, kTq4PrefillScratch, {});
-    std::vector<float> expected(values.size());
-    reference::tq4_attention<float>(make_view(values.data(), 1, r.n_query, 32, 512), fixture.rows.view(),
-                                    codec_of<reference::Tq4Codec<float>>(512), c.options(), c.kv_len,
-                                    make_view(expected.data(), 1, r.n_query, 32, 512));
+    const auto expect = [&](float scale_factor) {
+      std::vector<float> result(values.size());
+      AttentionOptions options = c.options();
+      options.scale *= scale_factor;
+      reference::tq4_attention<float>(make_view(values.data(), 1, r.n_query, 32, 512), fixture.rows.view(),
+                                      codec_of<reference::Tq4Codec<float>>(512), options, c.kv_len,
+                                      make_view(result.data(), 1, r.n_query, 32, 512));
+      return result;
+    };
+    const std::vector<float> expected = expect(1.0f);
     EXPECT_GE(cosine(out, expected), 0.9999) << c;
+    // Roundings to bf16 (2^-9) have no direction: over these 2^18 values they come to 2^-18 of a factor, those of K and
+    // V, which repeat for each record's 16 levels, to 2^-13 or so. A factor of K shows on the way to sharper scores.
+    constexpr double kScaleBound = 1e-3;
+    EXPECT_TRUE(scale_close(out, expected, kScaleBound)) << c;
+    if (r.kv_len < 4096) {
+      const std::vector<float> sharper = expect(1.0f + 0x1p-6f);
+      EXPECT_TRUE(stays_at(out, expected, sharper, kScaleBound / 0x1p-6)) << c;
+      EXPECT_FALSE(stays_at(expect(1.004f), expected, sharper, kScaleBound / 0x1p-6)) << c;
+    }
     if (r.kv_len > r.n_query) {
       EXPECT_LT(cosine(fixture.run(c.options(), c.kv_len - c.kv_len / 7, kTq4PrefillScratch, {}), expected), 0.9999)
           << c;

@@ -5,10 +5,13 @@
 
 #include <map>
 #include <memory>
+#include <tuple>
+#include <utility>
 
 #include "gemma4/tq4_golden.hpp"
 #include "reference/bf16_attention.hpp"
 #include "tests/support/attention_promises.hpp"
+#include "tests/support/tq4_oracle.hpp"
 
 namespace gemma4::reference {
 namespace {
@@ -17,27 +20,26 @@ using namespace gemma4::testkit;
 
 /// Codecs are drawn once: solving a codebook costs more than a small attention.
 template <class Scalar>
-const Tq4Codec<Scalar>& codec_of(std::int64_t head_dim) {
-  static std::map<std::int64_t, std::unique_ptr<Tq4Codec<Scalar>>> codecs;
-  auto& codec = codecs[head_dim];
-  if (!codec) codec = std::make_unique<Tq4Codec<Scalar>>(head_dim, Tq4Options{});
+const Tq4Codec<Scalar>& codec_of(std::int64_t head_dim, const Tq4Options& options = {}) {
+  static std::map<std::tuple<std::int64_t, int, int>, std::unique_ptr<Tq4Codec<Scalar>>> codecs;
+  auto& codec = codecs[{head_dim, options.k_bits, options.v_bits}];
+  if (!codec) codec = std::make_unique<Tq4Codec<Scalar>>(head_dim, options);
   return *codec;
 }
 
+/// Widths of K and V, apart in most cases: a codebook taken for the other side's shows.
+Tq4Options widths_of(const AttentionCase& c) {
+  constexpr std::pair<int, int> kWidths[] = {{4, 2}, {3, 4}, {4, 4}, {2, 3}};
+  const auto& [k_bits, v_bits] = kWidths[c.seed % 4];
+  return {.k_bits = k_bits, .v_bits = v_bits};
+}
+
 /// Every row of one side decoded in double: [batch, n_head_kv, buffer_len, head_dim].
-std::vector<double> decoded(const Tq4CacheBuffer& cache, const Tq4Codec<double>& codec, CacheSide side) {
-  const CacheShape& s = cache.shape();
+std::vector<double> decoded(const Tq4CacheBuffer& cache, const Rotation<double>& rotation, const Codebook& book,
+                            CacheSide side) {
   const ConstTq4CacheView view = cache.view();
-  const bool is_key = side == CacheSide::kKey;
-  Matrix<double> rows(s.batch * s.n_head_kv * s.buffer_len, s.head_dim);
-  for (std::int64_t b = 0; b < s.batch; ++b) {
-    for (std::int64_t h = 0; h < s.n_head_kv; ++h) {
-      const auto [codes, norms] =
-          tq4_rows(is_key ? view.k_codes : view.v_codes, is_key ? view.k_norm : view.v_norm, b, h, 0, s.buffer_len);
-      codec.decompress(side, codes, norms, rows.middleRows((b * s.n_head_kv + h) * s.buffer_len, s.buffer_len));
-    }
-  }
-  return {rows.data(), rows.data() + rows.size()};
+  return side == CacheSide::kKey ? decode_side(cache.shape(), view.k_codes.data, view.k_norm.data, book, rotation)
+                                 : decode_side(cache.shape(), view.v_codes.data, view.v_norm.data, book, rotation);
 }
 
 /// The oracle on decoded rows, its magnitudes as lengths of vectors: what attention_bound asks for in a rotated space.
@@ -83,7 +85,8 @@ class Tq4Subject {
       std::swap(view.stride[1], view.stride[2]);
       return view;
     };
-    tq4_cache_update<float>(codec_of<float>(s.head_dim), tokens_first(k), tokens_first(v), positions, cache_.view());
+    tq4_cache_update<float>(codec_of<float>(s.head_dim, widths_of(c)), tokens_first(k), tokens_first(v), positions,
+                            cache_.view());
   }
 
   /// Norms a thousand times larger or NaN, and other codes.
@@ -130,15 +133,22 @@ class Tq4Subject {
     View<const Scalar, 4> queries = make_view(q.data(), s.batch, s.n_query, s.n_head, s.head_dim);
     queries.data += first * queries.stride[1];
     queries.extent[1] = n_query;
-    tq4_attention<Scalar>(queries, cache_.view(), codec_of<Scalar>(s.head_dim), options, kv_len,
+    tq4_attention<Scalar>(queries, cache_.view(), codec_of<Scalar>(s.head_dim, widths_of(case_)), options, kv_len,
                           make_view(out.data(), s.batch, n_query, s.n_head, s.head_dim));
     return {out.begin(), out.end()};
   }
 
   [[nodiscard]] NaiveAttention exact(const Sees& sees) const {
-    const Tq4Codec<double>& codec = codec_of<double>(case_.shape.head_dim);
-    return naive_on_decoded(case_.shape, case_.scale, q_, decoded(cache_, codec, CacheSide::kKey),
-                            decoded(cache_, codec, CacheSide::kValue), sees);
+    const std::int64_t head_dim = case_.shape.head_dim;
+    const Tq4Options options = widths_of(case_);
+    static std::map<std::pair<std::int64_t, int>, Codebook> books;  // solved here, whatever the codec has
+    const auto side = [&](CacheSide which, int bits) {
+      auto [book, is_new] = books.try_emplace({head_dim, bits});
+      if (is_new) book->second = solve_codebook(CodebookKind::kFull, bits, head_dim);
+      return decoded(cache_, codec_of<double>(head_dim, options).rotation(), book->second, which);
+    };
+    return naive_on_decoded(case_.shape, case_.scale, q_, side(CacheSide::kKey, options.k_bits),
+                            side(CacheSide::kValue, options.v_bits), sees);
   }
 
   /// A butterfly adds log2(head_dim) times and is scaled once; a stored value is one product.
@@ -295,8 +305,10 @@ TEST_P(Tq4AttentionGolden, FormulaOnTheDecodedCacheIsThePeers) {
   Tq4CacheBuffer ones = cache();
   std::fill(ones.k_norm().begin(), ones.k_norm().end(), to_bf16(1.0f));
   std::fill(ones.v_norm().begin(), ones.v_norm().end(), to_bf16(1.0f));
-  const auto k = with_norms(decoded(ones, codec, CacheSide::kKey), golden.k_norm, shape.head_dim);
-  const auto v = with_norms(decoded(ones, codec, CacheSide::kValue), golden.v_norm, shape.head_dim);
+  const auto k =
+      with_norms(decoded(ones, codec.rotation(), golden.codebook, CacheSide::kKey), golden.k_norm, shape.head_dim);
+  const auto v =
+      with_norms(decoded(ones, codec.rotation(), golden.codebook, CacheSide::kValue), golden.v_norm, shape.head_dim);
   EXPECT_TRUE(close(naive(k, v).out, golden.out_tq4, kGoldenRounding));
   EXPECT_FALSE(close(naive(k, v).out, golden.out_exact, kGoldenRounding));  // compression is seen
 }
@@ -307,8 +319,8 @@ TEST_P(Tq4AttentionGolden, AttentionIsTheFormulaOnTheDecodedCache) {
   tq4_attention<double>(make_view(std::as_const(q).data(), 1, shape.n_query, shape.n_head, shape.head_dim),
                         stored.view(), codec, golden.options(), golden.kv_len,
                         make_view(out.data(), 1, shape.n_query, shape.n_head, shape.head_dim));
-  const NaiveAttention exact =
-      naive(decoded(stored, codec, CacheSide::kKey), decoded(stored, codec, CacheSide::kValue));
+  const NaiveAttention exact = naive(decoded(stored, codec.rotation(), golden.codebook, CacheSide::kKey),
+                                     decoded(stored, codec.rotation(), golden.codebook, CacheSide::kValue));
   // A product with a dense matrix is off by at most head_dim^1.5 roundings of the vector's length.
   AttentionRounding rounding =
       rounding_of(0x1p-53, golden.kv_len, std::pow(static_cast<double>(shape.head_dim), 1.5) + 1);

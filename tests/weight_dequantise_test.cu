@@ -18,14 +18,15 @@ namespace {
 
 using namespace gemma4::testkit;
 
-/// Rows first, first + step, ... as the host decodes them, rounded to bf16.
+/// Rows first, first + step, ... as the host dequantises them, rounded to bf16.
 std::vector<Bf16> on_host(const OwnedMatrix& matrix, std::int64_t first, std::int64_t count, std::int64_t step) {
   const auto row_size = static_cast<std::size_t>(row_bytes(matrix.type, matrix.cols));
   std::vector<Bf16> rows;
   std::vector<float> row(static_cast<std::size_t>(matrix.cols));
   for (std::int64_t i = 0; i < count; ++i) {
-    decode_row(matrix.type,
-               std::span(matrix.bytes).subspan(static_cast<std::size_t>(first + i * step) * row_size, row_size), row);
+    dequantise_row(matrix.type,
+                   std::span(matrix.bytes).subspan(static_cast<std::size_t>(first + i * step) * row_size, row_size),
+                   row);
     std::transform(row.begin(), row.end(), std::back_inserter(rows), to_bf16);
   }
   return rows;
@@ -34,7 +35,7 @@ std::vector<Bf16> on_host(const OwnedMatrix& matrix, std::int64_t first, std::in
 std::vector<Bf16> on_device(const PackedMatrix& matrix, std::int64_t first, std::int64_t count, std::int64_t step) {
   DeviceBuffer<Bf16> out((count + 1) * matrix.cols);
   out.fill_bytes(0x5A);
-  decode_rows(matrix, first, count, step, out.data(), nullptr);
+  dequantise_rows(matrix, first, count, step, out.data(), nullptr);
   std::vector<Bf16> rows = out.to_host();
   const auto end = rows.begin() + count * matrix.cols;
   EXPECT_TRUE(std::all_of(end, rows.end(), [](Bf16 value) { return value.bits == 0x5A5A; }))
@@ -44,7 +45,7 @@ std::vector<Bf16> on_device(const PackedMatrix& matrix, std::int64_t first, std:
 }
 
 /// Every type, some rows of them, one chunk and several: bit for bit. Control: another first row.
-RC_GTEST_PROP(WeightDecodeGpu, HasTheBitsOfTheHost, ()) {
+RC_GTEST_PROP(WeightDequantiseGpu, HasTheBitsOfTheHost, ()) {
   const auto type = *rc::gen::elementOf(kWeightTypes);
   const std::int64_t cols = 256 * *rc::gen::element<std::int64_t>(1, 2, 3, 21, 22, 32, 84);
   const auto count = *rc::gen::inRange<std::int64_t>(1, 12), step = *rc::gen::inRange<std::int64_t>(1, 3);
@@ -53,13 +54,13 @@ RC_GTEST_PROP(WeightDecodeGpu, HasTheBitsOfTheHost, ()) {
   const float scale = *rc::gen::element(1.0f, 1e-3f, 100.0f);
   const OwnedMatrix matrix = random_weights(type, rows, cols, *rc::gen::arbitrary<std::uint32_t>(), scale);
   const DeviceWeights packed(matrix);
-  const std::vector<Bf16> decoded = on_device(packed.view(), first, count, step);
-  RC_ASSERT(decoded == on_host(matrix, first, count, step));
-  RC_ASSERT(decoded != on_host(matrix, first + 1, count, step));
+  const std::vector<Bf16> dequantised = on_device(packed.view(), first, count, step);
+  RC_ASSERT(dequantised == on_host(matrix, first, count, step));
+  RC_ASSERT(dequantised != on_host(matrix, first + 1, count, step));
 }
 
 /// Widths that no block format has.
-RC_GTEST_PROP(WeightDecodeGpu, PlainRowsOfAnyWidth, ()) {
+RC_GTEST_PROP(WeightDequantiseGpu, PlainRowsOfAnyWidth, ()) {
   const auto type = *rc::gen::element(TensorType::kBf16, TensorType::kF16, TensorType::kF32);
   const auto cols = *rc::gen::inRange<std::int64_t>(1, 100), rows = *rc::gen::inRange<std::int64_t>(1, 10);
   const OwnedMatrix matrix = random_weights(type, rows, cols, *rc::gen::arbitrary<std::uint32_t>());
@@ -67,10 +68,10 @@ RC_GTEST_PROP(WeightDecodeGpu, PlainRowsOfAnyWidth, ()) {
   RC_ASSERT(on_device(packed.view(), 0, rows, 1) == on_host(matrix, 0, rows, 1));
 }
 
-TEST(WeightDecodePlan, Refusals) {
+TEST(WeightDequantisePlan, Refusals) {
   const PackedMatrix matrix{TensorType::kQ4K, 8, 256, nullptr};
-  EXPECT_TRUE(refuses([&] { decode_rows(matrix, 4, 5, 1, nullptr, nullptr); }, {"5 rows from 4", "of 8"}));
-  EXPECT_TRUE(refuses([&] { decode_rows(matrix, 0, 5, 2, nullptr, nullptr); }, {"in steps of 2"}));
+  EXPECT_TRUE(refuses([&] { dequantise_rows(matrix, 4, 5, 1, nullptr, nullptr); }, {"5 rows from 4", "of 8"}));
+  EXPECT_TRUE(refuses([&] { dequantise_rows(matrix, 0, 5, 2, nullptr, nullptr); }, {"in steps of 2"}));
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/device/allocation_count.cuh"
 #include "cuda/device/check.cuh"
 #include "gemma4/error.hpp"
 
@@ -31,6 +32,7 @@ class DeviceBuffer {
     void* data = nullptr;
     check(cudaMalloc(&data, static_cast<std::size_t>(bytes())), "allocation of device memory");
     data_ = static_cast<T*>(data);
+    detail::allocation_ledger.device(bytes());
   }
 
   /// The elements of `host`, on the device before the constructor returns, whatever stream reads them next. (cudaMemcpy
@@ -49,7 +51,11 @@ class DeviceBuffer {
     std::swap(count_, other.count_);
     return *this;
   }
-  ~DeviceBuffer() { cudaFree(data_); }  // a failure here would show at the next call; a destructor cannot throw
+  ~DeviceBuffer() {
+    if (data_ == nullptr) return;
+    cudaFree(data_);  // a failure here would show at the next call; a destructor cannot throw
+    detail::allocation_ledger.device(-bytes());
+  }
 
   [[nodiscard]] T* data() { return data_; }
   [[nodiscard]] const T* data() const { return data_; }

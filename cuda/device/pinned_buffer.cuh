@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "cuda/device/allocation_count.cuh"
 #include "cuda/device/check.cuh"
 #include "gemma4/error.hpp"
 
@@ -26,8 +27,9 @@ class PinnedBuffer {
     require(count >= 0, "PinnedBuffer: count ", count, ", need at least 0");
     if (count == 0) return;
     void* data = nullptr;
-    check(cudaMallocHost(&data, static_cast<std::size_t>(count) * sizeof(T)), "allocation of page-locked memory");
+    check(cudaMallocHost(&data, static_cast<std::size_t>(bytes())), "allocation of page-locked memory");
     data_ = static_cast<T*>(data);
+    detail::allocation_ledger.pinned(bytes());
   }
 
   PinnedBuffer(PinnedBuffer&& other) noexcept
@@ -37,11 +39,16 @@ class PinnedBuffer {
     std::swap(count_, other.count_);
     return *this;
   }
-  ~PinnedBuffer() { cudaFreeHost(data_); }
+  ~PinnedBuffer() {
+    if (data_ == nullptr) return;
+    cudaFreeHost(data_);
+    detail::allocation_ledger.pinned(-bytes());
+  }
 
   [[nodiscard]] T* data() { return data_; }
   [[nodiscard]] const T* data() const { return data_; }
   [[nodiscard]] std::int64_t size() const { return count_; }
+  [[nodiscard]] std::int64_t bytes() const { return count_ * static_cast<std::int64_t>(sizeof(T)); }
 
  private:
   T* data_ = nullptr;

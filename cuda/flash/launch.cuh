@@ -41,6 +41,7 @@ struct FlashChoice {
   std::optional<FlashPath> path = std::nullopt;
   std::optional<FlashTile> tile = std::nullopt;
   std::optional<int> n_split = std::nullopt;
+  bool overlap = true;  ///< programmatic dependent launch of the mma.sync kernels, where the device has it
 };
 
 /// How a call will run. Depends on the shape, the options' kind and the device, never on kv_len.
@@ -49,7 +50,8 @@ struct FlashPlan {
   FlashPath path = FlashPath::kPrefill;
   FlashTile tile{};  ///< of the mma.sync kernels
   int n_split = 1;
-  bool overlap = false;  ///< the mma.sync kernels are launched under the end of the kernel before
+  const char* misfit = nullptr;  ///< why the wgmma kernels do not take it; null: they would
+  bool overlap = false;          ///< the mma.sync kernels are launched under the end of the kernel before
   dim3 grid{};
   int n_thread = 0;
   std::int64_t smem_bytes = 0;
@@ -69,13 +71,19 @@ inline void require_plannable(const char* who, const AttentionShape& shape, Atte
   require_attention(who, shape, options, 0);
 }
 
-/// Whether the wgmma kernels know the shape. `ring_len` 0: a flat cache.
-[[nodiscard]] inline bool wgmma_fits(const AttentionShape& shape, const AttentionOptions& options,
-                                     std::int64_t ring_len, const DeviceInfo& device) {
+/// Why the wgmma kernels do not take the shape; null: they do. `ring_len` 0: a flat cache.
+[[nodiscard]] inline const char* wgmma_misfit(const AttentionShape& shape, const AttentionOptions& options,
+                                              std::int64_t ring_len, const DeviceInfo& device) {
   const std::int64_t smem = shape.head_dim == 512 ? Flash512::kSmemBytes : Flash256::kSmemBytes;
   const bool known = shape.head_dim == 256 || (shape.head_dim == 512 && ring_len == 0);
-  return device.compute_capability == 90 && known && wgmma_group(shape.group()) && !options.mask && options.scale > 0 &&
-         ring_len % kWgmmaKeys == 0 && device.smem_limit_bytes >= smem;
+  if (device.compute_capability != 90) return "the device is not sm_90";
+  if (!known) return "head_dim is not 256 or, flat, 512";
+  if (!wgmma_group(shape.group())) return "the GQA group is no power of two up to 64";
+  if (options.mask) return "there is a mask";
+  if (!(options.scale > 0)) return "the scale is not positive";
+  if (ring_len % kWgmmaKeys != 0) return "the ring is not whole tiles of keys";
+  if (device.smem_limit_bytes < smem) return "the tiles do not fit into shared memory";
+  return nullptr;
 }
 
 /// The first tile of the list for this head_dim and kind that fits; refuses when none does.
@@ -96,10 +104,11 @@ inline void require_plannable(const char* who, const AttentionShape& shape, Atte
                                           std::int64_t ring_len, const DeviceInfo& device, const FlashChoice& choice) {
   require(shape.buffer_len < kNoWindow, who, ": buffer_len ", shape.buffer_len, ", need below ", kNoWindow);
   FlashPlan plan{.shape = shape};
-  plan.overlap = device.compute_capability >= 90;
+  plan.overlap = choice.overlap && device.compute_capability >= 90;
   const std::int64_t rows = shape.n_query * shape.group(), heads = shape.batch * shape.n_head_kv;
   require(heads <= 65535, who, ": batch * n_head_kv is ", heads, ", need at most 65535");
-  const bool wgmma = wgmma_fits(shape, options, ring_len, device);
+  plan.misfit = wgmma_misfit(shape, options, ring_len, device);
+  const bool wgmma = plan.misfit == nullptr;
   plan.path = choice.path.value_or(rows <= kDecodeRows || rows * heads <= kDecodeRowsOfAllHeads ? FlashPath::kDecode
                                    : wgmma                                                      ? FlashPath::kWgmma
                                                                                                 : FlashPath::kPrefill);

@@ -20,6 +20,12 @@ namespace gemma4::cuda::detail {
 
 inline constexpr int kActivationBytesPerGroup = 40;
 
+/// 1.5 * 2^23: added to a float below 2^22, it rounds it to an integer, to nearest even, and leaves that in the low
+/// bits; subtracted from a float with these bits plus an integer, it converts the integer. kMagic is its bits.
+inline constexpr float kMagicFloat = 12582912.0f;
+inline constexpr int kMagic = 0x4B400000;
+static_assert(bit_cast<int>(kMagicFloat) == kMagic);
+
 /// Scale of a block and the sums of its codes 0-15 (low half) and 16-31 (high half).
 struct BlockTail {
   float scale;
@@ -40,10 +46,10 @@ __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t
   const float scale = is_zero ? 0.0f : __fadd_rn(__fmul_rn(largest, 1.0f / 127.0f), __fsub_rn(largest, largest));
   // (An exact division costs the widest product time.)
   const float inverse = is_zero ? 0.0f : __fmul_rn(reciprocal_approx(__fmul_rn(largest, 0x1p-8f)), 127.0f * 0x1p-8f);
-  // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits: its low byte is the code.
+  // The low byte of the sum is the code.
   std::uint32_t bits[8], word[2];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) bits[i] = bit_cast<std::uint32_t>(__fmaf_rn(x[i], inverse, 12582912.0f));
+  for (int i = 0; i < 8; ++i) bits[i] = bit_cast<std::uint32_t>(__fmaf_rn(x[i], inverse, kMagicFloat));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     word[i] = __byte_perm(__byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040),

@@ -12,13 +12,10 @@
 /// One lane's product: a group of 32 weights of a row with the same group of the activations of up to 8 tokens.
 ///
 /// A format's Weights are a group as integers with its scales, made once; term() adds their product with one token to
-/// a float. Integer sums are exact; they start at kMagic, the bits of 1.5 * 2^23, so that their bits read as a float
-/// are that number plus the sum: a subtraction converts them. The operations and their order are spelled out, so that
+/// a float. Integer sums are exact; they start at kMagic, so that their bits read as a float are kMagicFloat plus
+/// the sum: a subtraction converts them. The operations and their order are spelled out, so that
 /// every instance of the kernel rounds alike whatever the compiler would like to fuse.
 namespace gemma4::cuda::detail {
-
-inline constexpr int kMagic = 0x4B400000;
-inline constexpr float kMagicFloat = 12582912.0f;
 
 [[nodiscard]] __device__ __forceinline__ float from_magic(int bits) {
   return __fsub_rn(__int_as_float(bits), kMagicFloat);

@@ -18,13 +18,15 @@
 /// The kernel of quantized_linear for few tokens: weights are read once, in one stream a block.
 ///
 /// A block owns a run of rows, so a contiguous range of memory; with LinearTickets the last fifth of the rows is dealt
-/// to blocks that have done theirs: multiprocessors differ in their share of the memory's rate, so that the blocks of
-/// an equal division end far apart. Its copying warp fetches it, stage by stage (some rows of one chunk), into a
-/// ring of shared memory (linear_stages.cuh). Eight warps first quantise the activations (linear_input.cuh), then take
-/// tasks: 32 groups (a lane each) of every row of a stage. The lanes' sums of a row are added by a tree, the tasks'
-/// sums of a row by the finishing warp, in order, which also ends the row (activation, softcap, store).
+/// to blocks that have done theirs (dynamic row scheduling): multiprocessors differ in their share of the memory's
+/// rate, so that the blocks of an equal division end far apart. A producer warp fetches the rows, stage by stage (some
+/// rows of one chunk), into a ring of shared memory (stages.cuh, which has the protocol as a table). Eight consumer
+/// warps first quantise the activations (input.cuh), then take tasks: 32 groups (a lane each) of every row of a stage.
+/// The lanes' sums of a row are added by a tree, the tasks' sums of a row by the finishing warp, in order, which also
+/// ends the row (activation, softcap, store).
 ///
-/// Two blocks share a multiprocessor, and the next kernel's blocks may start as soon as these have begun: each takes
+/// Two blocks share a multiprocessor, and the next kernel's blocks may start as soon as these have begun (programmatic
+/// dependent launch): each takes
 /// the place of one that has ended, and fills its ring while the others end. A grid of one block a multiprocessor does
 /// not do that: where a block ends early, two of the next kernel's find room and elsewhere none. Nor do clusters of
 /// blocks that would share the normalisation of their input: the places of all must come free at once, and the larger
@@ -224,19 +226,29 @@ __device__ __forceinline__ void multiply_task(const std::uint8_t* slot, int grou
   }
 }
 
+/// Calls body.operator()<kType>() for a packed type.
+template <class TBody>
+__device__ __forceinline__ void for_packed_type(TensorType type, TBody&& body) {
+  switch (type) {
+    case TensorType::kQ4K:
+      return body.template operator()<TensorType::kQ4K>();
+    case TensorType::kQ5K:
+      return body.template operator()<TensorType::kQ5K>();
+    case TensorType::kQ6K:
+      return body.template operator()<TensorType::kQ6K>();
+    default:
+      return body.template operator()<TensorType::kQ8_0>();
+  }
+}
+
 /// The warps that multiply: tasks are dealt in turn, short ones apart, so that each gets as many of both. Every warp
 /// passes every stage in order, with or without a task in it: a wait for a barrier's parity tells only neighbouring
 /// phases apart.
 template <int kTokens>
 __device__ __forceinline__ void multiply(const LinearParams& params, unsigned char* smem) {
   std::uint8_t* const activations = smem + params.smem.activations;
-  if (params.input.norm != nullptr) {
-    finish_and_quantize<kTokens>(params.input, params.n_token, params.n_piece, params.n_group, activations,
-                                 *reinterpret_cast<float(*)[2][kRowWarps]>(smem + params.smem.row_parts));
-  } else {
-    load_and_quantize<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
-                                                  activations);
-  }
+  load_and_quantize<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
+                                                activations);
   named_barrier_sync<1, 32 * kLinearWarps>();
   const RingBarriers barriers(params, smem);
   float* const partials = reinterpret_cast<float*>(smem + params.smem.partials);
@@ -266,20 +278,9 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
                   stage.chunk * params.full_groups + group, valid);
       }
       float* const to = partials + (stage.slot * n_task + task) * kTokens * kMaxStageRows;
-      switch (matrix.type) {
-        case TensorType::kQ4K:
-          return multiply_task<TensorType::kQ4K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short,
-                                                          params.is_tall);
-        case TensorType::kQ5K:
-          return multiply_task<TensorType::kQ5K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short,
-                                                          params.is_tall);
-        case TensorType::kQ6K:
-          return multiply_task<TensorType::kQ6K, kTokens>(slot, groups, group, stage.n_row, x, to, is_short,
-                                                          params.is_tall);
-        default:
-          return multiply_task<TensorType::kQ8_0, kTokens>(slot, groups, group, stage.n_row, x, to, is_short,
-                                                           params.is_tall);
-      }
+      for_packed_type(matrix.type, [&]<TensorType kType>() {
+        multiply_task<kType, kTokens>(slot, groups, group, stage.n_row, x, to, is_short, params.is_tall);
+      });
     };
 #pragma unroll 1
     for (; next_long < n_long; next_long += kLinearWarps) run(next_long, false);

@@ -15,10 +15,12 @@
 #include "cuda/ptx/shared_memory.cuh"
 #include "cuda/quantized_linear/input.cuh"
 #include "cuda/weights/layout.cuh"
-#include "cuda/weight_prefetch.cuh"
 
-/// How the kernel of linear_decode.cuh gets its weights: which rows a block owns, the stages in which they come through
-/// a ring in shared memory, and the warp that asks for them.
+/// How the kernel of few_tokens.cuh gets its weights: which rows a block owns, the stages in which they come through a
+/// ring in shared memory, and the producer warp that asks for them.
+///
+/// Dynamic row scheduling: blocks take the last fifth of the rows from a common counter, a stage at a time, when they
+/// have done their own share. "Ticket" is what they take, LinearTickets the counter.
 namespace gemma4::cuda {
 
 /// What becomes of the sum v of a row.
@@ -28,8 +30,8 @@ enum class LinearEpilogue : std::int32_t {
   kSoftcap,  ///< out[row] = cap * tanh(v / cap)
 };
 
-/// What the blocks of a launch share to deal rows, in device memory: zeros before a launch, and zeros after it.
-/// Launches of one stream may share it.
+/// The counter of dynamic row scheduling, which the blocks of a launch share, in device memory: zeros before a launch,
+/// and zeros after it. Launches of one stream may share it.
 struct LinearTickets {
   std::uint32_t next;     ///< ticket
   std::uint32_t n_ended;  ///< blocks
@@ -65,7 +67,7 @@ struct LinearMatrix {
 
 /// Where things lie in shared memory, in bytes.
 struct LinearSmem {
-  std::int32_t activations, partials, row_parts, barriers, notes, total;
+  std::int32_t activations, partials, barriers, notes, total;
 };
 
 /// Groups of a token's activations in shared memory: an even number, so that each token begins at 16 bytes.
@@ -78,12 +80,10 @@ struct LinearSmem {
   const std::int64_t ring = std::int64_t{n_slot} * slot_bytes;
   const std::int64_t partials = ring + activation_groups(cols) * kActivationBytesPerGroup * n_token;
   const std::int64_t n_task = (chunk_groups(cols) + 31) / 32;
-  const std::int64_t row_parts = partials + n_slot * n_task * n_token * kMaxStageRows * 4;
-  const std::int64_t barriers = row_parts + std::int64_t{sizeof(float[2][kRowWarps])};
+  const std::int64_t barriers = partials + n_slot * n_task * n_token * kMaxStageRows * 4;
   const std::int64_t notes = barriers + 2 * 8 * n_slot;
-  return {static_cast<std::int32_t>(ring),      static_cast<std::int32_t>(partials),
-          static_cast<std::int32_t>(row_parts), static_cast<std::int32_t>(barriers),
-          static_cast<std::int32_t>(notes),     static_cast<std::int32_t>(notes + 2 * 4 * n_slot)};
+  return {static_cast<std::int32_t>(ring), static_cast<std::int32_t>(partials), static_cast<std::int32_t>(barriers),
+          static_cast<std::int32_t>(notes), static_cast<std::int32_t>(notes + 2 * 4 * n_slot)};
 }
 
 /// What divides is divided on the host: a 64-bit division in the loop over tasks once halved the rate of the kernel.
@@ -108,8 +108,6 @@ struct LinearParams {
   bool out_is_bf16;
   LinearEpilogue epilogue;
   float softcap;
-  const std::byte* next;  ///< memory that a later kernel will read; may be null
-  std::int64_t next_bytes;
 };
 static_assert(std::is_trivially_copyable_v<LinearParams>);
 
@@ -131,6 +129,27 @@ struct LinearStage {
 [[nodiscard]] __device__ __forceinline__ int warp_value(int value) {
   return static_cast<int>(__reduce_or_sync(~0u, static_cast<unsigned>(value)));
 }
+
+/// The ring. A slot holds a stage; each warp of a block passes all stages in the same order through for_each_stage(),
+/// so that slot and phase of a stage are the same for all. Two mbarriers a slot, whose phase p is that of the slot's
+/// p-th use; a wait tells only neighbouring phases apart, so that no warp may be a round ahead of another, or behind:
+///
+///   barrier  waits for phase p             arrives in phase p                             arrivals
+///   full     consumers: before they read   producer: the bytes of the copy are there,     full_arrivals(): 1 with bulk
+///            the slot; producer, round 0:  with the expect of one lane, or all lanes'     copies, 32 without, and 32
+///            of before the next stage         copies; finisher: it has read the sums of      the finisher
+///                                          use p - 1 (before use 0: at once)
+///   empty    producer: for p - 1, before   consumers: every lane of the 8 warps, when     256
+///            it fills the slot again;      it has read the slot and left its sums
+///            finisher: for p, before it
+///            reads the sums
+///
+/// Producer: copy_stages(), warp 8. Consumers: multiply(), warps 0 to 7. Finisher: finish_stages(), warp 9.
+/// Where rows are dealt, the first stage of each ticket carries a note with its first row. The producer waits for
+/// `empty` before it writes the note, the consumers read it behind `full`, the finisher behind `empty`. "No more rows"
+/// is a note too: for it the producer arrives at `full` in the place of the copy, and the consumers at `empty`, so that
+/// every phase has all its arrivals. Two faults came of less: a lane that skipped a round, and a warp that passed by
+/// stages without a task of its own.
 
 /// Calls body(matrix, stage) for the stages of this block: matrix by matrix, some rows at a time, chunk by chunk. Keeps
 /// a matrix in registers: parameters at an index that is not known at compile time take long to come.
@@ -176,13 +195,24 @@ __device__ __forceinline__ void for_each_stage(const LinearParams& params, TNext
   return reinterpret_cast<std::int32_t*>(smem + params.smem.notes)[stage.phase * params.n_slot + stage.slot];
 }
 
-/// Arrivals that fill a slot: the one that names the bytes of a bulk copy, or each lane's copies; and those of the warp
-/// that has read the sums of the slot's stage before.
+/// Arrivals of the producer's lanes that fill a slot: of the one that names the bytes of a bulk copy, which exists from
+/// sm_90 on, or of each lane's copies.
+[[nodiscard]] GEMMA4_HD constexpr int producer_arrivals(bool is_sm90) {
+  return is_sm90 ? 1 : 32;
+}
+/// With those of the finishing warp.
+[[nodiscard]] GEMMA4_HD constexpr int full_arrivals(bool is_sm90) {
+  return producer_arrivals(is_sm90) + 32;
+}
+
+/// Whether this code runs on sm_90 or later. A device function: the host, which compiles for none, has no answer.
+[[nodiscard]] __device__ constexpr bool is_sm90() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-inline constexpr int kFullArrivals = 1 + 32;
+  return true;
 #else
-inline constexpr int kFullArrivals = 32 + 32;
+  return false;
 #endif
+}
 
 /// The barriers of a ring: of slot s, `full` at 8 s and `empty` behind all of the first kind.
 struct RingBarriers {
@@ -195,7 +225,7 @@ struct RingBarriers {
 __device__ __forceinline__ void init_ring(const LinearParams& params, unsigned char* smem) {
   const RingBarriers barriers(params, smem);
   for (int slot = 0; slot < params.n_slot; ++slot) {
-    mbarrier_init(barriers.full + 8 * slot, kFullArrivals);
+    mbarrier_init(barriers.full + 8 * slot, full_arrivals(is_sm90()));
     mbarrier_init(barriers.empty + 8 * slot, 32 * kLinearWarps);
   }
   mbarrier_init_fence();
@@ -213,7 +243,7 @@ __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned 
   if (row >= matrix.rows) row = -1;
   mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
   if (lane == 0) note_of(params, smem, stage) = row;
-  if (row < 0 && lane < kFullArrivals - 32) mbarrier_arrive(barriers.full + 8 * stage.slot);
+  if (row < 0 && lane < producer_arrivals(is_sm90())) mbarrier_arrive(barriers.full + 8 * stage.slot);
   __syncwarp();
   return row;
 }
@@ -224,7 +254,7 @@ __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned 
 ///
 /// The first round of the ring is filled one stage after another. Asked for at once, the rings of a whole grid are 20
 /// to 28 MB, a queue of 5 us before the memory, behind which the end of the kernel in front and the activations have to
-/// wait, the more so where the residual is normalised on the way.
+/// wait.
 /// Nor does it pay to go on into the L2 cache while a full ring waits for the activations: a launch that follows one
 /// like itself gains, a step of a model does not, and where all rows come that way the stream is slower.
 __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned char* smem) {
@@ -262,7 +292,6 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
 #endif
     __syncwarp();  // a lane without a copy would fall behind, or run ahead, by whole rounds, whose parity is the same
   });
-  prefetch_share(params.next, params.next_bytes);
 }
 
 }  // namespace detail

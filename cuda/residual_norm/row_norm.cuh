@@ -3,13 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/warp_reduce.cuh"
 #include "gemma4/float16.hpp"
 
-/// What "finish the residual, then normalise it" is for one row, in operations that are spelled out one by one: whoever
-/// is built from these functions has the same bits, whether the step is a kernel of its own or the beginning of
-/// another.
+/// What "finish the residual, then normalise it" is for one row, in operations that are spelled out one by one: every
+/// instance of the kernel has the same bits.
 ///
 ///   n  = pending / sqrt(mean(pending^2) + epsilon) * post_norm
 ///   x' = (x + n) * scale                                        nothing pending: x' = x
@@ -31,12 +29,10 @@ inline constexpr int kRowPiece = 8;  ///< values
   return sum;
 }
 
-/// The sum over the threads of a row, in every one of them. `thread` counts them. `parts` is shared memory of this sum
-/// alone until the next barrier of these threads after the call: two sums in a row take two in turn.
-/// @tparam kBarrier a named barrier of the row's threads; 0 where they are the whole block
-template <int kBarrier>
+/// The sum over the threads of a row, which are the whole block, in every one of them. `thread` counts them. `parts` is
+/// shared memory of this sum alone until the next barrier after the call: two sums in a row take two in turn.
 [[nodiscard]] __device__ __forceinline__ float sum_of_row(float sum, float (&parts)[kRowWarps], int thread) {
-  block_sum_in_place(sum, parts, thread, [] { named_barrier_sync<kBarrier, kRowThreads>(); });
+  block_sum_in_place(sum, parts, thread, [] { __syncthreads(); });
   return sum;
 }
 

@@ -26,6 +26,7 @@ namespace gemma4::cuda {
 struct Tq4DecodeChoice {
   std::optional<Tq4DecodeTile> tile = std::nullopt;
   std::optional<int> n_split = std::nullopt;
+  bool overlap = true;  ///< programmatic dependent launch, where the device has it
 };
 
 /// How a call will run. Depends on the shape and the device, never on kv_len nor on buffer_len.
@@ -75,7 +76,7 @@ struct Tq4DecodePlan {
   plan.smem_bytes = plan.tile.smem_bytes();
   plan.workspace_bytes =
       n_unit * plan.n_split * detail::kRowTile * (shape.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
-  plan.overlap = device.compute_capability >= 90;
+  plan.overlap = choice.overlap && device.compute_capability >= 90;
   return plan;
 }
 

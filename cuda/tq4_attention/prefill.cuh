@@ -81,6 +81,16 @@ namespace detail {
   return plan;
 }
 
+/// The flash plan of one pass over heads_per_pass heads.
+[[nodiscard]] inline FlashPlan plan_tq4_pass(const Tq4PrefillPlan& plan, const AttentionOptions& options) {
+  AttentionShape pass = plan.shape;
+  pass.batch = 1;
+  pass.n_head = plan.heads_per_pass * plan.shape.group();
+  pass.n_head_kv = plan.heads_per_pass;
+  pass.buffer_len = plan.max_kv_len;
+  return plan_bf16_attention(pass, options, plan.device, plan.choice);
+}
+
 namespace detail {
 
 struct Tq4UnpackParams {
@@ -94,7 +104,7 @@ struct Tq4UnpackParams {
   int kv_len_host = 0;
 };
 
-/// One side of one record into shared memory, decoded and scaled: tile [16][head_dim + 8].
+/// One side of one record into shared memory, dequantised and scaled: tile [16][head_dim + 8].
 template <int kHeadDim, bool kKeys>
 __device__ __forceinline__ void unpack_side(const std::byte* record, const float* levels, Bf16* tile, int thread,
                                             int n_thread) {

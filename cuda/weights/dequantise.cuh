@@ -13,8 +13,8 @@
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 
-/// Packed weights back to numbers, as block_decode.hpp makes them on the host, bit for bit: the products are exact in
-/// float, and the one rounding is that of the difference in Q4_K and Q5_K, which a fused product and sum makes too.
+/// Packed weights back to numbers, as block_dequantise.hpp makes them on the host, bit for bit: the products are exact
+/// in float, and the one rounding is that of the difference in Q4_K and Q5_K, which a fused product and sum makes too.
 namespace gemma4::cuda {
 
 namespace detail {
@@ -40,8 +40,8 @@ struct ScaleAndMin {
 };
 
 /// Half a group as it lies in memory, then as numbers: weights 8 * half to 8 * half + 7 (`low`) and those 16 further on
-/// (`high`), whose codes share bytes. Loading is one step and decoding another, so that a thread can have the bytes of
-/// several rows on their way.
+/// (`high`), whose codes share bytes. Loading is one step and dequantising another, so that a thread can have the bytes
+/// of several rows on their way.
 template <TensorType kType>
 struct HalfGroup;
 
@@ -57,7 +57,7 @@ requires(kType == TensorType::kQ4K || kType == TensorType::kQ5K) struct HalfGrou
     if (kFifth) fifth = *reinterpret_cast<const std::uint32_t*>(chunk + 16 * groups + 4 * group);
     meta = *reinterpret_cast<const uint4*>(chunk + (kFifth ? 20 : 16) * groups + 2 * (group & ~7));
   }
-  __device__ __forceinline__ void decode(int group, int half, float (&low)[8], float (&high)[8]) const {
+  __device__ __forceinline__ void dequantise(int group, int half, float (&low)[8], float (&high)[8]) const {
     const ScaleAndMin step(meta, group);
     const std::uint32_t upper = fifth >> (2 * half);
 #pragma unroll
@@ -88,7 +88,7 @@ struct HalfGroup<TensorType::kQ6K> {
     scales = *reinterpret_cast<const char2*>(chunk + 24 * groups + 2 * group);
     d = *reinterpret_cast<const __half*>(chunk + 26 * groups + (group >> 3) * 2);
   }
-  __device__ __forceinline__ void decode(int, int half, float (&low)[8], float (&high)[8]) const {
+  __device__ __forceinline__ void dequantise(int, int half, float (&low)[8], float (&high)[8]) const {
     constexpr float kOffset = static_cast<float>(Q6KBlock::kOffset);
     const float step = __half2float(d), low_step = __fmul_rn(step, static_cast<float>(scales.x)),
                 high_step = __fmul_rn(step, static_cast<float>(scales.y));
@@ -117,7 +117,7 @@ struct HalfGroup<TensorType::kQ8_0> {
     second = *reinterpret_cast<const uint2*>(chunk + 16 * groups + 16 * group + 8 * half);
     d = *reinterpret_cast<const __half*>(chunk + 32 * groups + 2 * group);
   }
-  __device__ __forceinline__ void decode(int, int, float (&low)[8], float (&high)[8]) const {
+  __device__ __forceinline__ void dequantise(int, int, float (&low)[8], float (&high)[8]) const {
     const float step = __half2float(d);
 #pragma unroll
     for (int word = 0; word < 2; ++word) {
@@ -144,7 +144,7 @@ struct PlainHalfGroup {
       values[i / 8][i % 8] = at < cols ? to_float(row[at]) : 0.0f;
     }
   }
-  __device__ __forceinline__ void decode(int, int, float (&low)[8], float (&high)[8]) const {
+  __device__ __forceinline__ void dequantise(int, int, float (&low)[8], float (&high)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) low[i] = values[0][i], high[i] = values[1][i];
   }
@@ -216,10 +216,10 @@ void for_weight_type(const char* who, TensorType type, TBody&& body) {
   }
 }
 
-inline constexpr int kRowsAThread = 4;  ///< rows that a thread decodes, side by side
+inline constexpr int kRowsAThread = 4;  ///< rows that a thread dequantises, side by side
 
 /// Eight values from `column` on, rounded to bf16.
-__device__ __forceinline__ void store_decoded(Bf16* row, std::int64_t cols, int column, const float (&values)[8]) {
+__device__ __forceinline__ void store_dequantised(Bf16* row, std::int64_t cols, int column, const float (&values)[8]) {
   if (cols % 8 == 0) {
     if (column < cols) store_values(row + column, values);
     return;
@@ -230,8 +230,8 @@ __device__ __forceinline__ void store_decoded(Bf16* row, std::int64_t cols, int 
 /// One thread a half group of kRowsAThread rows; neighbours write neighbouring 32 bytes.
 template <TensorType kType>
 __global__ void __launch_bounds__(512)
-    decode_rows_kernel(const std::uint8_t* data, std::int64_t row_step_bytes, std::int64_t n_row, std::int64_t cols,
-                       int full_groups, Bf16* out) {
+    dequantise_rows_kernel(const std::uint8_t* data, std::int64_t row_step_bytes, std::int64_t n_row, std::int64_t cols,
+                           int full_groups, Bf16* out) {
   const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (index >= n_half_group(cols)) return;
   const auto place = HalfGroupPlace::of<kType>(index, cols, full_groups);
@@ -248,9 +248,9 @@ __global__ void __launch_bounds__(512)
   for (int r = 0; r < kRowsAThread; ++r) {
     if (r >= count) break;
     float low[8], high[8];
-    bytes[r].decode(place.group, place.half, low, high);
-    store_decoded(out + r * cols, cols, place.column, low);
-    store_decoded(out + r * cols, cols, place.column + 16, high);
+    bytes[r].dequantise(place.group, place.half, low, high);
+    store_dequantised(out + r * cols, cols, place.column, low);
+    store_dequantised(out + r * cols, cols, place.column + 16, high);
   }
 }
 
@@ -258,12 +258,12 @@ __global__ void __launch_bounds__(512)
 
 /// Rows first, first + row_step, ... (`count` of them, at most 262140) of a matrix, rounded to bf16: out [count, cols],
 /// 16-byte aligned.
-inline void decode_rows(const PackedMatrix& matrix, std::int64_t first, std::int64_t count, std::int64_t row_step,
-                        Bf16* out, cudaStream_t stream) {
+inline void dequantise_rows(const PackedMatrix& matrix, std::int64_t first, std::int64_t count, std::int64_t row_step,
+                            Bf16* out, cudaStream_t stream) {
   if (count == 0) return;
   require(first >= 0 && first + (count - 1) * row_step < matrix.rows && count <= 65535 * detail::kRowsAThread,
-          "decode_rows: ", count, " rows from ", first, " in steps of ", row_step, " of ", matrix.rows, ", at most ",
-          65535 * detail::kRowsAThread, " a call");
+          "dequantise_rows: ", count, " rows from ", first, " in steps of ", row_step, " of ", matrix.rows,
+          ", at most ", 65535 * detail::kRowsAThread, " a call");
   const std::int64_t bytes = matrix.row_bytes();
   const auto* const data = reinterpret_cast<const std::uint8_t*>(matrix.data) + first * bytes;
   // As few threads as possible without work: blocks of a row are alike, in whole warps.
@@ -271,11 +271,11 @@ inline void decode_rows(const PackedMatrix& matrix, std::int64_t first, std::int
   const std::int64_t block = ((n_thread + n_block - 1) / n_block + 31) / 32 * 32;
   const dim3 grid(static_cast<unsigned>(n_block),
                   static_cast<unsigned>((count + detail::kRowsAThread - 1) / detail::kRowsAThread));
-  detail::for_weight_type("decode_rows", matrix.type, [&]<TensorType kType>() {
-    detail::decode_rows_kernel<kType><<<grid, static_cast<unsigned>(block), 0, stream>>>(
+  detail::for_weight_type("dequantise_rows", matrix.type, [&]<TensorType kType>() {
+    detail::dequantise_rows_kernel<kType><<<grid, static_cast<unsigned>(block), 0, stream>>>(
         data, row_step * bytes, count, matrix.cols, chunk_groups(matrix.cols), out);
   });
-  check_launch("decode_rows_kernel");
+  check_launch("dequantise_rows_kernel");
 }
 
 }  // namespace gemma4::cuda

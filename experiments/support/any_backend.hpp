@@ -5,9 +5,11 @@
 #include <functional>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "gemma4/config.hpp"
 #include "gemma4/model/model.hpp"
+#include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
 
 namespace gemma4::experiment {
@@ -33,6 +35,8 @@ class AnyBackend {
   virtual void copy_logits(std::int64_t row, std::span<float> out) const = 0;
   virtual void copy_residual(std::span<float> out) = 0;
   virtual void reset() = 0;
+  /// How a decode step and the longest chunk run.
+  [[nodiscard]] virtual std::vector<StepPlan> step_plans() const = 0;
   /// The drivers that profile do not come through here.
   [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }
 };
@@ -58,6 +62,7 @@ class HeldBackend final : public AnyBackend {
   void copy_logits(std::int64_t row, std::span<float> out) const override { backend_.copy_logits(row, out); }
   void copy_residual(std::span<float> out) override { backend_.copy_residual(out); }
   void reset() override { backend_.reset(); }
+  [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }
 
  private:
   TBackend backend_;

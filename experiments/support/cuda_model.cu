@@ -4,51 +4,25 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <array>
-#include <string_view>
 #include <utility>
 
 #include "cuda/device/check.cuh"
 #include "cuda/session.cuh"
+#include "experiments/benchmark.cuh"
 #include "experiments/gpu_run_info.cuh"
+#include "gemma4/gguf/config_from_gguf.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/model_tensors.hpp"
 
 namespace gemma4::experiment {
 namespace {
-
-/// The switch of a name; null when there is none.
-bool* find_switch(cuda::BackendSwitches& switches, std::string_view name) {
-  const std::array<std::pair<std::string_view, bool*>, 9> all = {{
-      {"kv_len_clamp", &switches.kv_len_clamp},
-      {"causal_skip", &switches.causal_skip},
-      {"split_k", &switches.split_k},
-      {"qkv_prologue_fusion", &switches.fuse_qkv_prologue},
-      {"sliding_decode_fusion", &switches.fuse_sliding_decode},
-      {"norm_launch", &switches.norm_launch},
-      {"row_tickets", &switches.deal_rows},
-      {"weight_fetch_ahead", &switches.fetch_ahead},
-      {"launch_overlap", &switches.overlap},
-  }};
-  const auto* found = std::find_if(all.begin(), all.end(), [&](const auto& entry) { return entry.first == name; });
-  return found == all.end() ? nullptr : found->second;
-}
-
-cuda::BackendSwitches switches_without(const std::vector<std::string>& off) {
-  cuda::BackendSwitches switches;
-  for (const std::string& name : off) {
-    bool* const found = find_switch(switches, name);
-    require(found != nullptr, "switch '", name, "': there is none of that name");
-    *found = false;
-  }
-  return switches;
-}
 
 cuda::BackendOptions backend_options(const CudaSettings& settings) {
   return {.cache = settings.cache,
           .context = settings.context,
           .max_chunk = settings.max_chunk,
           .n_logit_row = settings.n_logit_row,
-          .switches = switches_without(settings.off)};
+          .policy = settings.policy};
 }
 
 struct MemoryInfo {
@@ -65,7 +39,7 @@ MemoryInfo memory_info() {
 class Session final : public CudaSession {
  public:
   Session(const cuda::PackedModel& model, const CudaSettings& settings)
-      : backend_(model, backend_options(settings)), session_(backend_, {.use_graph = settings.use_graph}) {}
+      : backend_(model, backend_options(settings)), session_(backend_, {.use_graph = settings.policy.graph}) {}
 
   Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
                   const std::function<void(std::int64_t)>& on_chunk) override {
@@ -85,8 +59,11 @@ class Session final : public CudaSession {
   [[nodiscard]] std::int64_t position() const override { return session_.position(); }
   void rewind(std::int64_t n_token) override { session_.rewind(n_token); }
   void reset() override { session_.reset(); }
-  void set_use_graph(bool use_graph) override { session_.set_use_graph(use_graph); }
-  void set_off(const std::vector<std::string>& off) override { session_.set_switches(switches_without(off)); }
+  void set_policy(const ExecutionPolicy& policy) override {
+    session_.set_policy(policy);
+    session_.set_use_graph(policy.graph);
+  }
+  [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }
 
   [[nodiscard]] std::vector<ComponentTime> profile(const std::function<void()>& work) override {
     cuda::Profile profile;
@@ -137,11 +114,12 @@ std::unique_ptr<CudaModel> load_cuda_model(const std::filesystem::path& path, co
                                            const CudaSettings& planned) {
   if (const auto reason = missing_device()) require(false, *reason);
   const GgufFile file = GgufFile::open(path);
-  cuda::require_fits(file, backend_options(planned), device_bytes_free());
+  cuda::require_fits(config_from_gguf(file), model_tensors(file), backend_options(planned),
+                     cuda::current_device().sm_count, device_bytes_free());
   std::int64_t peak = 0;
   cuda::UploadOptions upload{.progress = settings.progress};
   upload.on_progress = [&](std::int64_t) { peak = std::max(peak, device_bytes_in_use()); };
-  cuda::PackedModel model = cuda::load_model(file, {.join_gate_up = settings.join_gate_up, .upload = upload});
+  cuda::PackedModel model = cuda::load_model(file, {.join_gate_up = planned.policy.gate_up_fusion, .upload = upload});
   return std::make_unique<Model>(std::move(model), peak);
 }
 
@@ -161,6 +139,12 @@ std::int64_t device_bytes_in_use() {
 
 std::int64_t device_bytes_free() {
   return memory_info().free;
+}
+
+double device_copy_gb_per_s() {
+  if (const auto reason = missing_device()) require(false, *reason);
+  const cuda::Stream stream;
+  return copy_gb_per_s(stream);
 }
 
 RunInfo device_run_info(std::string experiment, int argc, const char* const* argv, std::uint64_t seed) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -13,9 +12,11 @@
 #include <vector>
 
 #include "experiments/support/any_backend.hpp"
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
+#include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/memory_plan.hpp"
+#include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/progress.hpp"
 #include "gemma4/report/run_info.hpp"
 #include "gemma4/sampler.hpp"
@@ -39,20 +40,12 @@ struct ComponentTime {
 };
 
 struct CudaSettings {
-  CacheSpec cache = {CacheKind::kTq4, {}};
+  CacheSpec cache = Tq4Format{};
   std::int64_t context = 131072;
   std::int64_t max_chunk = 2048;
   std::int64_t n_logit_row = 1;
-  bool use_graph = true;
-  std::vector<std::string> off = {};  ///< of kSwitchNames
+  ExecutionPolicy policy = {};
 };
-
-/// What may be switched off on a live sequence. The graph is CudaSettings::use_graph; whether gate and up are one
-/// matrix is decided when the model is loaded.
-inline constexpr std::array<std::string_view, 9> kSwitchNames = {
-    "kv_len_clamp",        "causal_skip",           "split_k",
-    "qkv_prologue_fusion", "sliding_decode_fusion", "norm_launch",
-    "row_tickets",         "weight_fetch_ahead",    "launch_overlap"};
 
 /// A sequence on the device.
 class CudaSession {
@@ -71,9 +64,10 @@ class CudaSession {
   /// The last tokens, fewer than kMaxRewind, never were.
   virtual void rewind(std::int64_t n_token) = 0;
   virtual void reset() = 0;
-  virtual void set_use_graph(bool use_graph) = 0;
-  /// The switches that are off from here on; the sequence goes on.
-  virtual void set_off(const std::vector<std::string>& off) = 0;
+  /// From here on; the sequence goes on. Whether gate and up are one matrix was decided when the model was loaded.
+  virtual void set_policy(const ExecutionPolicy& policy) = 0;
+  /// How a decode step and the longest chunk run.
+  [[nodiscard]] virtual std::vector<StepPlan> step_plans() const = 0;
   /// Runs `work` with an event around every component.
   [[nodiscard]] virtual std::vector<ComponentTime> profile(const std::function<void()>& work) = 0;
   virtual void copy_logits(std::int64_t row, std::span<float> out) const = 0;
@@ -96,12 +90,11 @@ class CudaModel {
 };
 
 struct CudaLoadSettings {
-  bool join_gate_up = true;
   ProgressOptions progress = {};
 };
 
 /// Loads a GGUF file. `planned` are the sequences that will live beside the weights: when they do not fit, this refuses
-/// before it loads, and says what would.
+/// before it loads, and says what would. Its policy decides whether gate and up are one matrix.
 [[nodiscard]] std::unique_ptr<CudaModel> load_cuda_model(const std::filesystem::path& path,
                                                          const CudaLoadSettings& settings, const CudaSettings& planned);
 
@@ -111,6 +104,9 @@ struct CudaLoadSettings {
 /// Total minus free, as the driver counts: contexts and all, of every process.
 [[nodiscard]] std::int64_t device_bytes_in_use();
 [[nodiscard]] std::int64_t device_bytes_free();
+
+/// GB/s of a copy on the device, bytes read plus bytes written. Takes 4 GiB of the device while it measures.
+[[nodiscard]] double device_copy_gb_per_s();
 
 /// run_info() of a run on the current GPU.
 [[nodiscard]] RunInfo device_run_info(std::string experiment, int argc, const char* const* argv, std::uint64_t seed);

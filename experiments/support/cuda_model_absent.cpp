@@ -29,6 +29,11 @@ std::int64_t device_bytes_free() {
   return 0;
 }
 
+double device_copy_gb_per_s() {
+  require(false, kReason);
+  return 0;
+}
+
 RunInfo device_run_info(std::string, int, const char* const*, std::uint64_t) {
   require(false, kReason);
   return {};

@@ -9,7 +9,7 @@
 #include "experiments/driver.hpp"
 #include "experiments/support/any_backend.hpp"
 #include "experiments/support/cuda_model.hpp"
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/model/weights.hpp"
 #include "reference/backend.hpp"
@@ -22,6 +22,7 @@ struct BackendWish {
   std::int64_t context = 0;
   std::int64_t max_chunk = 512;
   std::int64_t n_logit_row = 1;
+  ExecutionPolicy policy = {};  ///< of a device
 };
 
 /// A model that makes backends of the room that --backend names. Outlives them.
@@ -48,7 +49,11 @@ class ModelSource {
 
  private:
   [[nodiscard]] static CudaSettings settings(const BackendWish& wish) {
-    return {.cache = wish.cache, .context = wish.context, .max_chunk = wish.max_chunk, .n_logit_row = wish.n_logit_row};
+    return {.cache = wish.cache,
+            .context = wish.context,
+            .max_chunk = wish.max_chunk,
+            .n_logit_row = wish.n_logit_row,
+            .policy = wish.policy};
   }
 
   std::optional<GgufFile> file_;

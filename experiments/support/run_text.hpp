@@ -10,6 +10,8 @@
 #include "experiments/driver.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/plan/execution.hpp"
+#include "gemma4/report/result_table.hpp"
 #include "gemma4/synthetic/synthetic_weights.hpp"
 #include "gemma4/text/id_file.hpp"
 
@@ -48,6 +50,11 @@ namespace gemma4::experiment {
 inline void set_run_text(ResultTable::Row& row, const DriverOptions& options, const std::string& desc) {
   row.set("model", options.model.filename().string()).set("model_desc", desc);
   row.set("text", text_name(options));
+}
+
+/// The columns off and plan: what is switched off, and the digest of how a decode step and the longest chunk run.
+inline void set_run_plan(ResultTable::Row& row, const ExecutionPolicy& policy, const std::string& plan_digest) {
+  row.set("off", off_text(policy)).set("plan", plan_digest);
 }
 
 }  // namespace gemma4::experiment

@@ -18,6 +18,9 @@
 /// at other positions keep every bit. Nothing is written when the call is refused.
 namespace gemma4 {
 
+/// Which of the two halves of a cache a row belongs to: they may be stored in different formats.
+enum class CacheSide { kKey, kValue };
+
 /// Extents of the cache that is written to.
 struct CacheShape {
   std::int64_t batch = 1;

@@ -39,8 +39,8 @@ void read_tensor(const GgufFile& file, const GgufTensor& tensor) {
       static_cast<std::size_t>(n / gemma4::block_size(tensor.type) * gemma4::block_size(tensor.type)));
   const auto bytes = static_cast<std::size_t>(gemma4::row_bytes(tensor.type, static_cast<std::int64_t>(values.size())));
   try {
-    gemma4::decode_row(tensor.type, tensor.row(0).first(bytes), values);
-    gemma4::decode_row(tensor.type, tensor.row(tensor.rows() - 1).last(bytes), values);
+    gemma4::dequantise_row(tensor.type, tensor.row(0).first(bytes), values);
+    gemma4::dequantise_row(tensor.type, tensor.row(tensor.rows() - 1).last(bytes), values);
   } catch (const std::invalid_argument&) {  // integers hold no weights
   }
   try {

@@ -3,10 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <ranges>
+#include <type_traits>
 
 #include "gemma4/float16.hpp"
 
@@ -95,6 +97,56 @@ requires std::is_arithmetic_v<TActual> && std::is_arithmetic_v<TExpected>
 [[nodiscard]] testing::AssertionResult close(TActual actual, TExpected expected, double bound) {
   const double a[] = {static_cast<double>(actual)}, e[] = {static_cast<double>(expected)};
   return close(a, e, bound);
+}
+
+/// How far `actual` has gone from `expected` towards `other`, as the share of the way that explains it best:
+///   <actual - expected, other - expected> / |other - expected|^2
+/// An error that leans on no direction comes to 1 / sqrt(length) of its size over |other - expected|, so that a wrong
+/// factor shows far below a bound on each element. NaN where `other` is `expected`, or anything is NaN or infinite.
+template <detail::Numbers TActual, detail::Numbers TExpected, detail::Numbers TOther>
+[[nodiscard]] double share_of_way(const TActual& actual, const TExpected& expected, const TOther& other) {
+  if (std::ranges::size(actual) != std::ranges::size(expected) ||
+      std::ranges::size(other) != std::ranges::size(expected)) {
+    return NAN;
+  }
+  double along = 0, square = 0;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(std::ranges::size(expected)); ++i) {
+    const double from = detail::as_double(expected[i]), way = detail::as_double(other[i]) - from;
+    along += (detail::as_double(actual[i]) - from) * way;
+    square += way * way;
+  }
+  return along / square;
+}
+
+/// The regression coefficient <actual, expected> / <expected, expected>: the factor that makes `actual` of `expected`.
+/// 1 where the two agree; a cosine does not see it.
+template <detail::Numbers TActual, detail::Numbers TExpected>
+[[nodiscard]] double scale_of(const TActual& actual, const TExpected& expected) {
+  if (std::ranges::size(actual) != std::ranges::size(expected)) return NAN;
+  double product = 0, square = 0;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(std::ranges::size(expected)); ++i) {
+    const double value = detail::as_double(expected[i]);
+    product += detail::as_double(actual[i]) * value;
+    square += value * value;
+  }
+  return product / square;
+}
+
+/// Success when scale_of() is within `bound` of 1.
+template <detail::Numbers TActual, detail::Numbers TExpected>
+[[nodiscard]] testing::AssertionResult scale_close(const TActual& actual, const TExpected& expected, double bound) {
+  const double scale = scale_of(actual, expected);
+  auto result = std::abs(scale - 1) <= bound ? testing::AssertionSuccess() : testing::AssertionFailure();
+  return result << "scale " << scale << ", need 1 within " << bound;
+}
+
+/// Success when |share_of_way()| is within `bound`: no part of the way to `other`, nor away from it.
+template <detail::Numbers TActual, detail::Numbers TExpected, detail::Numbers TOther>
+[[nodiscard]] testing::AssertionResult stays_at(const TActual& actual, const TExpected& expected, const TOther& other,
+                                                double bound) {
+  const double share = share_of_way(actual, expected, other);
+  auto result = std::abs(share) <= bound ? testing::AssertionSuccess() : testing::AssertionFailure();
+  return result << share << " of the way, need 0 within " << bound;
 }
 
 }  // namespace gemma4::testkit

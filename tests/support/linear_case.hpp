@@ -16,19 +16,19 @@
 namespace gemma4::testkit {
 
 /// Decoded weights, and for each the sum of the magnitudes that the format subtracts to make it: |d s q| + |dmin m|.
-struct DecodedWeights {
+struct DequantisedWeights {
   std::vector<float> value, parts;  ///< [rows, cols]
 };
 
-[[nodiscard]] inline DecodedWeights decode_with_parts(const OwnedMatrix& matrix) {
+[[nodiscard]] inline DequantisedWeights dequantise_with_parts(const OwnedMatrix& matrix) {
   const auto size = static_cast<std::size_t>(matrix.rows * matrix.cols);
-  DecodedWeights weights{std::vector<float>(size), std::vector<float>(size)};
-  decode_row(matrix.type, matrix.bytes, weights.value);
+  DequantisedWeights weights{std::vector<float>(size), std::vector<float>(size)};
+  dequantise_row(matrix.type, matrix.bytes, weights.value);
   if (matrix.type == TensorType::kQ4K || matrix.type == TensorType::kQ5K) {
     std::vector<std::byte> without_min = matrix.bytes;
     const auto step = static_cast<std::size_t>(block_bytes(matrix.type));
     for (std::size_t at = 0; at < without_min.size(); at += step) without_min[at + 2] = without_min[at + 3] = {};
-    decode_row(matrix.type, without_min, weights.parts);
+    dequantise_row(matrix.type, without_min, weights.parts);
     for (std::size_t i = 0; i < size; ++i) {
       weights.parts[i] = std::abs(weights.parts[i]) + std::abs(weights.parts[i] - weights.value[i]);
     }
@@ -75,7 +75,8 @@ struct LinearBound {
 /// @param eight_bit whether the activations are rounded to 8 bits (packed weights), or not at all
 /// Float rounding: a lane's term has at most 6 roundings, the tree over the lanes 5, then one addition for each 32
 /// groups of the row (1 and K / 32 for the plain types' chain).
-[[nodiscard]] inline LinearBound linear_bound(std::span<const float> x, const DecodedWeights& weights, bool eight_bit) {
+[[nodiscard]] inline LinearBound linear_bound(std::span<const float> x, const DequantisedWeights& weights,
+                                              bool eight_bit) {
   const std::size_t cols = x.size(), rows = weights.value.size() / cols;
   const double n_rounding = 12.0 + static_cast<double>(cols) / (eight_bit ? 1024.0 : 32.0);
   std::vector<double> step(cols);

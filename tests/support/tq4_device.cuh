@@ -31,18 +31,20 @@ template <class TCodec>
   return *codec;
 }
 
+/// A codebook as decode on the device reads it.
+[[nodiscard]] inline Codebook read_levels(const Codebook& book, const std::optional<cuda::ByteLevels>& bytes) {
+  return bytes ? cuda::rounded_codebook(book, *bytes) : book;
+}
+
 /// The reference with the levels as decode on the device reads them.
 [[nodiscard]] inline const reference::Tq4Codec<double>& codec_with_device_levels(std::int64_t head_dim, int bits = 4) {
   static std::map<std::pair<std::int64_t, int>, std::unique_ptr<reference::Tq4Codec<double>>> codecs;
   auto& codec = codecs[{head_dim, bits}];
   if (!codec) {
     const auto& device = codec_of<cuda::Tq4Codec>(head_dim, bits);
-    const auto read = [](const Codebook& book, const std::optional<cuda::ByteLevels>& bytes) {
-      return bytes ? cuda::rounded_codebook(book, *bytes) : book;
-    };
     codec = std::make_unique<reference::Tq4Codec<double>>(
-        reference::Rotation<double>::signed_hadamard(head_dim, 0), read(device.k_codebook(), device.k_bytes()),
-        read(device.v_codebook(), device.v_bytes()), NormKind::kCorrected);
+        reference::Rotation<double>::signed_hadamard(head_dim, 0), read_levels(device.k_codebook(), device.k_bytes()),
+        read_levels(device.v_codebook(), device.v_bytes()), NormKind::kCorrected);
   }
   return *codec;
 }

@@ -17,7 +17,7 @@
 /// one rounding is that of the final difference in Q4_K and Q5_K.
 namespace gemma4 {
 
-inline void decode_block(const Q4KBlock& block, std::span<float, Q4KBlock::kSize> out) {
+inline void dequantise_block(const Q4KBlock& block, std::span<float, Q4KBlock::kSize> out) {
   for (int c = 0; c < 4; ++c) {
     const ScaleMin even = block.scales.get(2 * c);
     const ScaleMin odd = block.scales.get(2 * c + 1);
@@ -30,7 +30,7 @@ inline void decode_block(const Q4KBlock& block, std::span<float, Q4KBlock::kSize
   }
 }
 
-inline void decode_block(const Q5KBlock& block, std::span<float, Q5KBlock::kSize> out) {
+inline void dequantise_block(const Q5KBlock& block, std::span<float, Q5KBlock::kSize> out) {
   for (int b = 0; b < Q5KBlock::kSubBlocks; ++b) {
     const ScaleMin pair = block.scales.get(b);
     const float scale = to_float(block.d) * pair.scale, min = to_float(block.dmin) * pair.min;
@@ -44,7 +44,7 @@ inline void decode_block(const Q5KBlock& block, std::span<float, Q5KBlock::kSize
   }
 }
 
-inline void decode_block(const Q6KBlock& block, std::span<float, Q6KBlock::kSize> out) {
+inline void dequantise_block(const Q6KBlock& block, std::span<float, Q6KBlock::kSize> out) {
   for (int b = 0; b < Q6KBlock::kSubBlocks; ++b) {
     const int half = b / 8, quarter = b / 2 % 4, first = 16 * (b % 2);
     const std::uint8_t* const low = block.low + 64 * half + 32 * (quarter % 2) + first;
@@ -59,28 +59,28 @@ inline void decode_block(const Q6KBlock& block, std::span<float, Q6KBlock::kSize
   }
 }
 
-inline void decode_block(const Q80Block& block, std::span<float, Q80Block::kSize> out) {
+inline void dequantise_block(const Q80Block& block, std::span<float, Q80Block::kSize> out) {
   const float d = to_float(block.d);
   for (int l = 0; l < 32; ++l) out[static_cast<std::size_t>(l)] = d * static_cast<float>(block.quants[l]);
 }
 
 namespace detail {
 
-/// Decodes a row of TBlock. Each block is copied to the stack first: the source may lie at any address, and the
+/// Dequantises a row of TBlock. Each block is copied to the stack first: the source may lie at any address, and the
 /// compiler vectorises the loops above only when it sees that storing a float cannot change the quants.
 template <class TBlock>
-void decode_blocks(std::span<const std::byte> bytes, std::span<float> out) {
+void dequantise_blocks(std::span<const std::byte> bytes, std::span<float> out) {
   constexpr auto kSize = static_cast<std::size_t>(TBlock::kSize);
   for (std::size_t index = 0; index < out.size() / kSize; ++index) {
     TBlock block;
     std::memcpy(&block, bytes.data() + index * sizeof(TBlock), sizeof(TBlock));
-    decode_block(block, out.subspan(index * kSize).template first<kSize>());
+    dequantise_block(block, out.subspan(index * kSize).template first<kSize>());
   }
 }
 
-/// Decodes a row of 16-bit floats.
+/// Dequantises a row of 16-bit floats.
 template <class TStorage>
-void decode_halves(std::span<const std::byte> bytes, std::span<float> out) {
+void dequantise_halves(std::span<const std::byte> bytes, std::span<float> out) {
   for (std::size_t index = 0; index < out.size(); ++index) {
     TStorage value;
     std::memcpy(&value, bytes.data() + index * sizeof(TStorage), sizeof(TStorage));
@@ -94,29 +94,29 @@ void decode_halves(std::span<const std::byte> bytes, std::span<float> out) {
 /// @param bytes row_bytes(type, out.size()) bytes, at any alignment
 /// @param out   a multiple of block_size(type) values
 /// @throws std::invalid_argument when the sizes disagree or the type holds no weights
-inline void decode_row(TensorType type, std::span<const std::byte> bytes, std::span<float> out) {
+inline void dequantise_row(TensorType type, std::span<const std::byte> bytes, std::span<float> out) {
   const auto expected = static_cast<std::size_t>(row_bytes(type, static_cast<std::int64_t>(out.size())));
-  require(bytes.size() == expected, "decode_row: ", bytes.size(), " bytes of ", type_name(type), ", expected ",
+  require(bytes.size() == expected, "dequantise_row: ", bytes.size(), " bytes of ", type_name(type), ", expected ",
           expected, " for ", out.size(), " values");
   switch (type) {
     case TensorType::kF32:
       if (!out.empty()) std::memcpy(out.data(), bytes.data(), bytes.size());
       return;
     case TensorType::kF16:
-      return detail::decode_halves<F16>(bytes, out);
+      return detail::dequantise_halves<F16>(bytes, out);
     case TensorType::kBf16:
-      return detail::decode_halves<Bf16>(bytes, out);
+      return detail::dequantise_halves<Bf16>(bytes, out);
     case TensorType::kQ4K:
-      return detail::decode_blocks<Q4KBlock>(bytes, out);
+      return detail::dequantise_blocks<Q4KBlock>(bytes, out);
     case TensorType::kQ5K:
-      return detail::decode_blocks<Q5KBlock>(bytes, out);
+      return detail::dequantise_blocks<Q5KBlock>(bytes, out);
     case TensorType::kQ6K:
-      return detail::decode_blocks<Q6KBlock>(bytes, out);
+      return detail::dequantise_blocks<Q6KBlock>(bytes, out);
     case TensorType::kQ8_0:
-      return detail::decode_blocks<Q80Block>(bytes, out);
+      return detail::dequantise_blocks<Q80Block>(bytes, out);
     default:
-      require(false, "decode_row: ", type_name(type), " does not hold weights; expected F32, F16, BF16, Q4_K, Q5_K, ",
-              "Q6_K or Q8_0");
+      require(false, "dequantise_row: ", type_name(type),
+              " does not hold weights; expected F32, F16, BF16, Q4_K, Q5_K, ", "Q6_K or Q8_0");
   }
 }
 

@@ -9,7 +9,8 @@
 
 /// Byte maps of the quantised blocks: where each bit of a weight lies. Ranges are [begin:end) in bytes of the block,
 /// and "nibble 0" is the low one. Source: the block structs of the ggml project, which wrote these formats first.
-/// Arithmetic lives elsewhere: block_decode.hpp and block_encode.hpp on the host, the weight kernels on the device.
+/// Arithmetic lives elsewhere: block_dequantise.hpp and block_quantise.hpp on the host, the weight kernels on the
+/// device.
 namespace gemma4 {
 
 /// Scale and minimum of one sub-block of Q4_K and Q5_K, 6 bits each.

@@ -10,9 +10,10 @@
 #include <string_view>
 #include <thread>
 #include <utility>
+#include <variant>
 #include <vector>
 
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
@@ -29,8 +30,9 @@ struct MemoryPlanOptions {
   PlanTarget target = PlanTarget::kCuda;
   std::int64_t context = 131072;  ///< positions that the caches hold
   std::int64_t chunk = 2048;      ///< tokens of the longest prefill chunk
-  CacheSpec cache = {CacheKind::kTq4, {}};
+  CacheSpec cache = Tq4Format{};
   std::int64_t n_logit_row = 1;  ///< rows whose logits are kept
+  std::int64_t sm_count = 132;   ///< multiprocessors of the device: split keys leave a part in each (an H100 or H200)
   std::int64_t n_thread = 0;     ///< of the reference; 0: the hardware's
 };
 
@@ -97,17 +99,14 @@ namespace detail {
 
 /// The activations of a chunk that takes the path of decoding, in bytes; each begins at kDeviceAlignment.
 struct DecodeActivations {
-  std::int64_t residual_out = 0;  ///< f32, the residual stream that a fused prologue writes beside the one it reads
-  std::int64_t pending = 0;       ///< f32
-  std::int64_t qkv = 0;           ///< f32, as projected
-  std::int64_t attended = 0;      ///< bf16: q, then the result of attention
-  std::int64_t fresh = 0;         ///< bf16, K and V of a sliding layer
-  std::int64_t activation = 0;    ///< bf16
-  std::int64_t gate_up = 0;       ///< f32, for layers whose gate and up have different types
+  std::int64_t pending = 0;     ///< f32
+  std::int64_t qkv = 0;         ///< f32, as projected
+  std::int64_t attended = 0;    ///< bf16: q, then the result of attention
+  std::int64_t fresh = 0;       ///< bf16, K and V of a sliding layer
+  std::int64_t activation = 0;  ///< bf16
+  std::int64_t gate_up = 0;     ///< f32, for layers whose gate and up have different types
 
-  [[nodiscard]] std::int64_t total() const {
-    return residual_out + pending + qkv + attended + fresh + activation + gate_up;
-  }
+  [[nodiscard]] std::int64_t total() const { return pending + qkv + attended + fresh + activation + gate_up; }
 };
 
 namespace detail {
@@ -138,13 +137,29 @@ struct QkvWidths {
   const auto bytes = [&](std::int64_t width, std::int64_t size) {
     return detail::round_up(n_token * width * size, kDeviceAlignment);
   };
-  return {.residual_out = bytes(config.hidden, kF32),
-          .pending = bytes(config.hidden, kF32),
+  return {.pending = bytes(config.hidden, kF32),
           .qkv = bytes(widths.all, kF32),
           .attended = bytes(widths.q, kBf16),
           .fresh = bytes(2 * widths.kv, kBf16),
           .activation = bytes(config.ffn_hidden, kBf16),
           .gate_up = bytes(2 * config.ffn_hidden, kF32)};
+}
+
+/// What the blocks leave that share the keys of a few queries, in bytes; no plan of an attention asks for more, and the
+/// backend holds each to it. At most two blocks a multiprocessor share keys, each with a tile of 16 query rows:
+/// head_dim sums, a maximum and a sum of weights a row, f32. A decode kernel that does not split leaves its tiles of 8
+/// rows alike.
+[[nodiscard]] inline std::int64_t attention_partials_bytes(const ModelConfig& config, std::int64_t sm_count) {
+  constexpr std::int64_t kBlocksPerSm = 2, kTileRows = 16, kRowTile = 8, kMaxDecodeQueries = kDecodeChunk;
+  std::int64_t bytes = 0;
+  for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
+    const AttentionConfig& attention = config.attention(layer);
+    const std::int64_t group = config.n_head / attention.n_head_kv;
+    const std::int64_t unsplit = attention.n_head_kv * detail::round_up(kMaxDecodeQueries * group, kRowTile);
+    const std::int64_t rows = std::max(kBlocksPerSm * sm_count * kTileRows, unsplit);
+    bytes = std::max(bytes, rows * (attention.head_dim + 2) * static_cast<std::int64_t>(sizeof(float)));
+  }
+  return detail::round_up(bytes, kDeviceAlignment);
 }
 
 namespace detail {
@@ -200,39 +215,54 @@ class MemoryPlanner {
         "norms, f32");
   }
 
-  void add_caches(std::int64_t context, const char* context_text, std::int64_t n_slot) {
+  /// @param n_slot of a ring
+  template <class TFormat>
+  void add_caches(const TFormat& format, std::int64_t context, std::int64_t n_slot) {
     const AttentionConfig& full = config_.full;
     if (config_.n_full_layer() > 0) {
-      const std::int64_t row = cache_row_bytes(options_.cache.kind, full.head_dim);
-      add_device("cache_full", config_.n_full_layer() * full.n_head_kv * context * 2 * row,
-                 concat(config_.n_full_layer(), " layers x ", full.n_head_kv, " heads x ", context, context_text,
-                        " x 2 (K, V) x ", row, " B"));
+      const std::int64_t k = format.allocated_row_bytes(CacheSide::kKey, full.head_dim);
+      const std::int64_t v = format.allocated_row_bytes(CacheSide::kValue, full.head_dim);
+      add_device("cache_full", config_.n_full_layer() * full.n_head_kv * context * (k + v),
+                 concat(config_.n_full_layer(), " layers x ", full.n_head_kv, " heads x ", context,
+                        context == options_.context ? " tokens"
+                                                    : concat(" tokens (whole records of ", TFormat::kRecordTokens, ")"),
+                        " x (K ", k, " B + V ", v, " B)"));
     }
     if (n_sliding_ > 0) {
-      const std::int64_t value_bytes = options_.cache.kind == CacheKind::kF32 ? 4 : 2;
       const AttentionConfig& sliding = config_.sliding;
-      add_device("cache_sliding", n_sliding_ * sliding.n_head_kv * n_slot * sliding.head_dim * 2 * value_bytes,
+      add_device("cache_sliding",
+                 n_sliding_ * sliding.n_head_kv * n_slot * sliding.head_dim * 2 * TFormat::kRingValueBytes,
                  concat(n_sliding_, " layers x ", sliding.n_head_kv, " heads x ", n_slot, " slots x ", sliding.head_dim,
-                        " x 2 (K, V) x ", value_bytes, " B"));
+                        " x 2 (K, V) x ", TFormat::kRingValueBytes, " B"));
     }
+  }
+
+  /// The caches of a device, and what else depends on the format. @return values of the scratch that K and V of a head
+  /// take as bf16
+  template <class TFormat>
+  std::int64_t add_cuda_caches(const TFormat& format) {
+    const std::int64_t context = round_up(options_.context, TFormat::kRecordTokens);
+    add_caches(format, context, ring_slots(config_.window));
+    if (config_.n_full_layer() == 0) return 0;
+    rotation_bytes_ = format.rotation_bytes(config_.full.head_dim);
+    return TFormat::kUnpacksForPrefill ? 2 * context * config_.full.head_dim : 0;
   }
 
   void add_cuda() {
     constexpr std::int64_t kBf16 = 2, kF32 = 4, kMiB = std::int64_t{1} << 20;
     const std::int64_t t = options_.chunk, hidden = config_.hidden, rows = options_.n_logit_row;
     add_cuda_weights();
-    const bool is_tq4 = options_.cache.kind == CacheKind::kTq4;
-    const std::int64_t context = is_tq4 ? round_up(options_.context, kTq4RecordTokens) : options_.context;
-    add_caches(context, is_tq4 ? " tokens (whole records of 16)" : " tokens", ring_slots(config_.window));
+    const std::int64_t unpacked_kv =
+        std::visit([&](const auto& format) { return add_cuda_caches(format); }, options_.cache);
     add_device("residual", t * hidden * kF32, "chunk x hidden x f32");
     add_device("normed", t * hidden * kBf16, "chunk x hidden x bf16");
     add_device("pending", t * hidden * kBf16, "chunk x hidden x bf16");
     add_device("activations", t * std::max(2 * config_.ffn_hidden, qkv_dim_) * kBf16,
                concat("chunk x max(gate + up: 2 x ", config_.ffn_hidden, ", q + k + v: ", qkv_dim_, ") x bf16"));
-    const std::int64_t decoded_kv = is_tq4 && config_.n_full_layer() > 0 ? 2 * context * config_.full.head_dim : 0;
-    add_device("scratch", std::max(largest_matrix(), decoded_kv) * kBf16,
-               "max(largest matrix of a layer, K and V of one full-attention head) x bf16, decoded for a chunk");
-    add("attention_partials", 16 * kMiB, "of keys that are split over blocks");
+    add_device("scratch", std::max(largest_matrix(), unpacked_kv) * kBf16,
+               "max(largest matrix of a layer, K and V of one full-attention head) x bf16, dequantised for a chunk");
+    add_device("attention_partials", attention_partials_bytes(config_, options_.sm_count),
+               concat("of keys that are split over the blocks of ", options_.sm_count, " multiprocessors"));
     add_device("logits", rows * config_.vocab * kF32, concat(rows, " rows x vocab x f32"));
     add_device("logit_rows", rows * hidden * kBf16, concat(rows, " rows x hidden x bf16"));
     add("decode_activations", decode_activations(config_, options_.chunk).total(),
@@ -242,9 +272,7 @@ class MemoryPlanner {
     add("linear_tickets", kDeviceAlignment, "by which rows of products are dealt in decoding");
     add("sampler_workspace", kMiB, "candidates of the sampler");
     add("gemm_workspace", 32 * kMiB, "of the GEMM library");
-    if (is_tq4 && options_.cache.tq4.rotation == RotationKind::kDenseHaar && config_.n_full_layer() > 0) {
-      add("rotation", 2 * config_.full.head_dim * config_.full.head_dim * kF32, "dense, and its transpose, f32");
-    }
+    add("rotation", rotation_bytes_, "dense, and its transpose, f32");
     add("cuda_context", 536 * kMiB, "driver, modules and graphs; measured on an H200");
   }
 
@@ -265,7 +293,7 @@ class MemoryPlanner {
     const std::int64_t n_thread =
         options_.n_thread > 0 ? options_.n_thread : std::max<std::int64_t>(1, std::thread::hardware_concurrency());
     add("weights", total_bytes(tensors_), "the file as mapped; read in place, reclaimable");
-    add_caches(options_.context, " tokens", config_.window);
+    std::visit([&](const auto& format) { add_caches(format, options_.context, config_.window); }, options_.cache);
     add("residual", 3 * t * config_.hidden * kF32, "3 (stream, normalised, pending) x chunk x hidden x f32");
     add("qkv", 2 * t * (q_dim_ + 2 * kv_dim_) * kF32, "2 (old, new) x chunk x (q + k + v) x f32");
     add("attended", 4 * t * q_dim_ * kF32, "4 (rotated q, result, old, new) x chunk x q x f32");
@@ -275,7 +303,7 @@ class MemoryPlanner {
     std::int64_t widest = 0;
     for (const ModelTensor& tensor : tensors_) widest = std::max(widest, tensor.row_len());
     add("weight_tiles", n_thread * 2 * kTileRows * (widest + t) * kF32,
-        concat(n_thread, " threads x 2 x ", kTileRows, " decoded rows and their products x f32"));
+        concat(n_thread, " threads x 2 x ", kTileRows, " dequantised rows and their products x f32"));
     const std::int64_t head_dim = std::max(config_.sliding.head_dim, config_.full.head_dim);
     add("attention_tiles", n_thread * (5 * kBlock * head_dim + kBlock * kBlock) * kF32,
         concat(n_thread, " threads x (K, V, q, sums, result) of ", kBlock, " rows and their scores x f32"));
@@ -286,6 +314,7 @@ class MemoryPlanner {
   MemoryPlanOptions options_;
   std::int64_t n_sliding_ = 0;
   std::int64_t q_dim_ = 0, kv_dim_ = 0, qkv_dim_ = 0;
+  std::int64_t rotation_bytes_ = 0;
   MemoryPlan plan_;
 };
 

@@ -70,12 +70,16 @@ struct AccuracySummary {
   double nll = 0, kl_mean = 0, kl_p99 = 0, kl_max = 0, same_top = 0, dp_rms = 0, cosine = 0, cosine_min = 0;
 };
 
-/// Positions [begin, end) of `positions`. kl_p99 is the smallest value that at least 99 % of the positions do not
-/// exceed. An empty range has count 0 and NaN elsewhere.
+/// The summary of all `positions`. kl_p99 is the smallest value that at least 99 % of the positions do not exceed.
+/// An empty range has count 0 and NaN elsewhere. A position that holds a NaN in any figure, wherever it stands, makes
+/// every figure of its range NaN: logits that are no numbers have no first token and no order either.
 [[nodiscard]] inline AccuracySummary summarise(std::span<const PositionAccuracy> positions) {
   AccuracySummary summary;
   summary.count = static_cast<std::int64_t>(positions.size());
-  if (positions.empty()) {
+  const auto is_nan = [](const PositionAccuracy& p) {
+    return std::isnan(p.nll) || std::isnan(p.kl) || std::isnan(p.probability_delta) || std::isnan(p.cosine);
+  };
+  if (positions.empty() || std::any_of(positions.begin(), positions.end(), is_nan)) {
     constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
     summary.nll = summary.kl_mean = summary.kl_p99 = summary.kl_max = kNan;
     summary.same_top = summary.dp_rms = summary.cosine = summary.cosine_min = kNan;
@@ -90,13 +94,13 @@ struct AccuracySummary {
     summary.same_top += position.same_top;
     summary.dp_rms += position.probability_delta * position.probability_delta;
     summary.cosine += position.cosine;
-    if (!(position.cosine >= summary.cosine_min)) summary.cosine_min = position.cosine;  // a NaN stays
+    summary.cosine_min = std::min(summary.cosine_min, position.cosine);
     kl.push_back(position.kl);
   }
   const auto count = static_cast<double>(positions.size());
   for (double* mean : {&summary.nll, &summary.kl_mean, &summary.same_top, &summary.cosine}) *mean /= count;
   summary.dp_rms = std::sqrt(summary.dp_rms / count);
-  const auto rank = static_cast<std::size_t>(std::ceil(0.99 * count)) - 1;
+  const std::size_t rank = (99 * positions.size() + 99) / 100 - 1;  // in whole numbers: 0.99 is no double
   std::nth_element(kl.begin(), kl.begin() + static_cast<std::ptrdiff_t>(rank), kl.end());
   summary.kl_p99 = kl[rank];
   summary.kl_max = *std::max_element(kl.begin(), kl.end());

@@ -41,9 +41,10 @@
 /// Numbers are written with a dot whatever the locale, in the fewest digits that read back to the same value.
 namespace gemma4 {
 
-inline constexpr std::array<std::string_view, 16> kRunColumns = {
-    "schema",     "experiment", "git_sha", "git_dirty", "utc",   "gpu",   "sm_count", "sm_mhz",
-    "memory_mhz", "driver",     "cuda",    "compiler",  "build", "flags", "seed",     "argv"};
+inline constexpr std::array<std::string_view, 19> kRunColumns = {
+    "schema",     "experiment",    "git_sha", "git_dirty",      "utc",  "gpu",      "card",  "sm_count", "sm_mhz",
+    "memory_mhz", "power_limit_w", "driver",  "driver_release", "cuda", "compiler", "build", "flags",    "seed",
+    "argv"};
 
 inline constexpr std::string_view kStatusColumn = "status";
 
@@ -228,9 +229,10 @@ class ResultTable {
     for (const std::string& name : parameters) add_column(name);
     for (const std::string& name : measures) add_column(name);
     add_column(std::string(kStatusColumn));
-    run_cells_ = {run.schema,   run.experiment, run.git_sha,    run.git_dirty, run.utc,  run.gpu,
-                  run.sm_count, run.sm_mhz,     run.memory_mhz, run.driver,    run.cuda, run.compiler,
-                  run.build,    run.flags,      run.seed,       run.argv};
+    run_cells_ = {run.schema,        run.experiment, run.git_sha,        run.git_dirty, run.utc,
+                  run.gpu,           run.card,       run.sm_count,       run.sm_mhz,    run.memory_mhz,
+                  run.power_limit_w, run.driver,     run.driver_release, run.cuda,      run.compiler,
+                  run.build,         run.flags,      run.seed,           run.argv};
     if (!path.empty()) file_.emplace(path, join(columns_));
   }
   ResultTable(const ResultTable&) = delete;  // rows point to their table

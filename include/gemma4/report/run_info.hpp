@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cctype>
 #include <chrono>
 #include <cstdint>
@@ -31,13 +32,16 @@ struct RunInfo {
   std::string experiment;
   std::string git_sha;
   std::string git_dirty;
-  std::string utc;         ///< start of the run, ISO 8601
-  std::string gpu;         ///< device name; a run without a GPU says "cpu: <model>"
-  std::string sm_count;    ///< multiprocessors of the GPU; hardware threads for a CPU
-  std::string sm_mhz;      ///< clock of the multiprocessors, measured at the start of the run; empty without a GPU
-  std::string memory_mhz;  ///< clock of the GPU's memory as the driver names it; empty without a GPU
-  std::string driver;      ///< empty without a GPU
-  std::string cuda;        ///< empty without a GPU
+  std::string utc;             ///< start of the run, ISO 8601
+  std::string gpu;             ///< device name; a run without a GPU says "cpu: <model>"
+  std::string card;            ///< which of the cards of that name: card_name() of its UUID; empty without a GPU
+  std::string sm_count;        ///< multiprocessors of the GPU; hardware threads for a CPU
+  std::string sm_mhz;          ///< clock of the multiprocessors, measured at the start of the run; empty without a GPU
+  std::string memory_mhz;      ///< clock of the GPU's memory as the driver names it; empty without a GPU
+  std::string power_limit_w;   ///< that the GPU is held to; empty without a GPU, or where the driver does not say
+  std::string driver;          ///< newest CUDA that the driver runs; empty without a GPU
+  std::string driver_release;  ///< of the driver, as 580.95.05; empty without a GPU, or where nothing says
+  std::string cuda;            ///< empty without a GPU
   std::string compiler;
   std::string build;
   std::string flags;
@@ -74,6 +78,29 @@ struct RunInfo {
     if (line.starts_with("model name") && colon != line.npos) return line.substr(colon + 2);
   }
   return "unknown";
+}
+
+/// Names a card without giving its UUID away: the upper 32 bits of the FNV-1a hash of its bytes, as 8 hex digits.
+[[nodiscard]] inline std::string card_name(std::string_view uuid) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : uuid) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  std::string name;
+  for (int shift = 60; shift >= 32; shift -= 4) name += "0123456789abcdef"[(hash >> shift) & 0xfu];
+  return name;
+}
+
+/// The driver's release in what /proc/driver/nvidia/version says: the first word of numbers with dots between. "" when
+/// there is none.
+[[nodiscard]] inline std::string driver_release_in(std::string_view text) {
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t end = std::min(text.find_first_of(" \t\n", at), text.size());
+    const std::string_view word = text.substr(at, end - at);
+    const bool is_release = word.find('.') != word.npos && word.find_first_not_of("0123456789.") == word.npos &&
+                            word.front() != '.' && word.back() != '.';
+    if (is_release) return std::string(word);
+    at = end + 1;
+  }
+  return {};
 }
 
 /// The arguments as a shell takes them: quoted where they hold anything but plain characters.

@@ -196,6 +196,10 @@ inline void set_model_keys(GgufWriter& writer, const ModelConfig& config, std::u
   writer.set("general.file_type", file_type);
 }
 
+}  // namespace detail
+
+/// The `tokenizer.ggml.*` keys of make_synthetic_vocabulary(vocab).
+/// @throws std::invalid_argument as that does
 inline void set_vocabulary_keys(GgufWriter& writer, std::int64_t vocab) {
   using V = SyntheticVocabulary;
   const V vocabulary = make_synthetic_vocabulary(vocab);
@@ -211,6 +215,8 @@ inline void set_vocabulary_keys(GgufWriter& writer, std::int64_t vocab) {
   writer.set("tokenizer.ggml.add_bos_token", true);
   writer.set("tokenizer.ggml.add_space_prefix", false);
 }
+
+namespace detail {
 
 /// Runs body(i) for i in [0, count) on all threads, in no particular order; where the compiler has no OpenMP, on one.
 /// The first exception ends the loop and is thrown on.
@@ -279,7 +285,7 @@ inline void write_synthetic_model(const std::filesystem::path& path, const Model
 
   GgufWriter writer(path);
   detail::set_model_keys(writer, config, file_type);
-  detail::set_vocabulary_keys(writer, config.vocab);
+  set_vocabulary_keys(writer, config.vocab);
   for (const ModelTensor& tensor : tensors) writer.add_tensor(tensor.name, tensor.type, tensor.dims);
   writer.place();
 

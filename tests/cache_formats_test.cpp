@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "gemma4/cache_spec.hpp"
+#include "gemma4/cache_formats.hpp"
 
 #include <gtest/gtest.h>
 
@@ -14,28 +14,31 @@ namespace {
 
 using namespace gemma4;
 
-TEST(CacheSpec, NamesMeanWhatTheGrammarSays) {
-  EXPECT_EQ(parse_cache_spec("f32").kind, CacheKind::kF32);
-  EXPECT_EQ(parse_cache_spec("bf16").kind, CacheKind::kBf16);
-  EXPECT_EQ(parse_cache_spec("tq4"), (CacheSpec{CacheKind::kTq4, Tq4Options{}}));
-  EXPECT_EQ(parse_cache_spec("tq4-k4v3").tq4, (Tq4Options{.v_bits = 3}));
-  EXPECT_EQ(parse_cache_spec("tq4-k2v4-cut").tq4,
-            (Tq4Options{.codebook = CodebookKind::kCutAtThreeSigma, .k_bits = 2}));
-  EXPECT_EQ(parse_cache_spec("tq4-raw").tq4, (Tq4Options{.norm = NormKind::kRaw}));
-  EXPECT_EQ(parse_cache_spec("tq4-haar").tq4, (Tq4Options{.rotation = RotationKind::kDenseHaar}));
-  const Tq4Options peer = {RotationKind::kDenseHaar, CodebookKind::kCutAtThreeSigma, NormKind::kRaw};
-  EXPECT_EQ(parse_cache_spec("tq4-peer").tq4, peer);
-  EXPECT_EQ(parse_cache_spec("tq4-cut-raw-haar").tq4, peer);
+Tq4Options tq4_options(const std::string& name) {
+  return std::get<Tq4Format>(parse_cache_spec(name)).options;
 }
 
-TEST(CacheSpec, EveryFormatHasItsOwnNameThatReadsBack) {
-  std::set<std::string> names = {to_string(CacheSpec{CacheKind::kF32, {}}), to_string(CacheSpec{CacheKind::kBf16, {}})};
+TEST(CacheFormats, NamesMeanWhatTheGrammarSays) {
+  EXPECT_EQ(parse_cache_spec("f32"), CacheSpec(F32Format{}));
+  EXPECT_EQ(parse_cache_spec("bf16"), CacheSpec(Bf16Format{}));
+  EXPECT_EQ(parse_cache_spec("tq4"), CacheSpec(Tq4Format{}));
+  EXPECT_EQ(tq4_options("tq4-k4v3"), (Tq4Options{.v_bits = 3}));
+  EXPECT_EQ(tq4_options("tq4-k2v4-cut"), (Tq4Options{.codebook = CodebookKind::kCutAtThreeSigma, .k_bits = 2}));
+  EXPECT_EQ(tq4_options("tq4-raw"), (Tq4Options{.norm = NormKind::kRaw}));
+  EXPECT_EQ(tq4_options("tq4-haar"), (Tq4Options{.rotation = RotationKind::kDenseHaar}));
+  const Tq4Options peer = {RotationKind::kDenseHaar, CodebookKind::kCutAtThreeSigma, NormKind::kRaw};
+  EXPECT_EQ(tq4_options("tq4-peer"), peer);
+  EXPECT_EQ(tq4_options("tq4-cut-raw-haar"), peer);
+}
+
+TEST(CacheFormats, EveryFormatHasItsOwnNameThatReadsBack) {
+  std::set<std::string> names = {to_string(F32Format{}), to_string(Bf16Format{})};
   std::size_t count = names.size();
   for (const auto rotation : {RotationKind::kSignedHadamard, RotationKind::kDenseHaar}) {
     for (const auto codebook : {CodebookKind::kFull, CodebookKind::kCutAtThreeSigma}) {
       for (const auto norm : {NormKind::kCorrected, NormKind::kRaw}) {
         for (int bits = 0; bits < 9; ++bits) {
-          const CacheSpec spec{CacheKind::kTq4, {rotation, codebook, norm, 2 + bits / 3, 2 + bits % 3}};
+          const CacheSpec spec = Tq4Format{{rotation, codebook, norm, 2 + bits / 3, 2 + bits % 3}};
           EXPECT_EQ(parse_cache_spec(to_string(spec)), spec) << to_string(spec);
           names.insert(to_string(spec));
           ++count;
@@ -46,7 +49,7 @@ TEST(CacheSpec, EveryFormatHasItsOwnNameThatReadsBack) {
   EXPECT_EQ(names.size(), count);
 }
 
-TEST(CacheSpec, AWrongNameIsRefusedWithItselfAndTheGrammar) {
+TEST(CacheFormats, AWrongNameIsRefusedWithItselfAndTheGrammar) {
   const std::vector<std::string> wrong = {
       "",         "fp16",     "BF16",      "bf16 ",    "tq",          "tq4x",        "tq4-",         "tq4-k4",
       "tq4-k5v4", "tq4-k4v1", "tq4-k44v4", "tq4-v4k4", "tq4-raw-cut", "tq4-cut-cut", "tq4-peer-raw", "tq4-k4v3-peer",
@@ -58,12 +61,15 @@ TEST(CacheSpec, AWrongNameIsRefusedWithItselfAndTheGrammar) {
     } catch (const std::invalid_argument& error) {
       const std::string message = error.what();
       EXPECT_NE(message.find("'" + name + "'"), std::string::npos) << message;
-      EXPECT_NE(message.find(kCacheSpecGrammar), std::string::npos) << message;
+      EXPECT_NE(message.find(name.starts_with("tq4") && name != "tq4x" ? std::string(Tq4Format::kGrammar)
+                                                                       : CacheFormats::grammar()),
+                std::string::npos)
+          << message;
     }
   }
 }
 
-RC_GTEST_PROP(CacheSpec, AnyTextIsReadOrRefused, (const std::string& tail)) {
+RC_GTEST_PROP(CacheFormats, AnyTextIsReadOrRefused, (const std::string& tail)) {
   for (const std::string& name : {tail, "tq4" + tail, "tq4-k" + tail}) {
     try {
       const CacheSpec spec = parse_cache_spec(name);
@@ -73,10 +79,10 @@ RC_GTEST_PROP(CacheSpec, AnyTextIsReadOrRefused, (const std::string& tail)) {
   }
 }
 
-TEST(CacheSpec, RowBytes) {
-  EXPECT_EQ(cache_row_bytes(CacheKind::kF32, 512), 2048);
-  EXPECT_EQ(cache_row_bytes(CacheKind::kBf16, 512), 1024);
-  EXPECT_EQ(cache_row_bytes(CacheKind::kTq4, 512), 258);
+TEST(CacheFormats, RowBytes) {
+  EXPECT_EQ(F32Format::allocated_row_bytes(CacheSide::kKey, 512), 2048);
+  EXPECT_EQ(Bf16Format::allocated_row_bytes(CacheSide::kKey, 512), 1024);
+  EXPECT_EQ(Tq4Format::allocated_row_bytes(CacheSide::kKey, 512), 258);
 }
 
 }  // namespace

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cuda/backend/path.cuh"
+#include "cuda/device/device_arena.cuh"
+#include "cuda/fused_mlp.cuh"
+#include "cuda/quantized_linear.cuh"
+#include "gemma4/plan/memory_plan.hpp"
+#include "gemma4/plan/step_plan.hpp"
+
+/// The five steps of a layer for up to kDecodeChunk tokens, a decode step among them: products read the weights as they
+/// are stored and take 8-bit integers; what is projected stays float32 until the next norm.
+namespace gemma4::cuda {
+
+class FewTokensPath {
+ public:
+  FewTokensPath(const PathContext& context, std::int64_t max_chunk, DeviceArena& arena) : context_(context) {
+    const DecodeActivations bytes = decode_activations(context.config(), max_chunk);
+    Carver carver(arena.buffer("decode_activations"));
+    pending_ = reinterpret_cast<float*>(carver.take<std::byte>(bytes.pending));
+    qkv_ = reinterpret_cast<float*>(carver.take<std::byte>(bytes.qkv));
+    attended_ = reinterpret_cast<Bf16*>(carver.take<std::byte>(bytes.attended));
+    fresh_ = reinterpret_cast<Bf16*>(carver.take<std::byte>(bytes.fresh));
+    activation_ = reinterpret_cast<Bf16*>(carver.take<std::byte>(bytes.activation));
+    gate_up_ = reinterpret_cast<float*>(carver.take<std::byte>(bytes.gate_up));
+    tickets_ = arena.data<LinearTickets>("linear_tickets", 1);
+  }
+
+  void project_qkv(std::int64_t layer, Pass& pass) const {
+    const PackedLayer& weights = context_.model.layer(layer);
+    const ProjectedHeads<float> heads = this->heads(layer, pass);
+    const std::array<PackedMatrix, 3> matrices{weights.attn_q, weights.attn_k, weights.attn_v};
+    const std::array<View<float, 2>, 3> outs{heads_as_rows(heads.q), heads_as_rows(heads.k), heads_as_rows(heads.v)};
+    const std::size_t count = context_.config().sliding_layer(layer) ? 3 : 2;
+    normalise(weights.attn_norm, pass);
+    quantized_linear_decode(normed(pass), std::span<const PackedMatrix>(matrices).first(count),
+                            std::span<const View<float, 2>>(outs).first(count), context_.device, context_.stream,
+                            products(pass));
+    store_heads(context_, pass, layer, heads);
+  }
+
+  void attend(std::int64_t layer, Pass& pass) const { attend_heads(context_, pass, layer, heads(layer, pass)); }
+
+  void project_output(std::int64_t layer, Pass& pass) const {
+    const PackedLayer& weights = context_.model.layer(layer);
+    project(heads_as_rows(heads(layer, pass).q_out), weights.attn_output, pass);
+    pass.pending = {weights.post_attention_norm, 1.0f};
+  }
+
+  void gate_up(std::int64_t layer, Pass& pass) const {
+    const PackedLayer& weights = context_.model.layer(layer);
+    const std::span<float> scratch(gate_up_,
+                                   static_cast<std::size_t>(2 * pass.n_token() * context_.config().ffn_hidden));
+    normalise(weights.ffn_norm, pass);
+    gate_up_decode(normed(pass), weights.gate_up, scratch, activation(pass), context_.device, context_.stream,
+                   products(pass));
+  }
+
+  void down(std::int64_t layer, Pass& pass) const {
+    const PackedLayer& weights = context_.model.layer(layer);
+    project(activation(pass), weights.ffn_down, pass);
+    pass.pending = {weights.post_ffw_norm, weights.output_scale};
+  }
+
+  /// The product in front does not write the residual stream.
+  void finish(std::int64_t first, std::int64_t count, const float* norm, Bf16* to, const Pass& pass) const {
+    finish_rows<float>(context_, pass, pending_, first, count, norm, to, true);
+  }
+
+  [[nodiscard]] LinearOptions products(const Pass& pass) const {
+    return {.tickets = pass.dynamic_rows ? tickets_ : nullptr, .overlap = pass.overlap};
+  }
+
+  /// How the products run, for the eye.
+  [[nodiscard]] std::vector<StepPlanRow> rows(const Pass& pass) const {
+    const std::string tile = concat(pass.dynamic_rows ? "dynamic rows" : "equal rows", pass.overlap ? "" : ", no PDL");
+    const auto row = [&](const char* component, auto&& matrix_of) {
+      const std::string types = types_of_layers(context_.model, matrix_of);
+      return StepPlanRow{.component = component, .path = concat("int8, ", types), .tile = tile};
+    };
+    std::vector<StepPlanRow> rows{row("project_qkv", [](const PackedLayer& layer) { return layer.attn_q; }),
+                                  row("project_output", [](const PackedLayer& layer) { return layer.attn_output; }),
+                                  row("gate_up",
+                                      [](const PackedLayer& layer) {
+                                        return layer.gate_up.is_fused() ? layer.gate_up.joined : layer.gate_up.gate;
+                                      }),
+                                  row("down", [](const PackedLayer& layer) { return layer.ffn_down; })};
+    note_apart(context_.model, rows[2]);
+    return rows;
+  }
+
+ private:
+  [[nodiscard]] View<const Bf16, 2> normed(const Pass& pass) const {
+    return make_view(static_cast<const Bf16*>(context_.normed), pass.n_token(), context_.config().hidden);
+  }
+  [[nodiscard]] View<Bf16, 2> activation(const Pass& pass) const {
+    return make_view(activation_, pass.n_token(), context_.config().ffn_hidden);
+  }
+  void normalise(const float* norm, Pass& pass) const {
+    finish(0, pass.n_token(), norm, context_.normed, pass);
+    pass.pending = {};
+  }
+  /// A product whose output stays pending.
+  void project(const View<const Bf16, 2>& x, const PackedMatrix& weight, const Pass& pass) const {
+    quantized_linear_decode<Bf16, float>(x, weight, make_view(pending_, pass.n_token(), context_.config().hidden),
+                                         context_.device, context_.stream, products(pass));
+  }
+
+  [[nodiscard]] ProjectedHeads<float> heads(std::int64_t layer, const Pass& pass) const {
+    const ModelConfig& config = context_.config();
+    const AttentionConfig& attention = config.attention(layer);
+    const auto view = [&]<class T>(T* data, std::int64_t n_head) {
+      return make_view(data, pass.n_token(), n_head, attention.head_dim);
+    };
+    const std::int64_t q_dim = pass.n_token() * config.n_head * attention.head_dim;
+    const std::int64_t kv_dim = pass.n_token() * attention.n_head_kv * attention.head_dim;
+    ProjectedHeads<float> out;
+    out.q = view(qkv_, config.n_head);
+    out.k = view(qkv_ + q_dim, attention.n_head_kv);
+    out.v = config.sliding_layer(layer) ? view(qkv_ + q_dim + kv_dim, attention.n_head_kv) : out.k;
+    out.q_out = view(attended_, config.n_head);
+    out.k_out = view(fresh_, attention.n_head_kv);
+    out.v_out = view(fresh_ + kv_dim, attention.n_head_kv);
+    return out;
+  }
+
+  PathContext context_;
+  float *pending_ = nullptr, *qkv_ = nullptr, *gate_up_ = nullptr;
+  Bf16 *attended_ = nullptr, *fresh_ = nullptr, *activation_ = nullptr;
+  LinearTickets* tickets_ = nullptr;
+};
+
+}  // namespace gemma4::cuda

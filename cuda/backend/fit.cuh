@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "gemma4/cache_formats.hpp"
+#include "gemma4/config.hpp"
+#include "gemma4/gguf/config_from_gguf.hpp"
+#include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/plan/execution.hpp"
+#include "gemma4/plan/memory_plan.hpp"
+
+/// What a run asks of a device, and whether it fits.
+namespace gemma4::cuda {
+
+struct BackendOptions {
+  CacheSpec cache = Tq4Format{};
+  std::int64_t context = 131072;  ///< positions that the caches hold
+  std::int64_t max_chunk = 2048;
+  std::int64_t n_logit_row = 1;  ///< rows whose logits one forward pass may keep
+  ExecutionPolicy policy = {};
+  /// The whole plan must stay within it: weights, context and all. 0: what the device has free.
+  std::int64_t memory_limit_bytes = 0;
+};
+
+/// @param sm_count multiprocessors of the device
+[[nodiscard]] inline MemoryPlanOptions memory_plan_options(const BackendOptions& options, std::int64_t sm_count) {
+  return {.target = PlanTarget::kCuda,
+          .context = options.context,
+          .chunk = options.max_chunk,
+          .cache = options.cache,
+          .n_logit_row = options.n_logit_row,
+          .sm_count = sm_count};
+}
+
+/// Refuses a run that does not fit into `limit_bytes`, before anything is loaded.
+/// @throws std::invalid_argument that says which context or chunk would fit
+inline void require_fits(const ModelConfig& config, const std::vector<ModelTensor>& tensors,
+                         const BackendOptions& options, std::int64_t sm_count, std::int64_t limit_bytes) {
+  const MemoryPlanOptions wanted = memory_plan_options(options, sm_count);
+  const MemoryPlan plan = plan_memory(config, tensors, wanted);
+  if (plan.fits(limit_bytes)) return;
+  const std::optional<std::int64_t> context = largest_context(config, tensors, wanted, limit_bytes);
+  const std::optional<std::int64_t> chunk = largest_chunk(config, tensors, wanted, limit_bytes);
+  std::string remedy;
+  if (context) remedy += concat("; a context of ", *context, " would fit");
+  if (chunk) remedy += concat(context ? ", or" : ";", " a chunk of ", *chunk);
+  if (!context && !chunk) remedy = "; no context and no chunk would fit: a smaller model or cache format is needed";
+  require(false, "backend: a context of ", options.context, " in chunks of ", options.max_chunk, " needs ",
+          plan.total_bytes(), " B of device memory, there are ", limit_bytes, " B", remedy);
+}
+
+}  // namespace gemma4::cuda

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/device/profile.cuh"
+#include "cuda/device/stream.cuh"
+#include "cuda/layer_cache.cuh"
+#include "cuda/linear_prefill.cuh"
+#include "cuda/model_weights.cuh"
+#include "cuda/residual_norm.cuh"
+#include "gemma4/config.hpp"
+#include "gemma4/gguf/gguf.hpp"
+#include "gemma4/plan/step_plan.hpp"
+
+/// What the two ways of a chunk through a layer share: that of a few tokens and that of a long chunk.
+namespace gemma4::cuda {
+
+/// How the output of a step that is not yet added to the residual stream will be.
+struct PendingOutput {
+  const float* post_norm = nullptr;  ///< null: nothing is pending
+  float scale = 1.0f;
+};
+
+/// One forward pass: what embed() sets before its first kernel.
+struct Pass {
+  ChunkPlace chunk = {};
+  LayerCachePlan caches = {};
+  PendingOutput pending = {};
+  bool overlap = true;       ///< programmatic dependent launch of what reads or writes the residual stream
+  bool dynamic_rows = true;  ///< blocks of a decode product that end early take rows of others
+  [[nodiscard]] std::int64_t n_token() const { return chunk.n_token; }
+};
+
+/// What both paths work with; the backend owns all of it.
+struct PathContext {
+  const PackedModel& model;
+  LayerCaches& caches;
+  LinearPrefill& gemm;
+  const Stream& stream;
+  DeviceInfo device;
+  Profile** profile;  ///< where the backend keeps it
+  float* residual;    ///< [n_token, hidden]
+  Bf16* normed;       ///< [n_token, hidden]
+
+  [[nodiscard]] const ModelConfig& config() const { return model.config(); }
+  [[nodiscard]] ProfiledRange range(const char* name) const { return {name, *profile, stream}; }
+  [[nodiscard]] QkNorms qk_norms(std::int64_t layer) const {
+    const PackedLayer& weights = model.layer(layer);
+    return {weights.attn_q_norm, weights.attn_k_norm, config().rms_epsilon};
+  }
+};
+
+/// [n_token, heads, head_dim] as [n_token, heads * head_dim].
+template <class T>
+[[nodiscard]] View<T, 2> heads_as_rows(const View<T, 3>& heads) {
+  return make_view(heads.data, heads.extent[0], heads.extent[1] * heads.extent[2]);
+}
+
+/// Finishes some rows of the residual stream and normalises them into `to`; nothing is pending on them afterwards.
+/// @param x_at_rest the kernel in front does not write the residual stream
+template <class TPending>
+void finish_rows(const PathContext& context, const Pass& pass, const TPending* pending, std::int64_t first,
+                 std::int64_t count, const float* norm, Bf16* to, bool x_at_rest) {
+  const auto range = context.range("norm");
+  const std::int64_t hidden = context.config().hidden;
+  View<const TPending, 2> added = make_view(pending + first * hidden, count, hidden);
+  if (pass.pending.post_norm == nullptr) added.data = nullptr;
+  residual_norm<TPending, Bf16>(make_view(context.residual + first * hidden, count, hidden), added,
+                                pass.pending.post_norm, pass.pending.scale, norm, context.config().rms_epsilon,
+                                make_view(to, count, hidden), context.stream, pass.overlap, x_at_rest);
+}
+
+template <class TIn>
+void store_heads(const PathContext& context, const Pass& pass, std::int64_t layer, const ProjectedHeads<TIn>& heads) {
+  if (context.caches.stores_in_attend(layer, pass.caches)) return;
+  const auto range = context.range("qkv_prologue");
+  context.caches.store(layer, heads, context.qk_norms(layer), pass.chunk, pass.caches, context.stream);
+}
+
+template <class TIn>
+void attend_heads(const PathContext& context, const Pass& pass, std::int64_t layer, const ProjectedHeads<TIn>& heads) {
+  {
+    const auto range = context.range(context.config().sliding_layer(layer) ? "attention_sliding" : "attention_full");
+    context.caches.attend(layer, heads, context.qk_norms(layer), pass.chunk, pass.caches, context.stream);
+  }
+  if (context.caches.borrows_scratch(layer, pass.caches)) context.gemm.scratch_was_lent(context.stream);
+  if (!context.caches.commits(layer, pass.caches)) return;
+  const auto range = context.range("cache_commit");
+  context.caches.commit(layer, heads, pass.chunk, context.stream);
+}
+
+/// The types of a matrix that all layers have, as `Q4_K+Q6_K`.
+template <class TMatrixOf>
+[[nodiscard]] std::string types_of_layers(const PackedModel& model, TMatrixOf&& matrix_of) {
+  std::vector<std::string> names;
+  for (std::int64_t layer = 0; layer < model.config().n_layer(); ++layer) {
+    const std::string name(type_name(matrix_of(model.layer(layer)).type));
+    if (std::ranges::find(names, name) == names.end()) names.push_back(name);
+  }
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : "+") + name;
+  return text;
+}
+
+/// Says in the row of gate_up in how many layers gate and up are two matrices.
+inline void note_apart(const PackedModel& model, StepPlanRow& row) {
+  std::int64_t n_apart = 0;
+  for (std::int64_t layer = 0; layer < model.config().n_layer(); ++layer) {
+    n_apart += model.layer(layer).gate_up.is_fused() ? 0 : 1;
+  }
+  if (n_apart > 0) row.why = concat("gate and up apart in ", n_apart, " layers: their types differ, or it is off");
+}
+
+}  // namespace gemma4::cuda

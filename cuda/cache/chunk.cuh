@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "cuda/device/device_count.cuh"
+#include "gemma4/attention.hpp"
+#include "gemma4/float16.hpp"
+#include "gemma4/view.hpp"
+
+/// What a forward pass hands to the caches.
+namespace gemma4::cuda {
+
+/// The tokens that a forward pass takes: how many, and where they stand.
+struct ChunkPlace {
+  std::int64_t n_token = 0;
+  DeviceCount position = {};                ///< of the first
+  DeviceCount kv_len = {};                  ///< position + n_token
+  const std::int32_t* positions = nullptr;  ///< [n_token] on the device; where LayerCachePlan::needs_positions
+};
+
+/// q, k and v of a chunk as projected, [n_token, heads, head_dim]; v may be k. `q_out` takes the normalised and rotated
+/// q and then the result of attention, and may be q. `k_out` and `v_out` take K and V where they are needed beside the
+/// cache; they may be k and v unless those are one.
+template <class TIn>
+struct ProjectedHeads {
+  View<TIn, 3> q, k, v;
+  View<Bf16, 3> q_out, k_out, v_out;
+};
+
+/// One call of a full layer's attention.
+struct FullAttentionCall {
+  View<Bf16, 3> q;  ///< [n_token, n_head, head_dim], normalised and rotated by position; takes the result
+  AttentionOptions options;
+  DeviceCount kv_len;
+  std::span<std::byte> partials;              ///< of split keys
+  std::span<std::byte> scratch_and_partials;  ///< K and V as bf16, then what split keys leave
+  unsigned long long* work_count = nullptr;   ///< of visited records or key tiles; tests only
+};
+
+}  // namespace gemma4::cuda

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "gemma4/cache_format.hpp"
+#include "gemma4/config.hpp"
+#include "reference/bf16_attention.hpp"
+#include "reference/bf16_cache.hpp"
+#include "reference/cache/full_layer_cache.hpp"
+#include "reference/cache/heads.hpp"
+#include "reference/decoder_layer.hpp"
+
+/// The uncompressed cache of a full layer. Mirror: cuda/cache/flat_layer_cache.cuh
+namespace gemma4::reference {
+
+/// Full attention over an uncompressed flat cache.
+template <class TStorage>
+class FlatLayerCache {
+ public:
+  FlatLayerCache(const AttentionConfig& attention, std::int64_t context)
+      : head_dim_(attention.head_dim), cache_(1, attention.n_head_kv, context, attention.head_dim) {}
+
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
+    const std::int64_t n_token = qkv.q.rows();
+    const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
+    bf16_cache_update<Scalar, TStorage>(detail::heads_view(qkv.k, head_dim_), detail::heads_view(qkv.v, head_dim_),
+                                        positions, cache_);
+    const auto& stored = cache_;
+    Matrix<Scalar> out(n_token, qkv.q.cols());
+    bf16_attention<Scalar, TStorage>(detail::heads_view(qkv.q, head_dim_), stored.k(), stored.v(),
+                                     {.scale = ModelConfig::kAttentionScale}, position + n_token,
+                                     make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_));
+    return out;
+  }
+
+ private:
+  std::int64_t head_dim_;
+  FlatCache<TStorage> cache_;
+};
+
+template <class Scalar>
+struct FullLayerCaches<F32Format, Scalar> {
+  using Cache = FlatLayerCache<float>;
+  FullLayerCaches(const F32Format& /*format*/, const AttentionConfig& attention) : attention(attention) {}
+  [[nodiscard]] Cache make(std::int64_t context) const { return {attention, context}; }
+  AttentionConfig attention;
+};
+
+template <class Scalar>
+struct FullLayerCaches<Bf16Format, Scalar> {
+  using Cache = FlatLayerCache<Bf16>;
+  FullLayerCaches(const Bf16Format& /*format*/, const AttentionConfig& attention) : attention(attention) {}
+  [[nodiscard]] Cache make(std::int64_t context) const { return {attention, context}; }
+  AttentionConfig attention;
+};
+
+}  // namespace gemma4::reference

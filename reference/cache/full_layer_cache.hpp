@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// What a cache format needs to be in the reference: a cache type with
+///
+///   template <class Scalar> Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position);
+///
+/// which puts the chunk's K and V where they belong, attends, and returns [n_token, n_head * head_dim]; and a
+/// specialisation of FullLayerCaches that makes it.
+namespace gemma4::reference {
+
+/// The caches of the full layers in the format `TFormat`: constructed from the format and the layers' AttentionConfig,
+/// it holds what they share; Cache is their type, make(context) one of them. Not defined for a format that has none.
+template <class TFormat, class Scalar>
+struct FullLayerCaches;
+
+}  // namespace gemma4::reference

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "gemma4/config.hpp"
+#include "gemma4/quantisers/quantiser.hpp"
+#include "gemma4/view.hpp"
+#include "reference/bf16_attention.hpp"
+#include "reference/bf16_cache.hpp"
+#include "reference/cache/full_layer_cache.hpp"
+#include "reference/cache/heads.hpp"
+#include "reference/decoder_layer.hpp"
+#include "reference/simulated_cache.hpp"
+
+/// The cache of a full layer in a simulated format. Mirror: cuda/cache/simulated_layer_cache.cuh
+namespace gemma4::reference {
+
+/// Full attention over a flat bf16 cache that holds what a simulated format would read back. The chunk attends to its
+/// own quantised K and V, as later tokens will.
+template <Quantiser TQuantiser>
+class SimulatedLayerCache {
+ public:
+  SimulatedLayerCache(const AttentionConfig& attention, std::int64_t context,
+                      std::shared_ptr<const SimulatedCodec<TQuantiser>> codec)
+      : head_dim_(attention.head_dim),
+        codec_(std::move(codec)),
+        cache_(1, attention.n_head_kv, context, attention.head_dim) {}
+
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
+    const std::int64_t n_token = qkv.q.rows();
+    const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
+    simulated_cache_update<Scalar>(*codec_, detail::heads_view(qkv.k, head_dim_), detail::heads_view(qkv.v, head_dim_),
+                                   positions, cache_);
+    const auto& stored = cache_;
+    Matrix<Scalar> out(n_token, qkv.q.cols());
+    bf16_attention<Scalar, Bf16>(detail::heads_view(qkv.q, head_dim_), stored.k(), stored.v(),
+                                 {.scale = ModelConfig::kAttentionScale}, position + n_token,
+                                 make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_));
+    return out;
+  }
+
+ private:
+  std::int64_t head_dim_;
+  std::shared_ptr<const SimulatedCodec<TQuantiser>> codec_;
+  FlatCache<Bf16> cache_;
+};
+
+/// All layers share one codec.
+template <Quantiser TQuantiser, class Scalar>
+struct FullLayerCaches<Simulated<TQuantiser>, Scalar> {
+  using Cache = SimulatedLayerCache<TQuantiser>;
+  FullLayerCaches(const Simulated<TQuantiser>& format, const AttentionConfig& attention)
+      : attention(attention), codec(std::make_shared<const SimulatedCodec<TQuantiser>>(attention.head_dim, format)) {}
+  [[nodiscard]] Cache make(std::int64_t context) const { return {attention, context, codec}; }
+  AttentionConfig attention;
+  std::shared_ptr<const SimulatedCodec<TQuantiser>> codec;
+};
+
+}  // namespace gemma4::reference

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "gemma4/cache_format.hpp"
+#include "gemma4/config.hpp"
+#include "reference/cache/full_layer_cache.hpp"
+#include "reference/cache/heads.hpp"
+#include "reference/decoder_layer.hpp"
+#include "reference/tq4_attention.hpp"
+#include "reference/tq4_cache.hpp"
+
+/// The TQ4 cache of a full layer. Mirror: cuda/cache/tq4_layer_cache.cuh
+namespace gemma4::reference {
+
+/// Full attention over a TQ4 cache. The chunk attends to its own compressed K and V, as later tokens will.
+template <class CodecScalar>
+class Tq4LayerCache {
+ public:
+  Tq4LayerCache(const AttentionConfig& attention, std::int64_t context,
+                std::shared_ptr<const Tq4Codec<CodecScalar>> codec)
+      : head_dim_(attention.head_dim),
+        codec_(std::move(codec)),
+        cache_(1, attention.n_head_kv, context, attention.head_dim) {}
+
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
+    const std::int64_t n_token = qkv.q.rows();
+    const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
+    tq4_cache_update<Scalar>(*codec_, detail::heads_view(qkv.k, head_dim_), detail::heads_view(qkv.v, head_dim_),
+                             positions, cache_.view());
+    Matrix<Scalar> out(n_token, qkv.q.cols());
+    tq4_attention<Scalar>(detail::heads_view(qkv.q, head_dim_), std::as_const(cache_).view(), *codec_,
+                          {.scale = ModelConfig::kAttentionScale}, position + n_token,
+                          make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_));
+    return out;
+  }
+
+ private:
+  std::int64_t head_dim_;
+  std::shared_ptr<const Tq4Codec<CodecScalar>> codec_;
+  Tq4CacheBuffer cache_;
+};
+
+/// All layers share one codec.
+template <class Scalar>
+struct FullLayerCaches<Tq4Format, Scalar> {
+  using Cache = Tq4LayerCache<Scalar>;
+  FullLayerCaches(const Tq4Format& format, const AttentionConfig& attention)
+      : attention(attention), codec(std::make_shared<const Tq4Codec<Scalar>>(attention.head_dim, format.options)) {}
+  [[nodiscard]] Cache make(std::int64_t context) const { return {attention, context, codec}; }
+  AttentionConfig attention;
+  std::shared_ptr<const Tq4Codec<Scalar>> codec;
+};
+
+}  // namespace gemma4::reference

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/layer_cache.cuh"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/device/device_arena.cuh"
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/device/stream.cuh"
+#include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/plan/memory_plan.hpp"
+#include "reference/layer_cache.hpp"
+#include "reference/rms_norm.hpp"
+#include "reference/rope.hpp"
+#include "tests/support/attention_case.hpp"
+#include "tests/support/property.hpp"
+#include "tests/support/refuses.hpp"
+
+/// The caches of every format by themselves: what store(), attend() and commit() do to a few chunks of random q, k and
+/// v, against the reference's cache of the same format.
+namespace {
+
+using namespace gemma4;
+
+constexpr std::int64_t kContext = 96;
+
+/// A name of every format in the list, and of what is built of its parts.
+const std::vector<std::string> kFormats = {"bf16",     "tq4",     "tq4-k3v2",    "tq4-haar",   "sim-int8",
+                                           "sim-q8_0", "sim-q4_0", "sim-k4v4-had", "sim-k6v3"};
+
+ModelConfig two_layers() {
+  ModelConfig config = gemma4_tiny();
+  config.layer_is_sliding = {true, false};
+  return config;
+}
+
+/// The caches on a device with memory of their own.
+struct Caches {
+  explicit Caches(const ModelConfig& config, const std::string& format, const ExecutionPolicy& policy = {})
+      : config(config), policy(policy) {
+    MemoryPlanOptions options{.context = kContext, .chunk = 64, .cache = parse_cache_spec(format)};
+    options.sm_count = device.sm_count;
+    const MemoryPlan plan = plan_memory(config, model_tensors(config), options);
+    arena = cuda::DeviceArena(plan, [](const std::string& name) {
+      return name.starts_with("cache_") || name == "scratch" || name == "attention_partials";
+    });
+    caches = std::make_unique<cuda::LayerCaches>(config, options.cache, kContext, device, arena);
+    caches->fill_bytes(0xFF, stream);  // NaN: nothing that was not stored may be read
+    mask = cuda::DeviceBuffer<std::uint8_t>(kContext);
+    caches->set_mask(mask.data());
+  }
+
+  /// One chunk through a layer. @return [n_token, n_head * head_dim]
+  template <class TIn>
+  std::vector<float> attend(std::int64_t layer, const reference::Qkv<float>& raw, const cuda::QkNorms& norms,
+                            std::int64_t position) {
+    const AttentionConfig& attention = config.attention(layer);
+    const std::int64_t n = raw.q.rows(), head_dim = attention.head_dim;
+    const auto upload = [&](const reference::Matrix<float>& m) {
+      std::vector<TIn> values(static_cast<std::size_t>(m.size()));
+      for (std::size_t i = 0; i < values.size(); ++i) values[i] = from_float<TIn>(m.data()[i]);
+      return cuda::DeviceBuffer<TIn>(std::span<const TIn>(values));
+    };
+    const cuda::DeviceBuffer<TIn> q = upload(raw.q), k = upload(raw.k), v = upload(raw.v);
+    cuda::DeviceBuffer<Bf16> q_out(raw.q.size()), k_out(raw.k.size()), v_out(raw.v.size());
+    const auto heads = [&](auto* data, std::int64_t cols) { return make_view(data, n, cols / head_dim, head_dim); };
+    cuda::ProjectedHeads<TIn> projected;
+    projected.q = heads(const_cast<TIn*>(q.data()), raw.q.cols());
+    projected.k = heads(const_cast<TIn*>(k.data()), raw.k.cols());
+    projected.v = heads(const_cast<TIn*>(v.data()), raw.v.cols());
+    projected.q_out = heads(q_out.data(), raw.q.cols());
+    projected.k_out = heads(k_out.data(), raw.k.cols());
+    projected.v_out = heads(v_out.data(), raw.v.cols());
+    std::vector<std::int32_t> at(static_cast<std::size_t>(n));
+    for (std::size_t i = 0; i < at.size(); ++i) at[i] = static_cast<std::int32_t>(position) + static_cast<std::int32_t>(i);
+    const cuda::DeviceBuffer<std::int32_t> positions{std::span<const std::int32_t>(at)};
+    const cuda::ChunkPlace chunk{.n_token = n,
+                                 .position = cuda::DeviceCount::on_host(position),
+                                 .kv_len = cuda::DeviceCount::on_host(position + n),
+                                 .positions = positions.data()};
+    const cuda::LayerCachePlan plan = caches->plan(n, position + n, policy);
+    if (plan.masks) {
+      std::vector<std::uint8_t> shown(kContext, 0);
+      std::fill_n(shown.begin(), position + n, std::uint8_t{1});
+      cuda::check(cudaMemcpyAsync(mask.data(), shown.data(), shown.size(), cudaMemcpyHostToDevice, stream), "mask");
+    }
+    caches->store(layer, projected, norms, chunk, plan, stream);
+    caches->attend(layer, projected, norms, chunk, plan, stream);
+    if (caches->commits(layer, plan)) caches->commit(layer, projected, chunk, stream);
+    stream.synchronize();
+    const std::vector<Bf16> out = q_out.to_host(stream);
+    std::vector<float> values;
+    for (const Bf16 value : out) values.push_back(to_float(value));
+    return values;
+  }
+
+  ModelConfig config;
+  ExecutionPolicy policy;
+  cuda::DeviceInfo device = cuda::current_device();
+  cuda::Stream stream;
+  cuda::DeviceArena arena;
+  cuda::DeviceBuffer<std::uint8_t> mask;
+  std::unique_ptr<cuda::LayerCaches> caches;
+};
+
+/// Random projections of a chunk, in bf16 so that both sides begin with the same numbers.
+reference::Qkv<float> random_projection(const ModelConfig& config, std::int64_t layer, std::int64_t n,
+                                        std::uint64_t seed) {
+  const AttentionConfig& attention = config.attention(layer);
+  const auto matrix = [&](std::uint64_t stream, std::int64_t n_head) {
+    const std::vector<float> values = testkit::draw(16 * seed + stream, n * n_head * attention.head_dim, 1.0f);
+    reference::Matrix<float> m(n, n_head * attention.head_dim);
+    for (Eigen::Index i = 0; i < m.size(); ++i) m.data()[i] = to_float(to_bf16(values[static_cast<std::size_t>(i)]));
+    return m;
+  };
+  reference::Qkv<float> out{matrix(1, config.n_head), matrix(2, attention.n_head_kv), {}};
+  out.v = config.sliding_layer(layer) ? matrix(3, attention.n_head_kv) : out.k;
+  return out;
+}
+
+/// What the graph of the reference does to them before its cache.
+reference::Qkv<float> normalised(const ModelConfig& config, std::int64_t layer, reference::Qkv<float> qkv,
+                                 std::span<const float> q_norm, std::span<const float> k_norm, std::int64_t position) {
+  const AttentionConfig& attention = config.attention(layer);
+  const auto norm = [&](reference::Matrix<float>& m, std::span<const float> weight) {
+    reference::MatrixMap<float> heads = reference::as_heads(m, attention.head_dim);
+    reference::rms_norm<float>(heads, weight, config.rms_epsilon, heads);
+  };
+  norm(qkv.q, q_norm), norm(qkv.k, k_norm), norm(qkv.v, {});
+  reference::rope<float>(qkv.q, position, attention);
+  reference::rope<float>(qkv.k, position, attention);
+  return qkv;
+}
+
+double relative_error(const std::vector<float>& actual, const reference::Matrix<float>& expected) {
+  double difference = 0, length = 0;
+  for (Eigen::Index i = 0; i < expected.size(); ++i) {
+    const double e = static_cast<double>(expected.data()[i]);
+    const double d = static_cast<double>(actual[static_cast<std::size_t>(i)]) - e;
+    difference += d * d, length += e * e;
+  }
+  return std::sqrt(difference / length);
+}
+
+struct Weights {
+  std::vector<float> q, k;
+  cuda::DeviceBuffer<float> q_device, k_device;
+  explicit Weights(std::int64_t head_dim)
+      : q(static_cast<std::size_t>(head_dim), 0.35f), k(q), q_device(std::span<const float>(q)), k_device(std::span<const float>(k)) {
+  }
+};
+
+/// Chunks of every path: a flash prefill, a few tokens, one token, and one token again.
+const std::vector<std::int64_t> kChunks = {40, 3, 1, 7, 1};
+
+/// The largest relative error over the chunks; `off` moves the positions that the reference is told.
+double worst_error(const std::string& format, std::int64_t layer, const ExecutionPolicy& policy, std::int64_t off = 0) {
+  const ModelConfig config = two_layers();
+  Caches device(config, format, policy);
+  auto expected = reference::make_layer_caches<float>(config, parse_cache_spec(format), kContext);
+  const Weights weights(config.attention(layer).head_dim);
+  const cuda::QkNorms norms{weights.q_device.data(), weights.k_device.data(), config.rms_epsilon};
+  double worst = 0;
+  std::int64_t position = 0;
+  for (std::size_t i = 0; i < kChunks.size(); ++i) {
+    const reference::Qkv<float> raw = random_projection(config, layer, kChunks[i], 7 * i + 1);
+    const std::vector<float> actual = kChunks[i] > kDecodeChunk ? device.attend<Bf16>(layer, raw, norms, position)
+                                                                : device.attend<float>(layer, raw, norms, position);
+    reference::Qkv<float> turned = normalised(config, layer, raw, weights.q, weights.k, position);
+    if (off != 0) turned.k = normalised(config, layer, raw, weights.q, weights.k, position + off).k;
+    const reference::Matrix<float> right = std::visit(
+        [&](auto& cache) { return cache.attend(turned, position); }, expected[static_cast<std::size_t>(layer)]);
+    worst = std::max(worst, relative_error(actual, right));
+    position += kChunks[i];
+  }
+  return worst;
+}
+
+/// q, K, V, the weights and the result are rounded to bf16 or better (2^-9 of each, five of them, and scores of
+/// deviation below 4 that feel two of them as an absolute error): 5 * 2^-9 + 4 * 2 * 2^-9 = 2.6 %. Where codes are cut
+/// a value near a boundary may get its neighbour: with 4 bits at most one in fifty does (2^-8 of a step of 0.3), which
+/// moves 2 % of the values by a step, sqrt(0.02) * 0.3 = 4 %; 2 bits have steps of 1 and a third of the boundaries.
+double bound_of(const std::string& format) {
+  const double rounding = 0.026;
+  if (format == "bf16") return rounding;
+  if (format.ends_with("v2") || format.ends_with("v3")) return rounding + 0.08;
+  return rounding + 0.04;
+}
+
+TEST(LayerCache, EveryFormatAttendsAsItsReference) {
+  for (const std::string& format : kFormats) {
+    EXPECT_LE(worst_error(format, 1, {}), bound_of(format)) << format;
+    EXPECT_GT(worst_error(format, 1, {}, 1), bound_of(format)) << format << ": the control, K one position off";
+  }
+  EXPECT_LE(worst_error("bf16", 0, {}), bound_of("bf16")) << "a ring";
+  EXPECT_GT(worst_error("bf16", 0, {}, 1), bound_of("bf16")) << "the control, K one position off";
+}
+
+TEST(LayerCache, EverySwitchLeavesWhatAnyFormatSays) {
+  for (const ExecutionSwitch& entry : kExecutionSwitches) {
+    if (entry.scope != SwitchScope::kStep) continue;
+    ExecutionPolicy policy;
+    policy.*entry.field = false;
+    for (const std::string& format : {"bf16", "tq4", "sim-k4v4-had"}) {
+      EXPECT_LE(worst_error(format, 1, policy), bound_of(format)) << format << " without " << entry.name;
+    }
+    EXPECT_LE(worst_error("bf16", 0, policy), bound_of("bf16")) << "a ring without " << entry.name;
+  }
+}
+
+TEST(LayerCache, TheSameCallsTwiceHaveTheSameBits) {
+  const ModelConfig config = two_layers();
+  for (const std::string& format : kFormats) {
+    const auto run = [&] {
+      Caches device(config, format);
+      const Weights weights(config.full.head_dim);
+      const cuda::QkNorms norms{weights.q_device.data(), weights.k_device.data(), config.rms_epsilon};
+      std::vector<float> all = device.attend<Bf16>(1, random_projection(config, 1, 40, 3), norms, 0);
+      const std::vector<float> more = device.attend<float>(1, random_projection(config, 1, 2, 4), norms, 40);
+      all.insert(all.end(), more.begin(), more.end());
+      return all;
+    };
+    EXPECT_EQ(run(), run()) << format;
+  }
+}
+
+TEST(LayerCache, PlansSayWhichPathAndWhyNot) {
+  const ModelConfig config = two_layers();
+  Caches device(config, "tq4");
+  const auto row = [&](std::int64_t n_token, const ExecutionPolicy& policy, std::size_t i) {
+    return device.caches->rows(device.caches->plan(n_token, kContext, policy)).at(i);
+  };
+  EXPECT_EQ(row(1, {}, 0).component, "qkv_prologue");
+  EXPECT_NE(row(1, {}, 2).path.find("tq4 decode"), std::string::npos);
+  EXPECT_NE(row(40, {}, 2).path.find("unpack"), std::string::npos);
+  ExecutionPolicy policy;
+  policy.split_k = false;
+  EXPECT_EQ(row(1, policy, 2).n_split, 1);
+  policy = {};
+  policy.kv_len_clamp = false;
+  EXPECT_NE(row(1, policy, 2).why.find("mask"), std::string::npos);
+  EXPECT_EQ(row(40, policy, 2), row(40, {}, 2)) << "it acts in a step alone";
+}
+
+TEST(LayerCache, RefusesTheFormatThatNoDeviceHas) {
+  EXPECT_TRUE(testkit::refuses([] { const Caches caches(two_layers(), "f32"); }, {"f32", "bf16 or tq4"}));
+}
+
+}  // namespace
