@@ -8,7 +8,7 @@
 
 #include "cuda/device/launch.cuh"
 #include "cuda/ptx/grid_dependency.cuh"
-#include "cuda/quantized_linear/dequantise.cuh"
+#include "cuda/weights/dequantise.cuh"
 #include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

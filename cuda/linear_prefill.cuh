@@ -22,7 +22,7 @@
 #include "cuda/fused_mlp.cuh"
 #include "cuda/ptx/vector_io.cuh"
 #include "cuda/quantized_linear.cuh"
-#include "cuda/quantized_linear/dequantise.cuh"
+#include "cuda/weights/dequantise.cuh"
 
 /// Products with quantised weights for many tokens: a slice of rows is dequantised to bf16 in a scratch buffer of
 /// bounded size, then cuBLASLt multiplies it with bf16 activations, accumulating in float; slice after slice.

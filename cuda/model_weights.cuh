@@ -11,15 +11,15 @@
 
 #include "cuda/device/device_arena.cuh"
 #include "cuda/fused_mlp.cuh"
-#include "cuda/quantized_linear/weight_layout.cuh"
-#include "cuda/quantized_linear/weight_upload.cuh"
+#include "cuda/weights/layout.cuh"
+#include "cuda/weights/upload.cuh"
 #include "gemma4/config.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/model/weights.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 
-/// The weights of a model in device memory: one allocation, every matrix once, in the layout of weight_layout.cuh.
+/// The weights of a model in device memory: one allocation, every matrix once, in the layout of cuda/weights/layout.cuh.
 namespace gemma4::cuda {
 
 /// One layer; pointers and matrices are borrowed from the PackedModel. Norms are f32.

@@ -16,7 +16,6 @@
 #include "cuda/rms_norm.cuh"
 #include "cuda/rope.cuh"
 #include "cuda/tq4_cache.cuh"
-#include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"

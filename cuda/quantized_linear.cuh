@@ -16,7 +16,7 @@
 #include "cuda/device/launch.cuh"
 #include "cuda/quantized_linear/few_tokens.cuh"
 #include "cuda/quantized_linear/plain.cuh"
-#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/weights/layout.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"

@@ -25,7 +25,7 @@
 ///   k and v into the ring's slot of the position;
 ///   out[h] = sum_j p[j] V[j],  p = softmax_j(scale * <q[h], K[j]>)  over the keys j in (position - window, position].
 /// q, k and v have the bits of qkv_prologue(); scores, weights and sums are float, in an order that depends on the
-/// shape, n_split and the number of keys alone. sliding_decode_kernel.cuh says how.
+/// shape, n_split and the number of keys alone. cuda/sliding_decode/kernel.cuh says how.
 ///
 /// A layer of the 31B (32 + 16 heads of 256, window 1024) reads 16.8 MB of keys and values: 4.0 us at 4.2 TB/s. On an
 /// H200 it takes 7.6 us behind itself (`attention`, phase step); qkv_prologue() and sliding_attention(), three

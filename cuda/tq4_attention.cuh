@@ -15,7 +15,6 @@
 #include "cuda/tq4_attention/decode_launch.cuh"
 #include "cuda/tq4_attention/prefill.cuh"
 #include "cuda/tq4_cache.cuh"
-#include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
@@ -23,7 +22,7 @@
 #include "gemma4/view.hpp"
 
 /// Attention over a TQ4 cache in the rotated space, for any number of queries: up to kTq4DecodeQueries of them read the
-/// packed records directly (tq4_attention_decode.cuh), more go through the flash kernels (tq4_attention_prefill.cuh).
+/// packed records directly (cuda/tq4_attention/decode.cuh), more go through the flash kernels (cuda/tq4_attention/prefill.cuh).
 /// Mirror: reference/tq4_attention.hpp
 namespace gemma4::cuda {
 

@@ -15,7 +15,7 @@
 #include "cuda/fused_mlp.cuh"
 #include "cuda/lm_head.cuh"
 #include "cuda/quantized_linear.cuh"
-#include "cuda/quantized_linear/weight_repack.cuh"
+#include "cuda/weights/repack.cuh"
 #include "cuda/residual_norm.cuh"
 #include "experiments/benchmark.cuh"
 #include "experiments/bf16_product.cuh"

@@ -12,7 +12,7 @@
 
 #include "cuda/device/device_buffer.cuh"
 #include "cuda/linear_prefill.cuh"
-#include "cuda/quantized_linear/weight_repack.cuh"
+#include "cuda/weights/repack.cuh"
 #include "experiments/benchmark.cuh"
 #include "experiments/driver.hpp"
 #include "experiments/gpu_run_info.cuh"

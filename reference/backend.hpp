@@ -27,6 +27,7 @@ struct BackendOptions {
 
 /// The Eigen backend of the model graph: activations in `Scalar` (float is the specification), caches by
 /// `options.cache`. The weights are borrowed: the file that they are bound to must outlive the backend.
+/// Mirror: cuda/backend.cuh
 template <class Scalar>
 class Backend {
  public:

@@ -11,7 +11,7 @@
 #include "reference/rope.hpp"
 
 /// The steps of a decoder layer, composed from the components line by line as the formula reads; `attend`, the fifth,
-/// belongs to the layer's cache (reference/layer_cache.hpp). Mirror: cuda/decoder_layer.cuh
+/// belongs to the layer's cache (reference/layer_cache.hpp). On CUDA they are methods of cuda/backend.cuh.
 namespace gemma4::reference {
 
 /// The output of a step that has not yet been added to the residual stream x, and how it will be:

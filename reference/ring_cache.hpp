@@ -16,7 +16,7 @@ namespace gemma4::reference {
 
 /// K and V of the last `ring_len` tokens of a sliding layer. The token at absolute position p lives in slot
 /// ring_slot(p, ring_len) until the token at p + ring_len replaces it. A chunk is committed after it has attended,
-/// because its first queries still need what it will replace.
+/// because its first queries still need what it will replace. Mirror: cuda/ring_cache.cuh
 template <class TStorage>
 class RingCache {
  public:

@@ -20,6 +20,7 @@ namespace gemma4::reference {
 /// contributes nothing, whatever its value row holds (0 * NaN would be NaN), and a row that saw no key gives zeros.
 /// Weights below the smallest normal number are taken as zero. A NaN in a score that is seen makes the row NaN.
 /// Source: the running maximum and sum are those of arXiv:1805.02867; the merge is the same rule on two partial sums.
+/// Mirror: cuda/softmax_state.cuh
 template <class Scalar>
 class SoftmaxState {
  public:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/quantized_linear/dequantise.cuh"
+#include "cuda/weights/dequantise.cuh"
 
 #include <gtest/gtest.h>
 

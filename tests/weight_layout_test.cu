@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/weights/layout.cuh"
 
 #include <gtest/gtest.h>
 
@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/quantized_linear/weight_repack.cuh"
+#include "cuda/weights/repack.cuh"
 #include "tests/support/property.hpp"
 #include "tests/support/random_weights.hpp"
 #include "tests/support/refuses.hpp"

@@ -9,7 +9,7 @@ namespace gemma4::cuda {
 
 /// A range that Nsight shows: pushed when made, popped when destroyed, nested as scopes are. Without a profiler a call
 /// costs a load and a branch. Ranges wrap the capture of a graph, not its replay: profile eager runs.
-/// Mirror: gemma4::NvtxRange, which does nothing.
+/// Mirror: include/gemma4/report/nvtx.hpp, whose NvtxRange does nothing.
 class NvtxRange {
  public:
   /// @param name must outlive the range

@@ -135,14 +135,6 @@ __device__ __forceinline__ void wait_values(const Flash512Block& block, int tile
   named_barrier_sync(T::kGroup + half, 128);
 }
 
-/// One quad's floats of its two rows into an array of 64.
-__device__ __forceinline__ void leave_row_pair(const float (&value)[2], std::uint32_t array) {
-  if ((threadIdx.x & 3) != 0) return;
-  const std::uint32_t target = array + ((threadIdx.x & 127) / 32 * 16 + (threadIdx.x & 31) / 4) * 4;
-  store_shared(target, value[0]);
-  store_shared(target + 32, value[1]);
-}
-
 /// Leaves probabilities and factors of one tile where the second warpgroup reads them; the caller signals.
 __device__ __forceinline__ void leave_probabilities(const Flash512Block& block, const std::uint32_t (&p)[4][4],
                                                     const float (&alpha)[2], int tile) {
@@ -156,8 +148,20 @@ __device__ __forceinline__ void leave_probabilities(const Flash512Block& block, 
     const std::uint32_t address = block.smem + T::kP + buffer * T::kPBytes + row * 128 + ((chunk ^ (row & 7)) << 4);
     store_matrix_x4(address, p[step][0], p[step][1], p[step][2], p[step][3]);
   }
-  leave_row_pair(alpha, block.smem + T::kAlpha + buffer * T::kRows * 4);
+  if ((lane & 3) == 0) {
+    const std::uint32_t target = block.smem + T::kAlpha + (buffer * T::kRows + warp_row + lane / 4) * 4;
+    store_shared(target, alpha[0]), store_shared(target + 32, alpha[1]);
+  }
   fence_async_shared();
+}
+
+/// The factors of the result, alike. `row`: the first of this thread's two.
+__device__ __forceinline__ void leave_inverse(const Flash512Block& block, const float (&inverse)[2], int row) {
+  if ((threadIdx.x & 3) == 0) {
+    const std::uint32_t target = block.smem + Flash512::kInverse + row * 4;
+    store_shared(target, inverse[0]), store_shared(target + 32, inverse[1]);
+  }
+  mbarrier_arrive(block.barrier(Flash512::kInverseFull));
 }
 
 /// Two floats of this thread's rows from an array of 64.
@@ -284,8 +288,7 @@ __device__ __forceinline__ void consume_scores(const Flash512Block& block, const
   wait_values(block, last, 0);
   issue_values(block, o, p);
   inverse_sum(state, inverse);
-  leave_row_pair(inverse, block.smem + T::kInverse);
-  mbarrier_arrive(block.barrier(T::kInverseFull));
+  leave_inverse(block, inverse, row);
   wgmma_wait<0>();
   wgmma_pin(o);
 }

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cuda/quantized_linear/activation_blocks.cuh"
-#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/weights/layout.cuh"
 #include "gemma4/platform.hpp"
 
 /// One lane's product: a group of 32 weights of a row with the same group of the activations of up to 8 tokens.

@@ -12,7 +12,7 @@
 #include "cuda/quantized_linear/dot.cuh"
 #include "cuda/quantized_linear/input.cuh"
 #include "cuda/quantized_linear/stages.cuh"
-#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/weights/layout.cuh"
 #include "gemma4/float16.hpp"
 
 /// The kernel of quantized_linear for few tokens: weights are read once, in one stream a block.

@@ -14,7 +14,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/shared_memory.cuh"
 #include "cuda/quantized_linear/input.cuh"
-#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/weights/layout.cuh"
 
 /// How the kernel of few_tokens.cuh gets its weights: which rows a block owns, the stages in which they come through a
 /// ring in shared memory, and the producer warp that asks for them.

@@ -14,7 +14,7 @@
 #include "cuda/tq4_attention/decode_query.cuh"
 #include "cuda/tq4_attention/decode_records.cuh"
 #include "cuda/tq4_attention/record_ring.cuh"
-#include "cuda/tq4_cache/layout.cuh"
+#include "cuda/tq4_cache.cuh"
 
 /// Attention of a few query rows over TQ4 records: flash decoding on tensor cores by pairs of warps.
 ///

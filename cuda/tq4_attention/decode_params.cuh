@@ -9,10 +9,10 @@
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention/record_ring.cuh"
-#include "cuda/tq4_cache/layout.cuh"
+#include "cuda/tq4_cache.cuh"
 
 /// The compiled configurations of TQ4 decode attention, its parameters, and what follows from both: sizes, and where
-/// things lie in shared memory. The kernel is in tq4_attention_decode.cuh.
+/// things lie in shared memory. The kernel is in cuda/tq4_attention/decode.cuh.
 namespace gemma4::cuda {
 
 /// One compiled configuration of the decode kernel.

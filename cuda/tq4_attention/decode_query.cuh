@@ -10,7 +10,7 @@
 #include "cuda/ptx/warp_reduce.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention/decode_params.cuh"
-#include "cuda/tq4_cache/layout.cuh"
+#include "cuda/tq4_cache.cuh"
 
 /// Which rows and keys a block of tq4_decode_kernel works on, and how its queries come into shared memory: rotated,
 /// scaled and as fp16 fragments (cuda/tq4_attention/decode.cuh).

@@ -16,7 +16,7 @@
 #include "cuda/tq4_attention/decode_params.cuh"
 #include "cuda/tq4_attention/decode_query.cuh"
 #include "cuda/tq4_attention/record_ring.cuh"
-#include "cuda/tq4_cache/layout.cuh"
+#include "cuda/tq4_cache.cuh"
 #include "gemma4/float16.hpp"
 
 /// The loop of tq4_decode_kernel: what a pair of warps does with one record after another

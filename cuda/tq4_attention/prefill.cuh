@@ -16,7 +16,6 @@
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention/hadamard_transform.cuh"
 #include "cuda/tq4_cache.cuh"
-#include "cuda/tq4_cache/layout.cuh"
 #include "gemma4/checks.hpp"
 
 /// Attention of many queries over a TQ4 cache: the cache is unpacked to bf16, still rotated, into a scratch buffer that

@@ -15,8 +15,13 @@ put() { # put FILE LINE...: a file with the SPDX line and these lines
 clean_tree() {
   rm -rf "$scratch"
   put include/gemma4/a.hpp '#pragma once' '#include <vector>'
-  put reference/a.hpp '#pragma once' '#include <Eigen/Dense>' '#include "gemma4/a.hpp"'
-  put cuda/a.cuh '#pragma once' '#include <cuda_runtime.h>' '#include "gemma4/a.hpp"'
+  put reference/a.hpp '#pragma once' '#include <Eigen/Dense>' '#include "gemma4/a.hpp"' '/// Mirror: cuda/a.cuh'
+  put cuda/a.cuh '#pragma once' '#include <cuda_runtime.h>' '#include "cuda/a/part.cuh"' '#include "gemma4/a.hpp"' \
+    '/// What it is. Mirror:' '/// reference/a.hpp.'
+  put cuda/a/part.cuh '#pragma once' '#include "cuda/ptx/b.cuh"'
+  put cuda/ptx/b.cuh '#pragma once'
+  put cuda/flash/launch.cuh '#pragma once' '#include "cuda/flash/params.cuh"'
+  put cuda/flash/params.cuh '#pragma once'
   put tests/a_test.cpp '#include "reference/a.hpp"' '#include <gtest/gtest.h>'
   put tests/a_test.cu '#include "cuda/a.cuh"'
   put experiments/a.cpp '#include "reference/a.hpp"'
@@ -24,6 +29,9 @@ clean_tree() {
   printf 'gemma4_experiment(a)\n' > "$tree/experiments/CMakeLists.txt"
   mkdir -p "$tree/.ci"
   : > "$tree/.ci/mirror-ledger"
+  put tests/a_parts_test.cu '#include "cuda/a/part.cuh"'
+  put tests/part_test.cu '#include "cuda/a/part.cuh"'
+  printf 'gemma4_test(a_parts gpu)\ngemma4_test(part gpu)\n' >> "$tree/tests/CMakeLists.txt"
   "$ci/list-headers" "$tree"
 }
 judge() { # judge NAME OUTCOME
@@ -63,10 +71,44 @@ put tests/more/b_test.cpp;                                                  find
 put tests/fuzz/b_fuzz.cpp;                                                  finds 'tests/fuzz/b_fuzz.cpp'
 put experiments/b.cpp;                                                      finds 'experiments/b.cpp'
 put include/gemma4/b.hpp '#pragma once';                                    finds 'header list out of date'
-rm "$tree/cuda/a.cuh"; "$ci/list-headers" "$tree";                          finds 'no cuda/a.cuh'
-rm "$tree/tests/a_test.cu";                                                 finds 'no cuda/a.cuh with tests/a_test.cu'
-echo 'a being built' > "$tree/.ci/mirror-ledger";                           finds 'must go'
-echo 'gone being built' > "$tree/.ci/mirror-ledger";                        finds 'stale line'
+
+# Doors and parts. door NAME LINE...: cuda/NAME.cuh without a twin.
+list() { "$ci/list-headers" "$tree"; }
+door() {
+  put "cuda/$1.cuh" '#pragma once' "${@:2}"
+  echo "$1 reference made up" >> "$tree/.ci/mirror-ledger"
+  list
+}
+passes() { # passes NAME: nothing is found in the tree as it is
+  if "$ci/check-rooms" "$tree" > /dev/null; then judge "$1" ok; else judge "refused: $1" no; fi
+  clean_tree
+}
+door c '#include "cuda/a/part.cuh"';                    finds 'cuda/c.cuh: cuda/a/part.cuh'
+put cuda/c/part.cuh '#pragma once' '#include "cuda/a/part.cuh"'; list; finds 'cuda/c/part.cuh: cuda/a/part.cuh'
+put experiments/a.cpp '#include "cuda/a/part.cuh"';     finds 'experiments/a.cpp: cuda/a/part.cuh'
+put tests/support/c.cuh '#pragma once' '#include "cuda/a/part.cuh"'; finds 'tests/support/c.cuh: cuda/a/part.cuh'
+put tests/a_test.cpp '#include "cuda/a/part.cuh"';      passes 'a test of the component sees its parts'
+door c '#include "cuda/flash/launch.cuh"';              finds 'cuda/c.cuh: cuda/flash/launch.cuh'
+door sliding_attention '#include "cuda/flash/launch.cuh"'; passes 'a door of the flash engine'
+door c '#include "cuda/ptx/b.cuh"' '#include "cuda/a.cuh"'; passes 'a door sees shared machinery and another door'
+put cuda/ptx/b.cuh '#pragma once' '#include "cuda/a.cuh"'; finds 'include cycle in cuda/'
+{ cat "$tree/cuda/a.cuh"; seq -f '// %g' 400; } > "$tree/long"; mv "$tree/long" "$tree/cuda/a.cuh"; finds 'cuda/a.cuh: 40'
+for i in $(seq 28); do door "c$i"; done;                finds '29 headers at the top of cuda/'
+for i in $(seq 27); do door "c$i"; done;                passes '28 doors'
+
+# Mirror and ledger.
+rm "$tree/cuda/a.cuh"; list;                            finds "a: no cuda/a.cuh, and no line 'a cuda'"
+rm "$tree/reference/a.hpp" "$tree/tests/a_test.cpp"; list; finds "a: no reference/a.hpp, and no line 'a reference'"
+rm "$tree/tests/a_test.cu";                             finds "a: no tests/a_test.cu, and no line 'a test'"
+rm "$tree/tests/a_test.cu"; echo 'a test to come' > "$tree/.ci/mirror-ledger"; passes 'a twin whose test is in the ledger'
+put cuda/c.cuh '#pragma once'; list;                    finds "c: no reference/c.hpp, and no line 'c reference'"
+echo 'a test being built' > "$tree/.ci/mirror-ledger";  finds 'a: its test has come'
+echo 'a cuda being built' > "$tree/.ci/mirror-ledger";  finds 'a: its cuda has come'
+echo 'a being built' > "$tree/.ci/mirror-ledger";       finds "'being' is not reference, cuda or test"
+echo 'gone test being built' > "$tree/.ci/mirror-ledger"; finds 'gone: a stale line'
+put include/gemma4/a.hpp '#pragma once' '/// Mirror: cuda/gone.cuh'; finds 'Mirror: cuda/gone.cuh does not exist'
+put reference/a.hpp '#pragma once';                     finds "reference/a.hpp: no 'Mirror: cuda/a.cuh'"
+put cuda/a.cuh '#pragma once' '#include "cuda/a/part.cuh"'; finds "cuda/a.cuh: no 'Mirror: reference/a.hpp'"
 
 rm -rf "$scratch"
 echo "check-rooms: $n_passed passed, $n_failed failed"

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cuda/device/device_buffer.cuh"
-#include "cuda/quantized_linear/weight_repack.cuh"
+#include "cuda/weights/repack.cuh"
 #include "tests/support/random_weights.hpp"
 
 namespace gemma4::testkit {

@@ -7,7 +7,7 @@
 #include "gemma4/platform.hpp"
 
 /// Sizes of quantised rows as they lie in device memory; what lies where in them says
-/// cuda/quantized_linear/weight_layout.cuh. They are here because a memory plan counts them without a device.
+/// cuda/weights/layout.cuh. They are here because a memory plan counts them without a device.
 ///
 /// A row is a run of chunks of `chunk_groups(cols)` groups of 32 weights, the last one possibly shorter; each chunk has
 /// a multiple of 16 bytes, so that one bulk copy brings it. BF16, F16 and F32 rows stay as they are in the file.

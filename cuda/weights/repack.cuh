@@ -10,11 +10,11 @@
 
 #include "cuda/device/check.cuh"
 #include "cuda/device/device_buffer.cuh"
-#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/weights/layout.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/quantized_matrix.hpp"
 
-/// Weights from the file's layout into that of weight_layout.cuh and back, on the device. Both are bit for bit: the
+/// Weights from the file's layout into that of cuda/weights/layout.cuh and back, on the device. Both are bit for bit: the
 /// file can be had again from the packed rows.
 namespace gemma4::cuda {
 

@@ -9,7 +9,7 @@
 
 #include "cuda/device/check.cuh"
 #include "cuda/ptx/vector_io.cuh"
-#include "cuda/quantized_linear/weight_layout.cuh"
+#include "cuda/weights/layout.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 

@@ -26,7 +26,7 @@
 #include "cuda/device/device_buffer.cuh"
 #include "cuda/device/pinned_buffer.cuh"
 #include "cuda/device/stream.cuh"
-#include "cuda/quantized_linear/weight_repack.cuh"
+#include "cuda/weights/repack.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/quantized_matrix.hpp"
 #include "gemma4/report/progress.hpp"
