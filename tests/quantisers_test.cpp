@@ -210,7 +210,7 @@ std::vector<float> q8_0_through_bytes(const std::vector<float>& x) {
     const float d = amax / 127.0f, id = d != 0.0f ? 1.0f / d : 0.0f;
     Q80Block block{.d = to_f16(d), .quants = {}};
     for (std::size_t i = 0; i < 32; ++i) block.quants[i] = static_cast<std::int8_t>(std::lround(x[at + i] * id));
-    decode_block(block, std::span<float, 32>(&out[at], 32));
+    dequantise_block(block, std::span<float, 32>(&out[at], 32));
   }
   return out;
 }

@@ -57,6 +57,18 @@ RC_GTEST_PROP(Sampler, TopOneIsGreedyAtAnyTemperature, ()) {
   RC_ASSERT(sample(logits, settings, 5) == sample(logits, {}, 5));
 }
 
+TEST(Sampler, ScoresThatAreEqualGoToTheLowestToken) {
+  // So large that the noise is below their last bit: every score is the same number.
+  const Logits logits = {-kInf, 2.0f, 3e38f, 3e38f, 3e38f};
+  for (const std::int64_t position : {0, 1, 2, 77, 1000}) {
+    for (const SamplerSettings& settings :
+         {SamplerSettings{.temperature = 0.5f, .seed = 3}, SamplerSettings{.temperature = 0.5f, .top_k = 3, .seed = 4},
+          SamplerSettings{.temperature = 0.5f, .top_p = 0.9f, .seed = 5}}) {
+      EXPECT_EQ(sample(logits, settings, position), 2) << position;
+    }
+  }
+}
+
 // ---- which tokens stay
 
 RC_GTEST_PROP(Sampler, TopKKeepsTheLargestInOrder, ()) {
