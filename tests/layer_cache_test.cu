@@ -30,7 +30,7 @@ using namespace gemma4;
 constexpr std::int64_t kContext = 96;
 
 /// A name of every format in the list, and of what is built of its parts.
-const std::vector<std::string> kFormats = {"bf16",     "tq4",     "tq4-k3v2",    "tq4-haar",   "sim-int8",
+const std::vector<std::string> kFormats = {"bf16",     "tq4",      "tq4-k3v2",     "tq4-haar", "sim-int8",
                                            "sim-q8_0", "sim-q4_0", "sim-k4v4-had", "sim-k6v3"};
 
 ModelConfig two_layers() {
@@ -77,7 +77,8 @@ struct Caches {
     projected.k_out = heads(k_out.data(), raw.k.cols());
     projected.v_out = heads(v_out.data(), raw.v.cols());
     std::vector<std::int32_t> at(static_cast<std::size_t>(n));
-    for (std::size_t i = 0; i < at.size(); ++i) at[i] = static_cast<std::int32_t>(position) + static_cast<std::int32_t>(i);
+    for (std::size_t i = 0; i < at.size(); ++i)
+      at[i] = static_cast<std::int32_t>(position) + static_cast<std::int32_t>(i);
     const cuda::DeviceBuffer<std::int32_t> positions{std::span<const std::int32_t>(at)};
     const cuda::ChunkPlace chunk{.n_token = n,
                                  .position = cuda::DeviceCount::on_host(position),
@@ -151,8 +152,10 @@ struct Weights {
   std::vector<float> q, k;
   cuda::DeviceBuffer<float> q_device, k_device;
   explicit Weights(std::int64_t head_dim)
-      : q(static_cast<std::size_t>(head_dim), 0.35f), k(q), q_device(std::span<const float>(q)), k_device(std::span<const float>(k)) {
-  }
+      : q(static_cast<std::size_t>(head_dim), 0.35f),
+        k(q),
+        q_device(std::span<const float>(q)),
+        k_device(std::span<const float>(k)) {}
 };
 
 /// Chunks of every path: a flash prefill, a few tokens, one token, and one token again.
@@ -173,8 +176,8 @@ double worst_error(const std::string& format, std::int64_t layer, const Executio
                                                                 : device.attend<float>(layer, raw, norms, position);
     reference::Qkv<float> turned = normalised(config, layer, raw, weights.q, weights.k, position);
     if (off != 0) turned.k = normalised(config, layer, raw, weights.q, weights.k, position + off).k;
-    const reference::Matrix<float> right = std::visit(
-        [&](auto& cache) { return cache.attend(turned, position); }, expected[static_cast<std::size_t>(layer)]);
+    const reference::Matrix<float> right = std::visit([&](auto& cache) { return cache.attend(turned, position); },
+                                                      expected[static_cast<std::size_t>(layer)]);
     worst = std::max(worst, relative_error(actual, right));
     position += kChunks[i];
   }
