@@ -23,25 +23,25 @@ namespace gemma4::cuda {
   return detail::plan_flash("bf16_attention", shape, options, 0, device, choice);
 }
 
-namespace detail {
-
-/// A call over a flat cache, as bf16_attention() describes it.
+/// What a call of bf16_attention attends with, to and into.
 struct FlatAttentionCall {
-  View<const Bf16, 4> q, k, v;
-  DeviceCount kv_len;
-  View<Bf16, 4> out;
-  std::span<std::byte> workspace;
-  cudaStream_t stream = nullptr;
-  unsigned long long* tile_count = nullptr;
+  View<const Bf16, 4> q;     ///< [batch, n_query, n_head, head_dim]; may be `out` itself
+  View<const Bf16, 4> k, v;  ///< [batch, n_head_kv, buffer_len, head_dim]; rows >= kv_len never reach the result
+  AttentionOptions options;
+  DeviceCount kv_len;  ///< valid rows, read by the kernel from the device or given by the host; absent: all rows
+  View<Bf16, 4> out;   ///< [batch, n_query, n_head, head_dim]
 };
+
+namespace detail {
 
 /// bf16_attention on behalf of `who`; with a transform of the queries and results where the plan transforms_inside().
 template <class TTransform = NoTransform>
-void attend_flat(const char* who, const FlatAttentionCall& call, const AttentionOptions& options, const FlashPlan& plan,
-                 const TTransform& transform = {}) {
+void attend_flat(const char* who, const FlatAttentionCall& call, const FlashPlan& plan, std::span<std::byte> workspace,
+                 cudaStream_t stream, unsigned long long* tile_count, const TTransform& transform = {}) {
   const View<const Bf16, 4>&q = call.q, &k = call.k, &v = call.v;
   const View<Bf16, 4>& out = call.out;
   const DeviceCount kv_len = call.kv_len;
+  const AttentionOptions& options = call.options;
   const AttentionShape shape = flat_attention_shape(who, q, k, v, out);
   require_attention(who, shape, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
   require(shape == plan.shape, who, ": the plan is of another shape; make it with plan_bf16_attention()");
@@ -60,37 +60,22 @@ void attend_flat(const char* who, const FlatAttentionCall& call, const Attention
   params.count = kv_len.device;
   params.count_host = static_cast<int>(kv_len.known() ? kv_len.host : shape.buffer_len);
   params.max_kv_end = static_cast<int>(shape.buffer_len);
-  params.tile_count = call.tile_count;
-  launch_flash(who, plan, params, options, call.workspace, call.stream, transform);
+  params.tile_count = tile_count;
+  launch_flash(who, plan, params, options, workspace, stream, transform);
 }
 
 }  // namespace detail
 
 /// Attention of the last n_query tokens over an uncompressed flat cache: the contract of gemma4/attention.hpp.
 ///   out[b,t,h] = sum_j softmax_j(scale * <q[b,t,h], K[b,g(h),j]>) V[b,g(h),j]
-/// @param q         [batch, n_query, n_head, head_dim] bf16; may be `out` itself
-/// @param k, v      [batch, n_head_kv, buffer_len, head_dim] bf16; rows >= kv_len never reach the result
-/// @param kv_len    valid rows, read by the kernel from the device or given by the host; absent (default): all rows
-/// @param out       [batch, n_query, n_head, head_dim] bf16
 /// @param plan      of plan_bf16_attention() for this shape
 /// @param workspace at least plan.workspace_bytes, 16-byte aligned; holds the partial results of split keys
 /// @param tile_count counts the key tiles that blocks visit when given; for tests
 /// @throws std::invalid_argument naming the argument and both values, before any launch
 /// Probabilities are rounded to bf16 before the product with V; sums are float32. Mirror: reference/bf16_attention.hpp
-inline void bf16_attention(View<const Bf16, 4> q, View<const Bf16, 4> k, View<const Bf16, 4> v,
-                           const AttentionOptions& options, DeviceCount kv_len, View<Bf16, 4> out,
-                           const FlashPlan& plan, std::span<std::byte> workspace, cudaStream_t stream,
-                           unsigned long long* tile_count = nullptr) {
-  detail::attend_flat("bf16_attention",
-                      {.q = q,
-                       .k = k,
-                       .v = v,
-                       .kv_len = kv_len,
-                       .out = out,
-                       .workspace = workspace,
-                       .stream = stream,
-                       .tile_count = tile_count},
-                      options, plan);
+inline void bf16_attention(const FlatAttentionCall& call, const FlashPlan& plan, std::span<std::byte> workspace,
+                           cudaStream_t stream, unsigned long long* tile_count = nullptr) {
+  detail::attend_flat("bf16_attention", call, plan, workspace, stream, tile_count);
 }
 
 }  // namespace gemma4::cuda

@@ -175,7 +175,7 @@ class LayerCaches {
     if (stores_in_attend(layer, plan)) return;
     const FreshKv fresh{heads.k_out, heads.v_out};
     const auto prologue = [&](const auto& target) {
-      qkv_prologue<TIn>(heads.q, heads.k, heads.v, norms, chunk.position, rope(layer), heads.q_out, target, stream,
+      qkv_prologue<TIn>({heads.q, heads.k, heads.v, norms, chunk.position, rope(layer), heads.q_out}, target, stream,
                         plan.overlap);
     };
     if (!plan.fuses_prologue) prepare_step_by_step(layer, heads, norms, chunk, stream);

@@ -19,7 +19,8 @@
 #include "gemma4/model/weights.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 
-/// The weights of a model in device memory: one allocation, every matrix once, in the layout of cuda/weights/layout.cuh.
+/// The weights of a model in device memory: one allocation, every matrix once, in the layout of
+/// cuda/weights/layout.cuh.
 namespace gemma4::cuda {
 
 /// One layer; pointers and matrices are borrowed from the PackedModel. Norms are f32.

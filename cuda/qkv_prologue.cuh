@@ -265,14 +265,21 @@ void require_qkv(const char* who, const QkvParams<TIn>& params) {
 
 }  // namespace detail
 
+/// What a call of qkv_prologue works on; TIn is Bf16 or float.
+template <class TIn>
+struct QkvCall {
+  View<const TIn, 3> q, k, v;  ///< [n_token, n_head or n_head_kv, head_dim], as projected; v may be k (full layers have
+                               ///< one projection for both)
+  QkNorms norms;
+  DeviceCount position;  ///< of the first token, on the device or known to the host; token t stands at position + t
+  const RopeParams& rope;
+  View<Bf16, 3> q_out;  ///< [n_token, n_head, head_dim]; may be q
+};
+
 /// Normalises and turns q, k and v of n_token tokens and stores K and V in the layer's cache, in one launch that can be
 /// captured: a replay reads the position and the vectors of that moment. Rows of the cache of other positions keep
 /// their bits. A position that only the device knows and that lies outside the cache is not written there; q_out and
 /// k_new, v_new are written all the same.
-/// @param q, k, v    [n_token, n_head or n_head_kv, head_dim] Bf16 or float, as projected; v may be k (full layers have
-///                   one projection for both)
-/// @param position   of the first token, on the device or known to the host; token t stands at position + t
-/// @param q_out      [n_token, n_head, head_dim]; may be q
 /// @param target     FreshKv (k_new, v_new may be k, v unless those are one), RingKv, FlatKv or Tq4Kv
 /// @param overlap    on sm_90, lets the kernel be set up while the one before it in the stream still runs
 /// @throws std::invalid_argument on extents that do not fit, rows that do not begin at multiples of 16 bytes, a
@@ -281,10 +288,9 @@ void require_qkv(const char* who, const QkvParams<TIn>& params) {
 /// Error before the rounding to bf16, for a normalised pair (a, b): (|a| + |b|) * ((head_dim / 32 + 20) * 2^-24 +
 /// 2^-21)
 template <class TIn, class TTarget>
-void qkv_prologue(const View<const TIn, 3>& q, const View<const TIn, 3>& k, const View<const TIn, 3>& v,
-                  const QkNorms& norms, DeviceCount position, const RopeParams& rope, const View<Bf16, 3>& q_out,
-                  const TTarget& target, cudaStream_t stream, bool overlap = false) {
+void qkv_prologue(const QkvCall<TIn>& call, const TTarget& target, cudaStream_t stream, bool overlap = false) {
   constexpr const char* kWho = "qkv_prologue";
+  const auto& [q, k, v, norms, position, rope, q_out] = call;
   require(position.device != nullptr || position.known(), kWho, ": position is neither on the device nor on the host");
   const detail::QkvParams<TIn> params{.q = q,
                                       .k = k,

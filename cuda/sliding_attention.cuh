@@ -22,27 +22,32 @@ namespace gemma4::cuda {
   return detail::plan_flash("sliding_attention", shape, {}, shape.buffer_len, device, choice);
 }
 
+/// What a call of sliding_attention attends with, to and into; bf16.
+struct SlidingAttentionCall {
+  View<const Bf16, 3> q;               ///< [n_query, n_head, head_dim]; may be `out` itself
+  View<const Bf16, 3> ring_k, ring_v;  ///< [n_head_kv, ring_len, head_dim], ring_len >= window - 1; slots outside the
+                                       ///< window never reach the result
+  View<const Bf16, 3> k_new, v_new;    ///< [n_query, n_head_kv, head_dim]
+  DeviceCount position;                ///< of the first query, read by the kernel from the device or given by the host
+  std::int64_t window = 1;
+  float scale = 1.0f;
+  View<Bf16, 3> out;  ///< [n_query, n_head, head_dim]
+};
+
 /// Sliding-window attention of a chunk of tokens at positions position, position + 1, ...: the query at p sees the keys
 /// at (p - window, p]. Keys of the chunk come from k_new and v_new, older ones from the ring as it was before the chunk
 /// (slot ring_slot(p, ring_len)); committing the chunk to the ring is the caller's next step. Any chunk length is
 /// exact.
-/// @param q            [n_query, n_head, head_dim] bf16; may be `out` itself
-/// @param ring_k, ring_v [n_head_kv, ring_len, head_dim] bf16, ring_len >= window - 1; slots outside the window never
-///                     reach the result
-/// @param k_new, v_new [n_query, n_head_kv, head_dim] bf16
-/// @param position     of the first query, read by the kernel from the device or given by the host
 /// @param plan         of plan_sliding_attention() for this shape
 /// @param workspace    at least plan.workspace_bytes, 16-byte aligned
 /// @param old_at_rest  the caller's word that the kernel before this call in the stream writes neither a ring row that
 ///                     the queries see nor `position`: decode then reads them while that kernel still runs (sm_90)
 /// @throws std::invalid_argument naming the argument and both values, before any launch
 /// Mirror: reference/sliding_attention.hpp
-inline void sliding_attention(View<const Bf16, 3> q, View<const Bf16, 3> ring_k, View<const Bf16, 3> ring_v,
-                              View<const Bf16, 3> k_new, View<const Bf16, 3> v_new, DeviceCount position,
-                              std::int64_t window, float scale, View<Bf16, 3> out, const FlashPlan& plan,
-                              std::span<std::byte> workspace, cudaStream_t stream,
-                              unsigned long long* tile_count = nullptr, bool old_at_rest = false) {
+inline void sliding_attention(const SlidingAttentionCall& call, const FlashPlan& plan, std::span<std::byte> workspace,
+                              cudaStream_t stream, unsigned long long* tile_count = nullptr, bool old_at_rest = false) {
   constexpr const char* kWho = "sliding_attention";
+  const auto& [q, ring_k, ring_v, k_new, v_new, position, window, scale, out] = call;
   const AttentionShape shape = sliding_attention_shape(kWho, q, ring_k, ring_v, k_new, v_new, out);
   require(position.device != nullptr || position.known(), kWho, ": position is neither on the device nor on the host");
   require_sliding_attention(kWho, shape, position.known() ? position.host : 0, window);

@@ -106,26 +106,32 @@ inline void require_sliding_decode(const char* who, const SlidingDecodeParams& p
 
 }  // namespace detail
 
+/// What a call of sliding_decode works on.
+struct SlidingDecodeCall {
+  View<const float, 3> q, k, v;  ///< [1, n_head or n_head_kv, head_dim], as projected
+  QkNorms norms;
+  /// Of the token, on the device or known to the host. Neither it nor an old row of the ring is written by the kernel
+  /// in front of this one in the stream: with `overlap` they are read before its end.
+  DeviceCount position;
+  const RopeParams& rope;
+  View<Bf16, 3> ring_k, ring_v;  ///< [n_head_kv, ring_len, head_dim], rows next to each other
+  float scale = 1.0f;
+  View<Bf16, 3> out;  ///< [1, n_head, head_dim], not the memory of q
+};
+
 /// Normalises and turns q, k and v of one token, stores k and v in the ring's slot of its position, and attends: one
 /// launch, which can be captured; a replay reads the position and the vectors of that moment. Slots outside the window
 /// never reach the result, and all but the position's own keep their bits.
-/// @param q, k, v  [1, n_head or n_head_kv, head_dim] float, as projected
-/// @param position of the token, on the device or known to the host. Neither it nor an old row of the ring is written
-///                 by the kernel in front of this one in the stream: with `overlap` they are read before its end.
-/// @param ring_k, ring_v [n_head_kv, ring_len, head_dim], rows next to each other
-/// @param out      [1, n_head, head_dim], not the memory of q
 /// @param plan     of plan_sliding_decode() for this shape, one that fits
 /// @param overlap  lets the kernel be set up, and fetch old keys, while the one before it still runs
 /// @throws std::invalid_argument on extents that are not the plan's, rows that do not begin at multiples of 16 bytes,
 ///         a missing position, a plan that does not fit
 /// Error: that of qkv_prologue() in q, k and v; attention on those, attention_bound() with unit 2^-22 (ex2.approx),
 /// weights in float, output_unit 2^-8.
-inline void sliding_decode(const View<const float, 3>& q, const View<const float, 3>& k, const View<const float, 3>& v,
-                           const QkNorms& norms, DeviceCount position, const RopeParams& rope,
-                           const View<Bf16, 3>& ring_k, const View<Bf16, 3>& ring_v, float scale,
-                           const View<Bf16, 3>& out, const SlidingDecodePlan& plan, cudaStream_t stream,
+inline void sliding_decode(const SlidingDecodeCall& call, const SlidingDecodePlan& plan, cudaStream_t stream,
                            bool overlap = false) {
   constexpr const char* kWho = "sliding_decode";
+  const auto& [q, k, v, norms, position, rope, ring_k, ring_v, scale, out] = call;
   require(position.device != nullptr || position.known(), kWho, ": position is neither on the device nor on the host");
   const detail::SlidingDecodeParams params{.q = q,
                                            .k = k,

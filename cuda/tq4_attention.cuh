@@ -22,8 +22,8 @@
 #include "gemma4/view.hpp"
 
 /// Attention over a TQ4 cache in the rotated space, for any number of queries: up to kTq4DecodeQueries of them read the
-/// packed records directly (cuda/tq4_attention/decode.cuh), more go through the flash kernels (cuda/tq4_attention/prefill.cuh).
-/// Mirror: reference/tq4_attention.hpp
+/// packed records directly (cuda/tq4_attention/decode.cuh), more go through the flash kernels
+/// (cuda/tq4_attention/prefill.cuh). Mirror: reference/tq4_attention.hpp
 namespace gemma4::cuda {
 
 inline constexpr std::int64_t kTq4DecodeQueries = 4;  ///< the records are read once per eight query rows of a KV head
@@ -77,24 +77,16 @@ struct Tq4AttentionPlan {
 }
 
 /// Attention of the last n_query tokens over a TQ4 cache: the contract of gemma4/attention.hpp with K and V as decoded.
-/// @param q         [batch, n_query, n_head, head_dim] bf16, not rotated; may be `out` itself
-/// @param cache     records of [batch, n_head_kv, buffer_len]; tokens >= kv_len never reach the result
-/// @param codec     the one that compressed the cache
-/// @param kv_len    valid tokens, read by the kernel from the device or given by the host; absent (default): all. A
-///                  number on the device outside [0, buffer_len] counts as the nearer end. A mask must cover what the
-///                  host knows: kv_len keys, or the buffer where only the device has kv_len.
-/// @param out       [batch, n_query, n_head, head_dim] bf16
 /// @param plan      of plan_tq4_attention() for this shape
 /// @param workspace at least plan.workspace_bytes, 16-byte aligned; one call at a time may use it
 /// @param work_count counts the records (decode) or key tiles (prefill) that are visited, when given; for tests
 /// @throws std::invalid_argument naming the argument and both values, before any launch
 /// Decode roundings: q to fp16, levels within 2^-8, weights times norm_v and the result to bf16; float32 sums. Norms of
 /// V are below 2^59.
-inline void tq4_attention(const View<const Bf16, 4>& q, const ConstTq4Records& cache, const Tq4Codec& codec,
-                          const AttentionOptions& options, DeviceCount kv_len, const View<Bf16, 4>& out,
-                          const Tq4AttentionPlan& plan, std::span<std::byte> workspace, cudaStream_t stream,
-                          unsigned long long* work_count = nullptr) {
+inline void tq4_attention(const Tq4AttentionCall& call, const Tq4AttentionPlan& plan, std::span<std::byte> workspace,
+                          cudaStream_t stream, unsigned long long* work_count = nullptr) {
   const char* const who = "tq4_attention";
+  const auto& [q, cache, codec, options, kv_len, out] = call;
   const AttentionShape& shape = plan.shape;
   require_tq4_records(who, cache);
   require(codec.head_dim() == cache.head_dim, who, ": codec of head_dim ", codec.head_dim(), ", the cache has ",
@@ -117,7 +109,7 @@ inline void tq4_attention(const View<const Bf16, 4>& q, const ConstTq4Records& c
   require(static_cast<std::int64_t>(workspace.size()) >= plan.workspace_bytes, who, ": workspace ", workspace.size(),
           " B, need ", plan.workspace_bytes, " B; size it with plan_tq4_attention()");
   if (plan.path == Tq4Path::kPrefill) {
-    return tq4_attention_prefill(codec, q, cache, options, kv_len, out, plan.prefill, workspace, stream, work_count);
+    return tq4_attention_prefill(call, plan.prefill, workspace, stream, work_count);
   }
   detail::Tq4DecodeParams params;
   params.q = q.data;

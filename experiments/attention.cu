@@ -154,9 +154,10 @@ Measurement measure_tq4_attention(const Case& c, Tq4Caches& caches, std::uint32_
   cuda::DeviceBuffer<std::int32_t> kv_len(std::vector<std::int32_t>{static_cast<std::int32_t>(c.context)});
   fill_random(q.data(), q.size(), seed, stream);
   const auto call = [&](int i) {
-    cuda::tq4_attention(make_view(std::as_const(q).data(), 1, s.n_query, s.n_head, s.head_dim), caches.cache(i),
-                        caches.codec(), options, cuda::DeviceCount::on_device(kv_len.data()),
-                        make_view(out.data(), 1, s.n_query, s.n_head, s.head_dim), plan, as_span(workspace), stream);
+    cuda::tq4_attention({make_view(std::as_const(q).data(), 1, s.n_query, s.n_head, s.head_dim), caches.cache(i),
+                         caches.codec(), options, cuda::DeviceCount::on_device(kv_len.data()),
+                         make_view(out.data(), 1, s.n_query, s.n_head, s.head_dim)},
+                        plan, as_span(workspace), stream);
   };
   call(0);
   const std::vector<Bf16> actual = out.to_host(stream);
@@ -221,9 +222,10 @@ Measurement measure_bf16_attention(const Case& c, std::uint32_t seed, cudaStream
   };
   const auto call = [&](int i) {
     const std::int64_t first = i % (buffer_len / n) * n;
-    cuda::bf16_attention(make_view(std::as_const(q).data(), 1, s.n_query, s.n_head, s.head_dim), rows(k.data(), first),
-                         rows(v.data(), first), options, cuda::DeviceCount::on_device(kv_len.data()),
-                         make_view(out.data(), 1, s.n_query, s.n_head, s.head_dim), plan, as_span(workspace), stream);
+    cuda::bf16_attention({make_view(std::as_const(q).data(), 1, s.n_query, s.n_head, s.head_dim), rows(k.data(), first),
+                          rows(v.data(), first), options, cuda::DeviceCount::on_device(kv_len.data()),
+                          make_view(out.data(), 1, s.n_query, s.n_head, s.head_dim)},
+                         plan, as_span(workspace), stream);
   };
   call(0);
   const std::int64_t n_checked = std::min(s.n_query, kChecked), tail = n_checked * s.n_head * s.head_dim;
@@ -259,11 +261,12 @@ Measurement measure_sliding_attention(const Case& c, std::uint32_t seed, cudaStr
   const auto fresh = [&](const Bf16* data) { return make_view(data, s.n_query, s.n_head_kv, s.head_dim); };
   const auto old = [&](const Bf16* data) { return make_view(data, s.n_head_kv, window, s.head_dim); };
   const auto call = [&](int i) {
-    cuda::sliding_attention(queries(std::as_const(q).data()), old(k.data() + i % kRings * ring),
-                            old(v.data() + i % kRings * ring), fresh(k_new.data()), fresh(v_new.data()),
-                            cuda::DeviceCount::on_device(where.data()), window, scale,
-                            make_view(out.data(), s.n_query, s.n_head, s.head_dim), plan, as_span(workspace), stream,
-                            nullptr, true);  // as in the model, the kernel before writes nothing that is read early
+    cuda::sliding_attention(
+        {queries(std::as_const(q).data()), old(k.data() + i % kRings * ring), old(v.data() + i % kRings * ring),
+         fresh(k_new.data()), fresh(v_new.data()), cuda::DeviceCount::on_device(where.data()), window, scale,
+         make_view(out.data(), s.n_query, s.n_head, s.head_dim)},
+        plan, as_span(workspace), stream, nullptr,
+        true);  // as in the model, the kernel before writes nothing that is read early
   };
   cuda::check(cudaStreamSynchronize(stream), "filling of rings");
   call(0);
@@ -324,10 +327,17 @@ Measurement measure_sliding_step(const Case& c, std::uint32_t seed, cudaStream_t
   const auto old = [&](auto* data) { return make_view(data, s.n_head_kv, s.buffer_len, s.head_dim); };
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
   const auto call = [&](int i) {
-    cuda::sliding_decode(heads(q.device.data(), s.n_head), heads(k_new.device.data(), s.n_head_kv),
-                         heads(v_new.device.data(), s.n_head_kv), {norm.data(), norm.data(), 1e-6f},
-                         cuda::DeviceCount::on_device(where.data()), rope, old(k.data() + i % kRings * ring),
-                         old(v.data() + i % kRings * ring), scale, heads(out.data(), s.n_head), plan, stream, true);
+    cuda::sliding_decode({heads(q.device.data(), s.n_head),
+                          heads(k_new.device.data(), s.n_head_kv),
+                          heads(v_new.device.data(), s.n_head_kv),
+                          {norm.data(), norm.data(), 1e-6f},
+                          cuda::DeviceCount::on_device(where.data()),
+                          rope,
+                          old(k.data() + i % kRings * ring),
+                          old(v.data() + i % kRings * ring),
+                          scale,
+                          heads(out.data(), s.n_head)},
+                         plan, stream, true);
   };
   cuda::check(cudaStreamSynchronize(stream), "filling of rings");
   call(0);

@@ -92,11 +92,11 @@ class DeviceSubject {
     workspace.fill_bytes(0xFF);
     DeviceBuffer<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(kv_len.value_or(0))});
     DeviceBuffer<unsigned long long> count(std::vector<unsigned long long>{0});
-    bf16_attention(queries, make_view(k.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim),
-                   make_view(v.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim), on_device,
-                   kv_len ? DeviceCount{.device = length.data(), .host = options.mask ? *kv_len : -1} : DeviceCount{},
-                   make_view(out.data(), s.batch, n_query, s.n_head, s.head_dim), plan,
-                   {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr, count.data());
+    bf16_attention({queries, make_view(k.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim),
+                    make_view(v.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim), on_device,
+                    kv_len ? DeviceCount{.device = length.data(), .host = options.mask ? *kv_len : -1} : DeviceCount{},
+                    make_view(out.data(), s.batch, n_query, s.n_head, s.head_dim)},
+                   plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr, count.data());
     n_tile_ = count.to_host()[0];
     return widen(out.to_host());
   }
@@ -315,11 +315,11 @@ TEST(Bf16AttentionGpu, GraphReplaysWhileTheCacheGrows) {
   DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
   const Stream stream;
   const auto call = [&](DeviceCount kv_len) {
-    bf16_attention(make_view(q.data(), 1, 1, s.n_head, s.head_dim),
-                   make_view(k.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim),
-                   make_view(v.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim), c.options(), kv_len,
-                   make_view(out.data(), 1, 1, s.n_head, s.head_dim), plan,
-                   {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, stream);
+    bf16_attention(
+        {make_view(q.data(), 1, 1, s.n_head, s.head_dim), make_view(k.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim),
+         make_view(v.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim), c.options(), kv_len,
+         make_view(out.data(), 1, 1, s.n_head, s.head_dim)},
+        plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, stream);
   };
   const Graph graph = Graph::capture(stream, [&] { call(DeviceCount::on_device(length.data())); });
   for (std::int32_t kv_len = 1; kv_len <= c.kv_len; kv_len += kv_len < 130 ? 1 : 37) {
@@ -407,7 +407,7 @@ TEST(Bf16AttentionPlan, MisuseIsRefusedBeforeAnyLaunch) {
     return [&, n_query, kv_len, v_len, choice] {
       const auto q = make_view(memory.data(), 1, n_query, 8, 256);
       const auto k = make_view(memory.data(), 1, 2, 100, 256), v = make_view(memory.data(), 1, 2, v_len, 256);
-      bf16_attention(q, k, v, {}, DeviceCount::on_host(kv_len), q, plan_bf16_attention(good, {}, device, choice), {},
+      bf16_attention({q, k, v, {}, DeviceCount::on_host(kv_len), q}, plan_bf16_attention(good, {}, device, choice), {},
                      nullptr);
     };
   };

@@ -166,7 +166,7 @@ TEST(QkvProloguePlan, MisuseIsRefusedBeforeAnyLaunch) {
              .rope = rope_params(attention),
              .q_out = make_view(values, 3, 4, 128)};
       break_it(c);
-      qkv_prologue<Bf16>(c.q, c.k, c.v, c.norms, c.position, c.rope, c.q_out, target, nullptr);
+      qkv_prologue<Bf16>({c.q, c.k, c.v, c.norms, c.position, c.rope, c.q_out}, target, nullptr);
     };
   };
   const auto nothing = [](Call&) {};

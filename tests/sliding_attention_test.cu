@@ -117,10 +117,11 @@ std::vector<float> in_chunks(const Sequence& s, const std::vector<std::int64_t>&
     const FlashPlan plan = plan_sliding_attention(shape, device, choice);
     DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
     workspace.fill_bytes(0xFF);
-    sliding_attention(part(q.data(), s.n_head), make_view(ring_k.data(), s.n_head_kv, s.ring_len, s.head_dim),
-                      make_view(ring_v.data(), s.n_head_kv, s.ring_len, s.head_dim), k_new, v_new,
-                      DeviceCount::on_device(first.data()), s.window, s.scale, part(out.data(), s.n_head), plan,
-                      {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr, nullptr, old_at_rest);
+    sliding_attention({part(q.data(), s.n_head), make_view(ring_k.data(), s.n_head_kv, s.ring_len, s.head_dim),
+                       make_view(ring_v.data(), s.n_head_kv, s.ring_len, s.head_dim), k_new, v_new,
+                       DeviceCount::on_device(first.data()), s.window, s.scale, part(out.data(), s.n_head)},
+                      plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr, nullptr,
+                      old_at_rest);
     if (order == Order::kAttendThenCommit) ring.commit(k_new, v_new, DeviceCount::on_host(position), nullptr);
     position += n_new;
     check(cudaDeviceSynchronize(), "wait for a chunk");
@@ -254,10 +255,10 @@ TEST(SlidingAttentionGpu, GraphReplaysAcrossTheWrap) {
   const auto k_new = make_view<const Bf16>(k_now.data(), 1, 2, 256),
              v_new = make_view<const Bf16>(v_now.data(), 1, 2, 256);
   const Graph graph = Graph::capture(stream, [&] {
-    sliding_attention(make_view<const Bf16>(q_now.data(), 1, 4, 256), std::as_const(ring).k(), std::as_const(ring).v(),
-                      k_new, v_new, DeviceCount::on_device(position.data()), s.window, s.scale,
-                      make_view(out.data(), 1, 4, 256), plan,
-                      {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, stream);
+    sliding_attention(
+        {make_view<const Bf16>(q_now.data(), 1, 4, 256), std::as_const(ring).k(), std::as_const(ring).v(), k_new, v_new,
+         DeviceCount::on_device(position.data()), s.window, s.scale, make_view(out.data(), 1, 4, 256)},
+        plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, stream);
     ring.commit(k_new, v_new, DeviceCount::on_device(position.data()), stream);
   });
   const std::vector<float> chunked = in_chunks(s, std::vector<std::int64_t>(200, 1));
@@ -293,8 +294,8 @@ TEST(SlidingAttentionPlan, MisuseIsRefusedBeforeAnyLaunch) {
       const auto ring = make_view<const Bf16>(memory.data(), 2, c.ring_len, 64);
       const auto fresh = make_view<const Bf16>(memory.data(), c.n_new, 2, 64);
       const AttentionShape shape{.n_query = 2, .n_head = 4, .n_head_kv = 2, .head_dim = 64, .buffer_len = c.ring_len};
-      sliding_attention(make_view<const Bf16>(memory.data(), c.n_query, 4, 64), ring, ring, fresh, fresh, c.position,
-                        c.window, c.scale, make_view(memory.data(), c.n_query, 4, 64),
+      sliding_attention({make_view<const Bf16>(memory.data(), c.n_query, 4, 64), ring, ring, fresh, fresh, c.position,
+                         c.window, c.scale, make_view(memory.data(), c.n_query, 4, 64)},
                         plan_sliding_attention(shape, device, c.choice), {}, nullptr);
     };
   };

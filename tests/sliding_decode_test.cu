@@ -110,8 +110,9 @@ class Layer {
   [[nodiscard]] Result fused(std::optional<int> n_split, bool overlap = false) const {
     const SlidingDecodePlan plan = plan_sliding_decode(c_.shape(), c_.window, current_device(), n_split);
     return result([&](const View<Bf16, 3>& ring_k, const View<Bf16, 3>& ring_v, const View<Bf16, 3>& out) {
-      sliding_decode(heads(q_), heads(k_), heads(v_), norms(), DeviceCount::on_device(position_.data()), rope_, ring_k,
-                     ring_v, c_.scale, out, plan, nullptr, overlap);
+      sliding_decode({heads(q_), heads(k_), heads(v_), norms(), DeviceCount::on_device(position_.data()), rope_, ring_k,
+                      ring_v, c_.scale, out},
+                     plan, nullptr, overlap);
     });
   }
 
@@ -123,10 +124,10 @@ class Layer {
     const auto fresh = [&](DeviceBuffer<Bf16>& x) { return make_view(x.data(), 1, c_.n_head_kv, c_.head_dim); };
     return result([&](const View<Bf16, 3>& ring_k, const View<Bf16, 3>& ring_v, const View<Bf16, 3>& out) {
       const DeviceCount position = DeviceCount::on_device(position_.data());
-      qkv_prologue<float>(heads(q_), heads(k_), heads(v_), norms(), position, rope_, out,
+      qkv_prologue<float>({heads(q_), heads(k_), heads(v_), norms(), position, rope_, out},
                           RingKv{{fresh(k_new), fresh(v_new)}, ring_k, ring_v, c_.window}, nullptr);
       if (!attends) return;
-      sliding_attention(out, ring_k, ring_v, fresh(k_new), fresh(v_new), position, c_.window, c_.scale, out, plan,
+      sliding_attention({out, ring_k, ring_v, fresh(k_new), fresh(v_new), position, c_.window, c_.scale, out}, plan,
                         {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
     });
   }
@@ -296,9 +297,17 @@ TEST(SlidingDecodeGpu, GraphReplaysAcrossTheWrap) {
           return make_view(x.data() + layer * 2 * kRing * kHeadDim, 2, kRing, kHeadDim);
         };
         // Layer by layer another head is the first, so that layers differ.
-        sliding_decode(part(layer, 4), part(4 - layer, 2), part(6 - layer, 2), {weight.data(), weight.data(), 1e-6f},
-                       DeviceCount::on_device(position.data()), rope, ring(ring_k), ring(ring_v), 0.25f,
-                       make_view(out.data() + layer * 4 * kHeadDim, 1, 4, kHeadDim), plan, stream, overlap);
+        sliding_decode({part(layer, 4),
+                        part(4 - layer, 2),
+                        part(6 - layer, 2),
+                        {weight.data(), weight.data(), 1e-6f},
+                        DeviceCount::on_device(position.data()),
+                        rope,
+                        ring(ring_k),
+                        ring(ring_v),
+                        0.25f,
+                        make_view(out.data() + layer * 4 * kHeadDim, 1, 4, kHeadDim)},
+                       plan, stream, overlap);
         if (!overlap) stream.synchronize();
       }
     };
@@ -382,8 +391,16 @@ TEST(SlidingDecodePlan, MisuseIsRefusedBeforeAnyLaunch) {
       const auto heads = [&](std::int64_t n) { return make_view(std::as_const(values).data(), 1, n, 64); };
       const View<Bf16, 3> ring{.data = memory.data(), .extent = {2, c.ring_len, 64}, .stride = {512, c.pitch, 1}};
       Bf16* const out = c.in_place ? reinterpret_cast<Bf16*>(values.data()) : memory.data();
-      sliding_decode(heads(c.n_head), heads(c.n_kv), heads(c.n_kv), {values.data(), values.data(), 1e-6f}, c.position,
-                     layer.rope(), ring, ring, c.scale, make_view(out, 1, 4, 64),
+      sliding_decode({heads(c.n_head),
+                      heads(c.n_kv),
+                      heads(c.n_kv),
+                      {values.data(), values.data(), 1e-6f},
+                      c.position,
+                      layer.rope(),
+                      ring,
+                      ring,
+                      c.scale,
+                      make_view(out, 1, 4, 64)},
                      plan_sliding_decode(shape, c.window, c.device, c.n_split), nullptr);
     };
   };

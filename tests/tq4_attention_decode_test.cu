@@ -54,10 +54,13 @@ struct BigCall {
   }
   void enqueue(DeviceCount kv_len, cudaStream_t stream) {
     const AttentionShape& s = shape;
-    tq4_attention(make_view(std::as_const(q_device).data(), s.batch, s.n_query, s.n_head, s.head_dim),
-                  {memory.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim}, codec_of<Tq4Codec>(s.head_dim),
-                  options, kv_len, make_view(out.data(), s.batch, s.n_query, s.n_head, s.head_dim), plan,
-                  {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, stream);
+    tq4_attention({make_view(std::as_const(q_device).data(), s.batch, s.n_query, s.n_head, s.head_dim),
+                   {memory.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim},
+                   codec_of<Tq4Codec>(s.head_dim),
+                   options,
+                   kv_len,
+                   make_view(out.data(), s.batch, s.n_query, s.n_head, s.head_dim)},
+                  plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, stream);
   }
   /// The reference in double on the same rows, with the levels as the device reads them.
   /// @param scale_factor  of the scores
@@ -207,10 +210,13 @@ TEST_P(Tq4DecodeGolden, AgreesWithTheReferenceOnTheSameRows) {
   out.fill_bytes(0xFF);
   const Tq4AttentionPlan plan = plan_tq4_attention(s, golden.options(), current_device(), {.path = Tq4Path::kDecode});
   DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
-  tq4_attention(make_view(q_device.data(), 1, s.n_query, s.n_head, s.head_dim),
-                {memory.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim}, device_codec, golden.options(),
-                DeviceCount::on_host(golden.kv_len), make_view(out.data(), 1, s.n_query, s.n_head, s.head_dim), plan,
-                {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
+  tq4_attention({make_view(q_device.data(), 1, s.n_query, s.n_head, s.head_dim),
+                 {memory.data(), 1, s.n_head_kv, s.buffer_len, s.head_dim},
+                 device_codec,
+                 golden.options(),
+                 DeviceCount::on_host(golden.kv_len),
+                 make_view(out.data(), 1, s.n_query, s.n_head, s.head_dim)},
+                plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
   const std::vector<float> actual = widen(out.to_host());
   EXPECT_GE(cosine(actual, expect(codec)), 0.9999);
   EXPECT_TRUE(scale_close(actual, expect(device_levels), kScaleBound));
@@ -240,7 +246,7 @@ TEST(Tq4AttentionDecodePlan, EveryShapeFitsASmallCardAndNoDecodePlanDependsOnThe
       const Tq4AttentionPlan fits = plan_tq4_attention(shape, {}, small);
       EXPECT_EQ(fits.path, Tq4Path::kDecode);
       EXPECT_LE(fits.decode.smem_bytes, small.smem_limit_bytes);
-      EXPECT_FALSE(fits.decode.programmatic);
+      EXPECT_FALSE(fits.decode.overlap);
       const Tq4AttentionPlan plan = plan_tq4_attention(shape, {}, large);
       shape.buffer_len = 4096;
       const Tq4AttentionPlan shorter = plan_tq4_attention(shape, {}, large);

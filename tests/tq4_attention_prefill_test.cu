@@ -62,11 +62,13 @@ struct Fixture {
     DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
     workspace.fill_bytes(0xFF);  // NaN where nothing was unpacked
     const DeviceBuffer<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(kv_len)});
-    tq4_attention_prefill(codec_of<Tq4Codec>(s.head_dim), make_view(q.data(), s.batch, s.n_query, s.n_head, s.head_dim),
-                          {memory.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim}, options,
-                          DeviceCount::on_device(length.data()),
-                          make_view(out.data(), s.batch, s.n_query, s.n_head, s.head_dim), plan,
-                          {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
+    tq4_attention_prefill({make_view(q.data(), s.batch, s.n_query, s.n_head, s.head_dim),
+                           {memory.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim},
+                           codec_of<Tq4Codec>(s.head_dim),
+                           options,
+                           DeviceCount::on_device(length.data()),
+                           make_view(out.data(), s.batch, s.n_query, s.n_head, s.head_dim)},
+                          plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
     return widen(out.to_host());
   }
 
@@ -98,10 +100,10 @@ struct Fixture {
                                nullptr);
     const FlashPlan plan = plan_bf16_attention(s, options, current_device(), choice);
     DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
-    bf16_attention(out_view, make_view(k.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim),
-                   make_view(v.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim), options,
-                   DeviceCount::on_host(kv_len), out_view, plan,
-                   {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
+    bf16_attention({out_view, make_view(k.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim),
+                    make_view(v.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim), options,
+                    DeviceCount::on_host(kv_len), out_view},
+                   plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
     rotate_inverse<Bf16, Bf16>(rotation, out_view, out_view, nullptr);
     return widen(out.to_host());
   }

@@ -116,11 +116,13 @@ class DeviceSubject {
     workspace.fill_bytes(0xFF);
     DeviceBuffer<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(kv_len.value_or(0))});
     DeviceBuffer<unsigned long long> count(std::vector<unsigned long long>{0});
-    tq4_attention(queries, {memory.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim},
-                  codec_of<Tq4Codec>(s.head_dim, fixed_.bits), on_device,
-                  kv_len ? DeviceCount{length.data(), options.mask ? *kv_len : -1} : DeviceCount{},
-                  make_view(out.data(), s.batch, n_query, s.n_head, s.head_dim), plan,
-                  {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr, count.data());
+    tq4_attention({queries,
+                   {memory.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim},
+                   codec_of<Tq4Codec>(s.head_dim, fixed_.bits),
+                   on_device,
+                   kv_len ? DeviceCount{length.data(), options.mask ? *kv_len : -1} : DeviceCount{},
+                   make_view(out.data(), s.batch, n_query, s.n_head, s.head_dim)},
+                  plan, {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr, count.data());
     n_record_ = count.to_host()[0];
     return widen(out.to_host());
   }
@@ -390,7 +392,7 @@ TEST(Tq4AttentionPlan, MisuseIsRefusedBeforeAnyLaunch) {
              .kv_len = DeviceCount::on_host(9),
              .workspace = static_cast<std::size_t>(good.workspace_bytes)};
       break_it(c);
-      tq4_attention(c.q, c.cache, codec, c.options, c.kv_len, c.out, good, {workspace.data(), c.workspace}, nullptr);
+      tq4_attention({c.q, c.cache, codec, c.options, c.kv_len, c.out}, good, {workspace.data(), c.workspace}, nullptr);
     };
   };
   EXPECT_TRUE(refuses(call([](Call& c) { c.kv_len = DeviceCount::on_host(21); }), {"kv_len 21", "buffer_len = 20"}));

@@ -19,7 +19,9 @@ class PrefillPath {
  public:
   PrefillPath(const PathContext& context, std::int64_t max_chunk, DeviceArena& arena) : context_(context) {
     pending_ = arena.data<Bf16>("pending", max_chunk * context.config().hidden);
-    activations_ = arena.data<Bf16>("activations", 2 * max_chunk * context.config().ffn_hidden);
+    const std::span<std::byte> activations = arena.buffer("activations");
+    activations_ = reinterpret_cast<Bf16*>(activations.data());
+    width_ = static_cast<std::int64_t>(activations.size() / sizeof(Bf16)) / max_chunk;
   }
 
   void project_qkv(std::int64_t layer, Pass& pass) const {
@@ -109,11 +111,18 @@ class PrefillPath {
     out.k = out.k_out = view(activations_ + q_dim, attention.n_head_kv);
     out.v_out = view(activations_ + q_dim + kv_dim, attention.n_head_kv);
     out.v = config.sliding_layer(layer) ? out.v_out : out.k;
+    // On a full layer v is k as projected: K has a place of its own where a cache asks for it, and so the plan for
+    // room.
+    const std::int64_t k_out = q_dim + 2 * kv_dim;
+    if (!config.sliding_layer(layer) && k_out + kv_dim <= width_ * pass.n_token()) {
+      out.k_out = view(activations_ + k_out, attention.n_head_kv);
+    }
     return out;
   }
 
   PathContext context_;
   Bf16 *pending_ = nullptr, *activations_ = nullptr;
+  std::int64_t width_ = 0;  ///< values of a token in the activations
 };
 
 }  // namespace gemma4::cuda

@@ -38,7 +38,7 @@ class FlatFullLayers {
   [[nodiscard]] StepPlanRow row(const Plan& plan) const { return describe_flash("attention_full", plan); }
 
   void attend(std::int64_t index, const FullAttentionCall& call, const Plan& plan, cudaStream_t stream) const {
-    bf16_attention(with_batch(call.q), k(index), v(index), call.options, call.kv_len, with_batch(call.q), plan,
+    bf16_attention({with_batch(call.q), k(index), v(index), call.options, call.kv_len, with_batch(call.q)}, plan,
                    call.partials, stream, call.work_count);
   }
   [[nodiscard]] static constexpr bool borrows_scratch(const Plan& /*plan*/) { return false; }
@@ -62,7 +62,7 @@ class FlatFullLayers {
 template <>
 class FullLayerCaches<Bf16Format> : public FlatFullLayers {
  public:
-  static constexpr bool kSinkStores = true;
+  static constexpr bool kSinkStores = Bf16Format::kStoredByPrologue;
   FullLayerCaches(const Bf16Format& /*format*/, const FullCacheShape& shape, std::span<std::byte> memory)
       : FlatFullLayers(shape, memory) {}
 

@@ -21,7 +21,7 @@ namespace gemma4::cuda {
 template <Quantiser TQuantiser>
 class FullLayerCaches<Simulated<TQuantiser>> : public FlatFullLayers {
  public:
-  static constexpr bool kSinkStores = false;
+  static constexpr bool kSinkStores = Simulated<TQuantiser>::kStoredByPrologue;
   FullLayerCaches(const Simulated<TQuantiser>& format, const FullCacheShape& shape, std::span<std::byte> memory)
       : FlatFullLayers(shape, memory), codec_(shape.head_dim, format) {}
 

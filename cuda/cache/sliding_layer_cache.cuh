@@ -87,8 +87,9 @@ class SlidingLayerCaches {
   void step(std::int64_t index, const ProjectedHeads<float>& heads, const QkNorms& norms, const RopeParams& rope,
             const ChunkPlace& chunk, const SlidingPlan& plan, cudaStream_t stream) const {
     // The kernel in front projects; the position was set before it, the rings in another step.
-    sliding_decode(heads.q, heads.k, heads.v, norms, chunk.position, rope, k(index), v(index),
-                   ModelConfig::kAttentionScale, heads.q_out, plan.step, stream, plan.overlap);
+    sliding_decode({heads.q, heads.k, heads.v, norms, chunk.position, rope, k(index), v(index),
+                    ModelConfig::kAttentionScale, heads.q_out},
+                   plan.step, stream, plan.overlap);
   }
 
   /// @param q [n_token, n_head, head_dim], takes the result
@@ -96,8 +97,9 @@ class SlidingLayerCaches {
               const SlidingPlan& plan, std::span<std::byte> partials, unsigned long long* work_count,
               cudaStream_t stream) const {
     // The kernel before stores at most slots outside the window, and the position was set before it.
-    sliding_attention(q, k(index), v(index), fresh.k, fresh.v, chunk.position, window_, ModelConfig::kAttentionScale, q,
-                      plan.attention, partials, stream, work_count, true);
+    sliding_attention(
+        {q, k(index), v(index), fresh.k, fresh.v, chunk.position, window_, ModelConfig::kAttentionScale, q},
+        plan.attention, partials, stream, work_count, true);
   }
 
   /// The chunk's K and V into the ring, where with_sink() did not put them there.

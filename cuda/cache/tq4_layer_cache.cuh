@@ -27,7 +27,7 @@ template <>
 class FullLayerCaches<Tq4Format> {
  public:
   using Plan = Tq4AttentionPlan;
-  static constexpr bool kSinkStores = true;
+  static constexpr bool kSinkStores = Tq4Format::kStoredByPrologue;
 
   FullLayerCaches(const Tq4Format& format, const FullCacheShape& shape, std::span<std::byte> memory)
       : shape_(shape), codec_(std::make_unique<Tq4Codec>(shape.head_dim, format.options)), memory_(memory) {
@@ -69,7 +69,7 @@ class FullLayerCaches<Tq4Format> {
     tq4_cache_update<Bf16>(*codec_, with_batch(k), with_batch(v), positions, records(index), stream);
   }
   void attend(std::int64_t index, const FullAttentionCall& call, const Plan& plan, cudaStream_t stream) const {
-    tq4_attention(with_batch(call.q), records(index), *codec_, call.options, call.kv_len, with_batch(call.q), plan,
+    tq4_attention({with_batch(call.q), records(index), *codec_, call.options, call.kv_len, with_batch(call.q)}, plan,
                   borrows_scratch(plan) ? call.scratch_and_partials : call.partials, stream, call.work_count);
   }
   [[nodiscard]] static constexpr bool borrows_scratch(const Plan& plan) { return plan.path == Tq4Path::kPrefill; }

@@ -167,96 +167,140 @@ __global__ void __launch_bounds__(256) tq4_unpack_kernel(const __grid_constant__
 
 }  // namespace detail
 
-/// Attention over a TQ4 cache for any n_query: the contract of gemma4/attention.hpp.
-/// @param q         [batch, n_query, n_head, head_dim] bf16, not rotated; may be `out` itself
-/// @param kv_len    valid rows, read from the device or given by the host; absent: all rows. At most plan.max_kv_len
-/// @param out       [batch, n_query, n_head, head_dim] bf16
-/// @param workspace at least plan.workspace_bytes, 16-byte aligned
-/// @throws std::invalid_argument naming the argument and both values, before any launch
-inline void tq4_attention_prefill(const Tq4Codec& codec, View<const Bf16, 4> q, const ConstTq4Records& cache,
-                                  const AttentionOptions& options, DeviceCount kv_len, View<Bf16, 4> out,
-                                  const Tq4PrefillPlan& plan, std::span<std::byte> workspace, cudaStream_t stream,
-                                  unsigned long long* tile_count = nullptr) {
-  constexpr const char* kWho = "tq4_attention_prefill";
+/// What a call of attention over a TQ4 cache attends with, to and into.
+struct Tq4AttentionCall {
+  View<const Bf16, 4> q;  ///< [batch, n_query, n_head, head_dim], not rotated; may be `out` itself
+  ConstTq4Records cache;  ///< records of [batch, n_head_kv, buffer_len]; tokens >= kv_len never reach the result
+  const Tq4Codec& codec;  ///< the one that compressed the cache
+  AttentionOptions options;
+  /// Valid tokens, read by the kernel from the device or given by the host; absent: all. A number on the device outside
+  /// [0, buffer_len] counts as the nearer end. A mask must cover what the host knows: kv_len keys, or the buffer where
+  /// only the device has kv_len.
+  DeviceCount kv_len;
+  View<Bf16, 4> out;  ///< [batch, n_query, n_head, head_dim]
+};
+
+namespace detail {
+
+inline void require_tq4_prefill(const char* who, const Tq4AttentionCall& call, const Tq4PrefillPlan& plan,
+                                std::int64_t workspace_bytes) {
+  const auto& [q, cache, codec, options, kv_len, out] = call;
   const AttentionShape& shape = plan.shape;
-  require_tq4_records(kWho, cache);
-  require(codec.head_dim() == cache.head_dim, kWho, ": codec of head_dim ", codec.head_dim(), ", the cache has ",
+  require_tq4_records(who, cache);
+  require(codec.head_dim() == cache.head_dim, who, ": codec of head_dim ", codec.head_dim(), ", the cache has ",
           cache.head_dim);
   require(cache.batch == shape.batch && cache.n_head_kv == shape.n_head_kv && cache.buffer_len == shape.buffer_len &&
               cache.head_dim == shape.head_dim,
-          kWho, ": the cache is [", cache.batch, ", ", cache.n_head_kv, ", ", cache.buffer_len, ", ", cache.head_dim,
+          who, ": the cache is [", cache.batch, ", ", cache.n_head_kv, ", ", cache.buffer_len, ", ", cache.head_dim,
           "], the plan is of [", shape.batch, ", ", shape.n_head_kv, ", ", shape.buffer_len, ", ", shape.head_dim, "]");
   const std::int64_t extents[4] = {shape.batch, shape.n_query, shape.n_head, shape.head_dim};
-  require_extents(kWho, "q", q, extents);
-  require_extents(kWho, "out", out, extents);
-  require_attention(kWho, shape, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
-  require(!kv_len.known() || kv_len.host <= plan.max_kv_len, kWho, ": kv_len ", kv_len.host,
+  require_extents(who, "q", q, extents);
+  require_extents(who, "out", out, extents);
+  require_attention(who, shape, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
+  require(!kv_len.known() || kv_len.host <= plan.max_kv_len, who, ": kv_len ", kv_len.host,
           " is above the plan's max_kv_len ", plan.max_kv_len);
-  require(kv_len.known() || kv_len.device != nullptr || plan.max_kv_len == shape.buffer_len, kWho,
+  require(kv_len.known() || kv_len.device != nullptr || plan.max_kv_len == shape.buffer_len, who,
           ": without kv_len all ", shape.buffer_len, " rows count, the plan holds ", plan.max_kv_len);
-  require(static_cast<std::int64_t>(workspace.size()) >= plan.workspace_bytes, kWho, ": workspace ", workspace.size(),
-          " B, need ", plan.workspace_bytes, " B; size it with plan_tq4_attention_prefill()");
-  const auto pass_plan = [&](std::int64_t n_head_kv) {
-    AttentionShape pass = shape;
+  require(workspace_bytes >= plan.workspace_bytes, who, ": workspace ", workspace_bytes, " B, need ",
+          plan.workspace_bytes, " B; size it with plan_tq4_attention_prefill()");
+}
+
+/// Everything of a pass over some KV heads of one sequence but which ones.
+struct Tq4PrefillPasses {
+  const Tq4AttentionCall& call;
+  const Tq4PrefillPlan& plan;
+  std::span<std::byte> workspace;  ///< of the flash kernels, behind the scratch
+  cudaStream_t stream;
+  unsigned long long* tile_count;
+  std::int64_t rows;  ///< of a head in the scratch
+  bool inside;        ///< the kernel rotates queries and results itself; else `out` holds rotated queries
+
+  [[nodiscard]] FlashPlan flash_plan(std::int64_t n_head_kv) const {
+    AttentionShape pass = plan.shape;
     pass.batch = 1;
-    pass.n_head = n_head_kv * shape.group();
+    pass.n_head = n_head_kv * plan.shape.group();
     pass.n_head_kv = n_head_kv;
     pass.buffer_len = plan.max_kv_len;
-    return plan_bf16_attention(pass, detail::options_of_sequence(options, 0), plan.device, plan.choice);
-  };
-  const RotationParams& rotation = codec.rotation().params();
-  const bool inside = detail::transforms_inside(pass_plan(1)) && rotation.kind == RotationKind::kSignedHadamard;
-  if (!inside) rotate_forward(codec.rotation(), q, out, stream);
-  const std::int64_t rows = tq4_record_count(plan.max_kv_len) * kTq4RecordTokens;
-  detail::Tq4UnpackParams unpack{.cache = cache, .k_side = codec.params().k, .v_side = codec.params().v};
-  unpack.rows = rows;
-  unpack.k = reinterpret_cast<Bf16*>(workspace.data());
-  unpack.v = unpack.k + plan.heads_per_pass * rows * shape.head_dim;
-  unpack.kv_len = kv_len.device;
-  unpack.kv_len_host = static_cast<int>(kv_len.known() ? kv_len.host : plan.max_kv_len);
-  const std::span<std::byte> rest = workspace.subspan(static_cast<std::size_t>(plan.scratch_bytes));
-  for (std::int64_t item = 0; item < shape.batch * shape.n_head_kv;) {
-    const std::int64_t batch = item / shape.n_head_kv, head0 = item % shape.n_head_kv;
-    const std::int64_t n_head_kv = std::min(plan.heads_per_pass, shape.n_head_kv - head0);
-    item += n_head_kv;
-    unpack.batch = static_cast<int>(batch);
-    unpack.head0 = static_cast<int>(head0);
-    const dim3 grid(static_cast<unsigned>(std::min<std::int64_t>(rows / 16, 8 * plan.device.sm_count)),
-                    static_cast<unsigned>(n_head_kv));
-    for_head_dim(kWho, shape.head_dim, [&](auto head_dim) {
-      detail::Launch{.what = "tq4_unpack_kernel", .grid = grid, .block = 256, .stream = stream}(
-          detail::tq4_unpack_kernel<decltype(head_dim)::value>, unpack);
-    });
+    return plan_bf16_attention(pass, options_of_sequence(call.options, 0), plan.device, plan.choice);
+  }
 
-    const FlashPlan flash = pass_plan(n_head_kv);
+  void unpack(const Tq4UnpackParams& params, std::int64_t n_head_kv) const {
+    const dim3 grid(static_cast<unsigned>(std::min<std::int64_t>(rows / kTq4RecordTokens, 8 * plan.device.sm_count)),
+                    static_cast<unsigned>(n_head_kv));
+    for_head_dim("tq4_attention_prefill", plan.shape.head_dim, [&](auto head_dim) {
+      Launch{.what = "tq4_unpack_kernel", .grid = grid, .block = 256, .stream = stream}(
+          tq4_unpack_kernel<decltype(head_dim)::value>, params);
+    });
+  }
+
+  void attend(const Tq4UnpackParams& unpacked, std::int64_t n_head_kv) const {
+    const AttentionShape& shape = plan.shape;
     const auto heads_of = [&]<class T>(View<T, 4> view) {
-      view.data = &view(batch, 0, head0 * shape.group(), 0);
+      view.data = &view(unpacked.batch, 0, unpacked.head0 * shape.group(), 0);
       view.extent[0] = 1;
       view.extent[2] = n_head_kv * shape.group();
       return view;
     };
-    const View<Bf16, 4> part = heads_of(out);
+    const View<Bf16, 4> part = heads_of(call.out);
     const auto cache_view = [&](const Bf16* data) {
       View<const Bf16, 4> view = make_view(data, 1, n_head_kv, rows, shape.head_dim);
       view.extent[2] = plan.max_kv_len;
       return view;
     };
-    const detail::FlatAttentionCall call{.q = inside ? heads_of(q) : part,
-                                         .k = cache_view(unpack.k),
-                                         .v = cache_view(unpack.v),
-                                         .kv_len = kv_len,
-                                         .out = part,
-                                         .workspace = rest,
-                                         .stream = stream,
-                                         .tile_count = tile_count};
-    const AttentionOptions of_sequence = detail::options_of_sequence(options, batch);
+    const FlatAttentionCall flat{.q = inside ? heads_of(call.q) : part,
+                                 .k = cache_view(unpacked.k),
+                                 .v = cache_view(unpacked.v),
+                                 .options = options_of_sequence(call.options, unpacked.batch),
+                                 .kv_len = call.kv_len,
+                                 .out = part};
+    const char* const who = "tq4_attention_prefill";
+    const FlashPlan flash = flash_plan(n_head_kv);
     if (inside) {
-      detail::attend_flat(kWho, call, of_sequence, flash, detail::HadamardTransform{rotation});
+      attend_flat(who, flat, flash, workspace, stream, tile_count, HadamardTransform{call.codec.rotation().params()});
     } else {
-      detail::attend_flat(kWho, call, of_sequence, flash);
+      attend_flat(who, flat, flash, workspace, stream, tile_count);
     }
   }
-  if (!inside) rotate_inverse<Bf16, Bf16>(codec.rotation(), out, out, stream);
+};
+
+}  // namespace detail
+
+/// Attention over a TQ4 cache for any n_query: the contract of gemma4/attention.hpp.
+/// @param call      kv_len is at most plan.max_kv_len
+/// @param workspace at least plan.workspace_bytes, 16-byte aligned
+/// @throws std::invalid_argument naming the argument and both values, before any launch
+inline void tq4_attention_prefill(const Tq4AttentionCall& call, const Tq4PrefillPlan& plan,
+                                  std::span<std::byte> workspace, cudaStream_t stream,
+                                  unsigned long long* tile_count = nullptr) {
+  detail::require_tq4_prefill("tq4_attention_prefill", call, plan, static_cast<std::int64_t>(workspace.size()));
+  const AttentionShape& shape = plan.shape;
+  const Tq4Codec& codec = call.codec;
+  detail::Tq4PrefillPasses passes{.call = call,
+                                  .plan = plan,
+                                  .workspace = workspace.subspan(static_cast<std::size_t>(plan.scratch_bytes)),
+                                  .stream = stream,
+                                  .tile_count = tile_count,
+                                  .rows = tq4_record_count(plan.max_kv_len) * kTq4RecordTokens,
+                                  .inside = false};
+  passes.inside =
+      detail::transforms_inside(passes.flash_plan(1)) && codec.rotation().kind() == RotationKind::kSignedHadamard;
+  if (!passes.inside) rotate_forward(codec.rotation(), call.q, call.out, stream);
+  detail::Tq4UnpackParams unpack{.cache = call.cache, .k_side = codec.params().k, .v_side = codec.params().v};
+  unpack.rows = passes.rows;
+  unpack.k = reinterpret_cast<Bf16*>(workspace.data());
+  unpack.v = unpack.k + plan.heads_per_pass * passes.rows * shape.head_dim;
+  unpack.kv_len = call.kv_len.device;
+  unpack.kv_len_host = static_cast<int>(call.kv_len.known() ? call.kv_len.host : plan.max_kv_len);
+  for (std::int64_t item = 0; item < shape.batch * shape.n_head_kv;) {
+    const std::int64_t head0 = item % shape.n_head_kv;
+    const std::int64_t n_head_kv = std::min(plan.heads_per_pass, shape.n_head_kv - head0);
+    unpack.batch = static_cast<int>(item / shape.n_head_kv);
+    unpack.head0 = static_cast<int>(head0);
+    passes.unpack(unpack, n_head_kv);
+    passes.attend(unpack, n_head_kv);
+    item += n_head_kv;
+  }
+  if (!passes.inside) rotate_inverse<Bf16, Bf16>(codec.rotation(), call.out, call.out, stream);
 }
 
 }  // namespace gemma4::cuda

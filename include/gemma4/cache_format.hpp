@@ -33,6 +33,7 @@ concept CacheFormat = std::equality_comparable<TFormat> &&
   { format.rotation_bytes(n) } -> std::same_as<std::int64_t>;         // of its own on a device, for head_dim n
   { TFormat::kRecordTokens } -> std::convertible_to<std::int64_t>;    // tokens that a device stores together
   { TFormat::kUnpacksForPrefill } -> std::convertible_to<bool>;       // K and V of a head go through scratch as bf16
+  { TFormat::kStoredByPrologue } -> std::convertible_to<bool>;        // else K and V are laid beside the cache first
   { TFormat::kRingValueBytes } -> std::convertible_to<std::int64_t>;  // of the sliding layers' rings beside it
 };
 
@@ -40,7 +41,7 @@ concept CacheFormat = std::equality_comparable<TFormat> &&
 struct F32Format {
   static constexpr std::string_view kGrammar = "f32";
   static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 4;
-  static constexpr bool kUnpacksForPrefill = false;
+  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = true;
   [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<F32Format> parse(std::string_view name) {
     return name == kGrammar ? std::optional(F32Format{}) : std::nullopt;
@@ -61,7 +62,7 @@ struct F32Format {
 struct Bf16Format {
   static constexpr std::string_view kGrammar = "bf16";
   static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 2;
-  static constexpr bool kUnpacksForPrefill = false;
+  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = true;
   [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<Bf16Format> parse(std::string_view name) {
     return name == kGrammar ? std::optional(Bf16Format{}) : std::nullopt;
@@ -111,7 +112,7 @@ struct Tq4Format {
   /// Rows of one KV head come in records of this many tokens on the device: one bulk copy brings a record.
   static constexpr std::int64_t kRecordTokens = 16;
   static constexpr std::int64_t kRingValueBytes = 2;
-  static constexpr bool kUnpacksForPrefill = true;
+  static constexpr bool kUnpacksForPrefill = true, kStoredByPrologue = true;
 
   [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<Tq4Format> parse(std::string_view name) {

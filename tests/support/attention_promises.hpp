@@ -114,9 +114,9 @@ void clamp_equals_slice(const AttentionCase& c, const TSettings&... settings) {
   const TSubject slice = subject.sliced(c.kv_len);
   rc_require(same_bits(slice.attend(c.options(), c.kv_len), clamped));
   rc_require(same_bits(slice.attend(c.options(), std::nullopt), clamped), "kv_len absent");
-  if (c.kv_len > c.shape.n_query) {
-    RC_ASSERT(!same_bits(subject.attend(c.options(), c.kv_len - 1), clamped));
-  }
+  const AttentionCase even = even_case(c);
+  const TSubject control(even, settings...);
+  RC_ASSERT(!same_bits(control.attend(even.options(), even.kv_len - 1), control.attend(even.options(), even.kv_len)));
 }
 
 /// Promise 3: skip on and off are the same bits, also when the rows that the first queries do not see hold garbage;

@@ -108,8 +108,9 @@ struct QkvInputs {
   template <class TTarget>
   void fused(Bf16* q_out, const TTarget& target, cudaStream_t stream = nullptr, bool overlap = false) const {
     const Bf16* const v_in = c.v_is_k ? k_device.data() : v_device.data();
-    qkv_prologue<Bf16>(heads(q_device.data(), c.n_head), kv(k_device.data()), kv(v_in), norms(), at(), rope,
-                       heads(q_out, c.n_head), target, stream, overlap);
+    qkv_prologue<Bf16>(
+        {heads(q_device.data(), c.n_head), kv(k_device.data()), kv(v_in), norms(), at(), rope, heads(q_out, c.n_head)},
+        target, stream, overlap);
   }
 };
 

@@ -245,6 +245,7 @@ class MemoryPlanner {
     add_caches(format, context, ring_slots(config_.window));
     if (config_.n_full_layer() == 0) return 0;
     rotation_bytes_ = format.rotation_bytes(config_.full.head_dim);
+    fresh_k_dim_ = TFormat::kStoredByPrologue ? 0 : config_.full.n_head_kv * config_.full.head_dim;
     return TFormat::kUnpacksForPrefill ? 2 * context * config_.full.head_dim : 0;
   }
 
@@ -257,8 +258,9 @@ class MemoryPlanner {
     add_device("residual", t * hidden * kF32, "chunk x hidden x f32");
     add_device("normed", t * hidden * kBf16, "chunk x hidden x bf16");
     add_device("pending", t * hidden * kBf16, "chunk x hidden x bf16");
-    add_device("activations", t * std::max(2 * config_.ffn_hidden, qkv_dim_) * kBf16,
-               concat("chunk x max(gate + up: 2 x ", config_.ffn_hidden, ", q + k + v: ", qkv_dim_, ") x bf16"));
+    const std::int64_t qkv = qkv_dim_ + fresh_k_dim_;
+    add_device("activations", t * std::max(2 * config_.ffn_hidden, qkv) * kBf16,
+               concat("chunk x max(gate + up: 2 x ", config_.ffn_hidden, ", q + k + v: ", qkv, ") x bf16"));
     add_device("scratch", std::max(largest_matrix(), unpacked_kv) * kBf16,
                "max(largest matrix of a layer, K and V of one full-attention head) x bf16, dequantised for a chunk");
     add_device("attention_partials", attention_partials_bytes(config_, options_.sm_count),
@@ -315,6 +317,7 @@ class MemoryPlanner {
   std::int64_t n_sliding_ = 0;
   std::int64_t q_dim_ = 0, kv_dim_ = 0, qkv_dim_ = 0;
   std::int64_t rotation_bytes_ = 0;
+  std::int64_t fresh_k_dim_ = 0;  ///< of a full layer, beside k as projected, where the prologue does not store it
   MemoryPlan plan_;
 };
 
