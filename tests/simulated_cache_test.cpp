@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -163,6 +164,23 @@ TEST(SimulatedCache, StoresWhatTheFormatReadsBackAndNothingElse) {
 }
 
 /// NaN and infinity show in their own vector, as the one NaN; the rotation spreads them over it.
+TEST(SimulatedCache, EveryBlockOfARowIsQuantisedByItself) {
+  const Matrix<float> x = normal_rows(23, 5, 128);
+  const auto expect_blocks = [&](const auto& quantiser) {
+    Matrix<float> expected = x;
+    for (Eigen::Index r = 0; r < x.rows(); ++r) {
+      for (Eigen::Index at = 0; at < 128; at += 32) quantiser.roundtrip(CacheSide::kKey, &expected(r, at), 32);
+    }
+    const Simulated<std::remove_cvref_t<decltype(quantiser)>> format{.quantiser = quantiser};
+    EXPECT_EQ(read_back(format, CacheSide::kKey, x), expected) << format.name();
+    for (Eigen::Index at = 0; at < 128; at += 32) {
+      EXPECT_NE(expected.middleCols(at, 32), x.middleCols(at, 32)) << "the control: each of them rounds";
+    }
+  };
+  expect_blocks(Q80Cache{});
+  expect_blocks(Q40Cache{});
+}
+
 TEST(SimulatedCache, WhatIsNotFiniteIsNotHidden) {
   for_each_format([&](const auto& format) {
     Matrix<float> x = normal_rows(3, 3, 64);
