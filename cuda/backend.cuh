@@ -284,13 +284,16 @@ class Backend {
     caches_->set_mask(mask_);
   }
 
-  [[nodiscard]] bool overlaps() const { return device_.compute_capability >= 90 && options_.policy.launch_overlap; }
+  /// The switches of decode leave a long chunk as it is.
+  [[nodiscard]] bool overlaps(std::int64_t n_token = 1) const {
+    return device_.compute_capability >= 90 && (options_.policy.launch_overlap || n_token > kDecodeChunk);
+  }
   [[nodiscard]] Pass plan_pass(const ChunkPlace& chunk) const {
     const std::int64_t max_kv_len = chunk.kv_len.known() ? chunk.kv_len.host : options_.context;
     return {.chunk = chunk,
             .caches = chunk.n_token == 1 ? decode_plan_ : caches_->plan(chunk.n_token, max_kv_len, options_.policy),
-            .overlap = overlaps(),
-            .dynamic_rows = options_.policy.dynamic_rows};
+            .overlap = overlaps(chunk.n_token),
+            .dynamic_rows = options_.policy.dynamic_rows || chunk.n_token > kDecodeChunk};
   }
   /// Plans the pass: nothing behind this refuses.
   void begin_pass(const ChunkPlace& chunk) { pass_ = plan_pass(chunk); }

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <initializer_list>
 #include <iostream>
 #include <numeric>
 #include <optional>
@@ -16,8 +17,10 @@
 #include <vector>
 
 #include "cuda/device/allocation_count.cuh"
+#include "cuda/session.cuh"
 #include "gemma4/model/golden.hpp"
 #include "reference/backend.hpp"
+#include "tests/support/close.hpp"
 #include "tests/support/model_logits.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
@@ -73,7 +76,7 @@ cuda::BackendOptions small_options(const std::string& cache, std::int64_t contex
 }
 
 std::string any_cache() {
-  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-k3v2", "tq4-haar");
+  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-k3v2", "tq4-haar", "sim-int8", "sim-k4v4-had");
 }
 
 RC_GTEST_PROP(CudaBackend, LogitsAreThoseOfTheReference, ()) {
@@ -223,8 +226,11 @@ RC_GTEST_PROP(CudaBackend, EveryLayerByItselfIsThatOfTheReference, ()) {
   for (std::size_t layer = 0; layer < expected.size(); ++layer) {
     const bool is_tq4 = cache != "bf16" && !config.sliding_layer(static_cast<std::int64_t>(layer));
     const double bound = layer_bound(both.reference, tokens, device, expected, layer, is_tq4);
-    testkit::rc_require(rows_close(device[layer + 1], expected[layer], config.hidden, bound),
-                        cache + ", layer " + std::to_string(layer));
+    const std::string where = cache + ", layer " + std::to_string(layer);
+    testkit::rc_require(rows_close(device[layer + 1], expected[layer], config.hidden, bound), where);
+    // An error without direction leans on the stream by 1 / sqrt(n) of its length, n being 6 rows of 256 values at
+    // least: a quarter of it is ten deviations.
+    testkit::rc_require(testkit::scale_close(device[layer + 1], expected[layer], bound / 4), where);
   }
 }
 
@@ -301,23 +307,34 @@ double mean_kl(const std::string& name, const std::string& cache, std::int64_t c
   return sum / static_cast<double>(golden.positions.size());
 }
 
+/// Acceptance figures, not derived: what a cache and 8-bit activations may do to the logits of a small model that
+/// another implementation computed in float32. The reference has a mean KL of 8e-5 and 1.2e-3 on tiny with bf16 and tq4
+/// and the golden's top token at 32 and 33, and 32 and 30, of the 33 positions of its two files; the device has in
+/// addition 8-bit activations in chunks of one, and bf16 in longer ones.
+struct Acceptance {
+  const char* cache;
+  double mean_kl;
+  std::int64_t n_same;
+};
+
+void expect_golden(const std::string& name, std::int64_t chunk, std::initializer_list<Acceptance> figures) {
+  for (const Acceptance& figure : figures) {
+    std::int64_t n_same = 0;
+    EXPECT_LE(mean_kl(name, figure.cache, chunk, n_same), figure.mean_kl)
+        << name << ", " << figure.cache << ", in chunks of " << chunk;
+    EXPECT_GE(n_same, figure.n_same) << name << ", " << figure.cache << ", in chunks of " << chunk;
+  }
+}
+
 TEST(CudaBackend, GoldenLogitsOfTiny) {
   for (const char* name : {"tiny/tiny-a-Q4_K_M", "tiny/tiny-a-Q6_K"}) {
-    for (const std::int64_t chunk : {256, 1}) {
-      std::int64_t n_same = 0;
-      EXPECT_LE(mean_kl(name, "bf16", chunk, n_same), 5e-3) << name << " in chunks of " << chunk;
-      EXPECT_LE(mean_kl(name, "tq4", chunk, n_same), 2e-2) << name << " in chunks of " << chunk;
-    }
+    for (const std::int64_t chunk : {256, 1}) expect_golden(name, chunk, {{"bf16", 5e-3, 31}, {"tq4", 2e-2, 28}});
   }
 }
 
 TEST(CudaBackend, GoldenLogitsOfNano) {
   for (const std::int64_t chunk : {2048, 1}) {
-    std::int64_t n_same = 0;
-    EXPECT_LE(mean_kl("nano/nano-Q4_K_M", "bf16", chunk, n_same), 5e-3) << "in chunks of " << chunk;
-    EXPECT_GE(n_same, 15);
-    EXPECT_LE(mean_kl("nano/nano-Q4_K_M", "tq4", chunk, n_same), 1e-2) << "in chunks of " << chunk;
-    EXPECT_GE(n_same, 15);
+    expect_golden("nano/nano-Q4_K_M", chunk, {{"bf16", 5e-3, 15}, {"tq4", 1e-2, 15}});
   }
 }
 
@@ -330,23 +347,110 @@ RC_GTEST_PROP(CudaBackend, EverySwitchIsASlowerPathToTheSameResult, ()) {
   cuda::Backend plain(packed, options);
   const std::vector<std::int64_t> chunks = {40, 3, 1};
   const std::vector<float> expected = logits_of(plain, tokens, chunks);
-  using Switch = bool cuda::BackendSwitches::*;
-  for (const Switch off :
-       {&cuda::BackendSwitches::kv_len_clamp, &cuda::BackendSwitches::causal_skip, &cuda::BackendSwitches::split_k,
-        &cuda::BackendSwitches::fuse_qkv_prologue, &cuda::BackendSwitches::fuse_sliding_decode,
-        &cuda::BackendSwitches::deal_rows, &cuda::BackendSwitches::overlap}) {
+  for (const ExecutionSwitch& entry : kExecutionSwitches) {
+    if (entry.scope != SwitchScope::kStep) continue;
     cuda::BackendOptions other = options;
-    other.switches.*off = false;
+    other.policy.*entry.field = false;
     cuda::Backend backend(packed, other);
     const std::vector<float> actual = logits_of(backend, tokens, chunks);
     testkit::rc_require(rows_close(actual, expected, small.weights.config.vocab, rounding_of(cache)));
-    const bool has_same_bits = off == &cuda::BackendSwitches::overlap || off == &cuda::BackendSwitches::causal_skip ||
-                               off == &cuda::BackendSwitches::deal_rows;
+    const bool has_same_bits = entry.field == &ExecutionPolicy::launch_overlap ||
+                               entry.field == &ExecutionPolicy::causal_skip ||
+                               entry.field == &ExecutionPolicy::dynamic_rows;
     RC_ASSERT(!has_same_bits || actual == expected);
   }
   const cuda::PackedModel apart = cuda::load_model(*small.file, {.join_gate_up = false});
   cuda::Backend unfused(apart, options);
   RC_ASSERT(logits_of(unfused, tokens, chunks) == expected);
+}
+
+/// What a run of a decode step and of a long chunk leaves to look at.
+struct Evidence {
+  std::vector<StepPlan> plans;       ///< decode, prefill
+  std::size_t n_graph_node = 0;      ///< of a captured step
+  std::uint64_t n_tile[2] = {0, 0};  ///< key tiles and records: decode, prefill
+};
+
+/// Both kinds of layer, gate and up of one type, and a chunk of whole key tiles beyond what its first queries see.
+Evidence evidence_of(const cuda::PackedModel& packed, const ExecutionPolicy& policy) {
+  cuda::Backend backend(packed,
+                        {.cache = parse_cache_spec("tq4"), .context = 1024, .max_chunk = 512, .policy = policy});
+  cuda::DeviceBuffer<unsigned long long> count{std::vector<unsigned long long>{0}};
+  cuda::Session session(backend, {.use_graph = policy.graph});
+  const auto counted = [&](auto&& work) {
+    const unsigned long long before = count.to_host(backend.stream())[0];
+    backend.set_work_count(count.data());
+    work();
+    backend.set_work_count(nullptr);
+    backend.stream().synchronize();
+    return count.to_host(backend.stream())[0] - before;
+  };
+  Evidence evidence{.plans = backend.step_plans()};
+  const std::vector<std::int32_t> tokens(512, 5);
+  evidence.n_tile[1] = counted([&] { (void)session.prefill(tokens, 512); });
+  (void)session.decode(2, {});
+  evidence.n_graph_node = session.n_graph_node();
+  session.set_use_graph(false);
+  evidence.n_tile[0] = counted([&] { (void)session.decode(1, {}); });
+  return evidence;
+}
+
+[[nodiscard]] bool differs(const Evidence& a, const Evidence& b, const ExecutionSwitch& entry, Phase phase) {
+  const std::size_t i = phase == Phase::kDecode ? 0 : 1;
+  switch (entry.evidence) {
+    case SwitchEvidence::kPlan:
+      return a.plans[i] != b.plans[i];
+    case SwitchEvidence::kTiles:
+      return a.n_tile[i] != b.n_tile[i];
+    case SwitchEvidence::kGraphNodes:
+      return phase == Phase::kDecode ? a.n_graph_node != b.n_graph_node : a.plans[i] != b.plans[i];
+    case SwitchEvidence::kReplays:
+      return (a.n_graph_node == 0) != (b.n_graph_node == 0);
+  }
+  return false;
+}
+
+TEST(CudaBackend, EverySwitchActsWhereItsTableSaysAndNowhereElse) {
+  // A window that a step of a sliding layer takes in one launch.
+  ModelConfig config = gemma4_tiny();
+  config.window = 256;
+  const SmallModel small(config, 21);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  const cuda::PackedModel apart = cuda::load_model(*small.file, {.join_gate_up = false});
+  const Evidence on = evidence_of(packed, {});
+  for (const ExecutionSwitch& entry : kExecutionSwitches) {
+    ExecutionPolicy policy;
+    policy.*entry.field = false;
+    const Evidence off = evidence_of(policy.gate_up_fusion ? packed : apart, policy);
+    for (const Phase phase : {Phase::kDecode, Phase::kPrefill}) {
+      const std::string what = std::string(entry.name) + (phase == Phase::kDecode ? " in decode" : " in prefill");
+      if (entry.acts_in(phase)) {
+        EXPECT_TRUE(differs(on, off, entry, phase)) << what << " changes nothing";
+      } else {
+        EXPECT_EQ(on.plans[phase == Phase::kDecode ? 0 : 1], off.plans[phase == Phase::kDecode ? 0 : 1]) << what;
+      }
+    }
+  }
+  EXPECT_FALSE(differs(on, evidence_of(packed, {}), kExecutionSwitches.front(), Phase::kDecode)) << "the control";
+  const Evidence again = evidence_of(packed, {});
+  EXPECT_EQ(on.plans, again.plans);
+  EXPECT_EQ(on.n_graph_node, again.n_graph_node);
+  EXPECT_EQ(on.n_tile[0], again.n_tile[0]);
+  EXPECT_EQ(on.n_tile[1], again.n_tile[1]);
+}
+
+TEST(CudaBackend, APlanNamesEveryComponentAndItsDigestFollowsIt) {
+  const SmallModel small(gemma4_tiny(), 22);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  cuda::Backend tq4(packed, small_options("tq4")), bf16(packed, small_options("bf16"));
+  for (const StepPlan& plan : tq4.step_plans()) {
+    for (const char* component : {"project_qkv", "qkv_prologue", "attention_sliding", "attention_full",
+                                  "project_output", "gate_up", "down", "lm_head"}) {
+      EXPECT_FALSE(plan.row(component).path.empty()) << plan.name << " " << component;
+    }
+  }
+  EXPECT_EQ(digest(tq4.step_plans()), digest(cuda::Backend(packed, small_options("tq4")).step_plans()));
+  EXPECT_NE(digest(tq4.step_plans()), digest(bf16.step_plans()));
 }
 
 class CudaBackendRefuses : public testing::Test {
@@ -375,12 +479,14 @@ TEST_F(CudaBackendRefuses, WhatItHasNotAndKeepsNoMemory) {
 
 TEST_F(CudaBackendRefuses, MoreMemoryThanThereIsAndSaysWhatWouldFit) {
   const cuda::BackendOptions wanted{.context = 131072, .max_chunk = 2048};
-  const std::int64_t need = plan_backend(packed_->config(), packed_->tensors(), wanted).total_bytes();
+  const std::int64_t sm_count = cuda::current_device().sm_count;
+  const std::int64_t need =
+      plan_memory(packed_->config(), packed_->tensors(), memory_plan_options(wanted, sm_count)).total_bytes();
   cuda::BackendOptions limited = wanted;
   limited.memory_limit_bytes = need - 1;
   EXPECT_TRUE(refuses(limited, {"a context of 131072", "a chunk of"}));
   // What it says fits does.
-  const MemoryPlanOptions plan{.context = 131072, .chunk = 2048, .cache = wanted.cache};
+  const MemoryPlanOptions plan = memory_plan_options(wanted, sm_count);
   limited.context = *largest_context(packed_->config(), packed_->tensors(), plan, need - 1);
   EXPECT_LT(limited.context, 131072);
   EXPECT_NO_THROW({ const cuda::Backend backend(*packed_, limited); });

@@ -30,12 +30,18 @@ struct Fixed {
   std::int64_t smem_limit_bytes = 0;  ///< 0: the device's
 };
 
-/// bf16_attention on the device, with the choice of `fixed` (shared by all subjects of a test).
+/// bf16_attention on the device.
 class DeviceSubject {
  public:
-  inline static Fixed fixed = {};
+  explicit DeviceSubject(const AttentionCase& c, const Fixed& fixed = {})
+      : case_(c), fixed_(fixed), q_(c.q()), k_(c.k()), v_(c.v()) {}
 
-  explicit DeviceSubject(const AttentionCase& c) : case_(c), q_(c.q()), k_(c.k()), v_(c.v()) {}
+  /// The same call by another plan.
+  [[nodiscard]] DeviceSubject with(const Fixed& fixed) const {
+    DeviceSubject other(*this);
+    other.fixed_ = fixed;
+    return other;
+  }
 
   void spoil(std::int64_t first, std::int64_t last, Spoil kind) {
     for_rows(first, last, [&](std::size_t i) {
@@ -72,7 +78,7 @@ class DeviceSubject {
     DeviceBuffer<Bf16> out(s.batch * n_query * s.n_head * s.head_dim);
     out.fill_bytes(0xFF);  // NaN: every element must be written
     DeviceInfo device = current_device();
-    if (fixed.smem_limit_bytes > 0) device.smem_limit_bytes = fixed.smem_limit_bytes;
+    if (fixed_.smem_limit_bytes > 0) device.smem_limit_bytes = fixed_.smem_limit_bytes;
     AttentionOptions on_device = options;
     DeviceBuffer<std::uint8_t> mask;
     if (options.mask) {
@@ -81,7 +87,7 @@ class DeviceSubject {
           bytes, bytes + options.mask->shape[0] * options.mask->shape[2] * options.mask->shape[3]));
       on_device.mask->data = mask.data();
     }
-    const FlashPlan plan = plan_bf16_attention(s, on_device, device, fixed.choice);
+    const FlashPlan plan = plan_bf16_attention(s, on_device, device, fixed_.choice);
     DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
     workspace.fill_bytes(0xFF);
     DeviceBuffer<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(kv_len.value_or(0))});
@@ -115,67 +121,80 @@ class DeviceSubject {
   }
 
   AttentionCase case_;
+  Fixed fixed_;
   std::vector<float> q_, k_, v_;
   mutable unsigned long long n_tile_ = 0;
 };
 
+/// A case, and the path that it takes.
+struct Drawn {
+  AttentionCase c;
+  Fixed fixed = {};
+};
+
 /// Draws the path for a case and makes the case one that the path takes.
-AttentionCase with_random_path(AttentionCase c, bool masked = false) {
+Drawn with_random_path(const AttentionCase& original, bool masked = false) {
+  Drawn drawn{original};
   const DeviceInfo device = current_device();
   const bool wgmma = !masked && device.compute_capability == 90;
   const int path = *rc::gen::inRange(0, wgmma ? 4 : 2);
-  DeviceSubject::fixed = {};
-  if (path == 0) DeviceSubject::fixed.choice = {.path = FlashPath::kDecode, .n_split = *rc::gen::inRange(1, 40)};
-  if (path == 1) DeviceSubject::fixed.choice = {.path = FlashPath::kPrefill};
-  if (path < 2) DeviceSubject::fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
+  if (path == 0) drawn.fixed.choice = {.path = FlashPath::kDecode, .n_split = *rc::gen::inRange(1, 40)};
+  if (path == 1) drawn.fixed.choice = {.path = FlashPath::kPrefill};
+  if (path < 2) drawn.fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
   if (path >= 2) {
-    DeviceSubject::fixed.choice.path = FlashPath::kWgmma;
-    if (c.shape.group() == 6) c.shape.n_head = c.shape.n_head_kv * 8;
-    if (c.shape.head_dim < 256) c.shape.head_dim *= 4;
+    drawn.fixed.choice.path = FlashPath::kWgmma;
+    AttentionShape& shape = drawn.c.shape;
+    if (shape.group() == 6) shape.n_head = shape.n_head_kv * 8;
+    if (shape.head_dim < 256) shape.head_dim *= 4;
   }
-  return c;
+  return drawn;
 }
 
 RC_GTEST_PROP(Bf16AttentionGpu, AgreesWithTheNaiveLoop, (const AttentionCase& c)) {
-  agrees_with_exact<DeviceSubject>(with_random_path(c));
+  const Drawn drawn = with_random_path(c);
+  agrees_with_exact<DeviceSubject>(drawn.c, drawn.fixed);
 }
 RC_GTEST_PROP(Bf16AttentionGpu, GarbageTailNeverReachesTheResult, (const AttentionCase& c)) {
-  garbage_tail_is_never_read<DeviceSubject>(with_random_path(c));
+  const Drawn drawn = with_random_path(c);
+  garbage_tail_is_never_read<DeviceSubject>(drawn.c, drawn.fixed);
 }
 /// The control of the shared promise needs keys that all count, or bf16 rounds the missing one away.
 RC_GTEST_PROP(Bf16AttentionGpu, ClampEqualsSlice, (const AttentionCase& original)) {
-  const AttentionCase c = with_random_path(original);
-  const DeviceSubject subject(c);
+  const auto [c, fixed] = with_random_path(original);
+  const DeviceSubject subject(c, fixed);
   const std::vector<float> clamped = subject.attend(c.options(), c.kv_len);
   const DeviceSubject slice = subject.sliced(c.kv_len);
   rc_require(same_bits(slice.attend(c.options(), c.kv_len), clamped));
   rc_require(same_bits(slice.attend(c.options(), std::nullopt), clamped), "kv_len absent");
-  clamp_equals_slice<DeviceSubject>(even_case(c));
+  clamp_equals_slice<DeviceSubject>(even_case(c), fixed);
 }
 RC_GTEST_PROP(Bf16AttentionGpu, AnyChunkSizeAgrees, (const AttentionCase& c)) {
-  any_chunk_size_agrees<DeviceSubject>(with_random_path(c));
+  const Drawn drawn = with_random_path(c);
+  any_chunk_size_agrees<DeviceSubject>(drawn.c, drawn.fixed);
 }
 RC_GTEST_PROP(Bf16AttentionGpu, MaskHidesKeys, (const AttentionCase& c)) {
-  mask_hides_keys<DeviceSubject>(with_random_path(c, true));
+  const Drawn drawn = with_random_path(c, true);
+  mask_hides_keys<DeviceSubject>(drawn.c, drawn.fixed);
 }
 RC_GTEST_PROP(Bf16AttentionGpu, SameCallGivesSameBits, (const AttentionCase& c)) {
-  same_call_gives_same_bits<DeviceSubject>(with_random_path(c));
+  const Drawn drawn = with_random_path(c);
+  same_call_gives_same_bits<DeviceSubject>(drawn.c, drawn.fixed);
 }
 
 /// Keys a thousand times larger behind the queries that do not see them change no bit of those queries, with the skip
 /// on and off. (Not NaN: a tile that some of its rows see is multiplied as a whole, and 0 times NaN is NaN.)
-RC_GTEST_PROP(Bf16AttentionGpu, CausalSkipChangesNothing, (AttentionCase c)) {
-  c.causal = true;
-  c.kv_len = std::max(c.kv_len, c.shape.n_query);
-  c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len);
-  c = with_random_path(c);
+RC_GTEST_PROP(Bf16AttentionGpu, CausalSkipChangesNothing, (AttentionCase original)) {
+  original.causal = true;
+  original.kv_len = std::max(original.kv_len, original.shape.n_query);
+  original.shape.buffer_len = std::max(original.shape.buffer_len, original.kv_len);
+  const auto [c, fixed] = with_random_path(original);
   AttentionOptions with = c.options(), without = c.options();
   without.causal_skip = false;
-  const DeviceSubject clean(c);
+  const DeviceSubject clean(c, fixed);
   const std::vector<float> expected = clean.attend(with, c.kv_len);
   rc_require(same_bits(clean.attend(without, c.kv_len), expected), "clean");
   const auto n_dirty = *rc::gen::inRange<std::int64_t>(1, c.shape.n_query + 1);
-  DeviceSubject dirty(c);
+  DeviceSubject dirty(c, fixed);
   dirty.spoil(c.kv_len - n_dirty, c.kv_len, Spoil::kThousandTimes);
   const std::vector<float> on = dirty.attend(with, c.kv_len), off = dirty.attend(without, c.kv_len);
   rc_require(same_bits(on, off), "garbage");
@@ -190,10 +209,10 @@ RC_GTEST_PROP(Bf16AttentionGpu, CausalSkipChangesNothing, (AttentionCase c)) {
 }
 
 RC_GTEST_PROP(Bf16AttentionGpu, AnySplitAgreesWithOne, (const AttentionCase& c)) {
-  DeviceSubject::fixed = {.choice = {.path = FlashPath::kDecode, .n_split = 1}};
-  const DeviceSubject subject(c);
-  const std::vector<float> one = subject.attend(c.options(), c.kv_len);
-  DeviceSubject::fixed.choice.n_split = *rc::gen::inRange(2, 70);
+  const DeviceSubject single(c, {.choice = {.path = FlashPath::kDecode, .n_split = 1}});
+  const std::vector<float> one = single.attend(c.options(), c.kv_len);
+  const DeviceSubject subject =
+      single.with({.choice = {.path = FlashPath::kDecode, .n_split = *rc::gen::inRange(2, 70)}});
   const std::vector<float> many = subject.attend(c.options(), c.kv_len);
   std::vector<double> bounds = subject.exact(sees_of(c)).bounds(device_rounding(c.kv_len, 70), c.shape.head_dim);
   for (double& bound : bounds) bound *= 2;  // each is within one bound of the exact result
@@ -220,8 +239,7 @@ TEST(Bf16AttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
     for (const int n_split : {1, 3}) {
       const AttentionCase c = example(tile.head_dim, 6, 5, 200);
       const FlashPath path = tile.warps_m == 1 ? FlashPath::kDecode : FlashPath::kPrefill;
-      DeviceSubject::fixed = {.choice = {.path = path, .tile = tile, .n_split = n_split}};
-      const DeviceSubject subject(c);
+      const DeviceSubject subject(c, {.choice = {.path = path, .tile = tile, .n_split = n_split}});
       EXPECT_TRUE(
           close_to_exact(subject, subject.attend(c.options(), c.kv_len), subject.exact(sees_of(c)), c.shape.head_dim))
           << "head_dim " << tile.head_dim << ", tile_kv " << tile.tile_kv << ", n_stage " << tile.n_stage;
@@ -232,14 +250,13 @@ TEST(Bf16AttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
 /// Lengths around the tiles of 64 keys and of 8 to 64 tokens.
 TEST(Bf16AttentionGpu, EdgesOfTheWgmmaTiles) {
   if (current_device().compute_capability != 90) GTEST_SKIP() << "no wgmma on this device";
-  DeviceSubject::fixed = {.choice = {.path = FlashPath::kWgmma}};
   for (const std::int64_t head_dim : {256, 512}) {
     for (const std::int64_t group : {1, 2, 8, 64}) {
       for (const std::int64_t n_query : {1, 7, 8, 9, 17, 65}) {
         for (const std::int64_t more : {0, 1, 63, 64, 128}) {
           if (group == 64 && n_query > 9) continue;
           const AttentionCase c = example(head_dim, group, n_query, n_query + more);
-          const DeviceSubject subject(c);
+          const DeviceSubject subject(c, {.choice = {.path = FlashPath::kWgmma}});
           EXPECT_TRUE(
               close_to_exact(subject, subject.attend(c.options(), c.kv_len), subject.exact(sees_of(c)), head_dim))
               << c;
@@ -255,8 +272,7 @@ TEST(Bf16AttentionGpu, ClampAndSkipVisitFewerTiles) {
     if (path == FlashPath::kWgmma && current_device().compute_capability != 90) continue;
     AttentionCase c = example(256, 2, 1024, 1024);
     c.shape.buffer_len = 4096;
-    DeviceSubject::fixed = {.choice = {.path = path}};
-    const DeviceSubject subject(c);
+    const DeviceSubject subject(c, {.choice = {.path = path}});
     AttentionOptions without = c.options();
     without.causal_skip = false;
     (void)subject.attend(c.options(), c.kv_len);
@@ -276,12 +292,11 @@ TEST(Bf16AttentionGpu, NoKeysGiveZeros) {
     for (const std::int64_t head_dim : {256, 512}) {
       AttentionCase c = example(head_dim, 4, 30, 100);
       c.causal = false;
-      DeviceSubject::fixed = {.choice = {.path = path}};
-      const DeviceSubject subject(c);
+      const DeviceSubject subject(c, {.choice = {.path = path}});
       EXPECT_TRUE(same_bits(subject.attend(c.options(), 0), std::vector<float>(static_cast<std::size_t>(c.q_size()))));
       // Causal with fewer keys than queries: the first queries stand before the first key.
       c.causal = true;
-      const std::vector<float> out = DeviceSubject(c).attend(c.options(), 3);
+      const std::vector<float> out = DeviceSubject(c, {.choice = {.path = path}}).attend(c.options(), 3);
       const std::size_t row = static_cast<std::size_t>(c.shape.n_head * head_dim);
       EXPECT_TRUE(same_bits(std::span(out).first(27 * row), std::vector<float>(27 * row)));
       EXPECT_NE(out[27 * row], 0.0f);
@@ -291,7 +306,6 @@ TEST(Bf16AttentionGpu, NoKeysGiveZeros) {
 
 /// One graph serves every kv_len, and every replay gives the bits of an eager call.
 TEST(Bf16AttentionGpu, GraphReplaysWhileTheCacheGrows) {
-  DeviceSubject::fixed = {};
   const AttentionCase c = example(512, 8, 1, 700);
   const AttentionShape& s = c.shape;
   const DeviceBuffer<Bf16> q(narrow(c.q())), k(narrow(c.k())), v(narrow(c.v()));
@@ -325,7 +339,6 @@ TEST(Bf16AttentionGpu, RealShapes) {
   for (const Real& r :
        {Real{32, 4, 512, 1, 131072, 131072}, Real{32, 4, 512, 4, 70001, 131072}, Real{32, 4, 512, 48, 2048, 4096},
         Real{32, 4, 512, 16, 131072, 131072}, Real{32, 16, 256, 1, 1024, 4096}, Real{32, 16, 256, 70, 3000, 4096}}) {
-    DeviceSubject::fixed = {};
     AttentionCase c{.shape = {.batch = 1,
                               .n_query = r.n_query,
                               .n_head = r.n_head,

@@ -35,7 +35,7 @@ const std::vector<std::string> kFormats = {"bf16",     "tq4",      "tq4-k3v2",  
 
 ModelConfig two_layers() {
   ModelConfig config = gemma4_tiny();
-  config.layer_is_sliding = {true, false};
+  config.is_sliding = {true, false};
   return config;
 }
 
@@ -209,7 +209,7 @@ TEST(LayerCache, EverySwitchLeavesWhatAnyFormatSays) {
     if (entry.scope != SwitchScope::kStep) continue;
     ExecutionPolicy policy;
     policy.*entry.field = false;
-    for (const std::string& format : {"bf16", "tq4", "sim-k4v4-had"}) {
+    for (const char* format : {"bf16", "tq4", "sim-k4v4-had"}) {
       EXPECT_LE(worst_error(format, 1, policy), bound_of(format)) << format << " without " << entry.name;
     }
     EXPECT_LE(worst_error("bf16", 0, policy), bound_of("bf16")) << "a ring without " << entry.name;

@@ -26,6 +26,18 @@ TEST(Statistics, OfKnownSamples) {
   EXPECT_EQ(summarise_samples(std::vector<double>{7}).deviation, 0);
 }
 
+TEST(Statistics, QuantilesAreOfTheNearestRank) {
+  // 1 to 20 out of order: the ranks are 0.1 x 19 = 1.9, 9.5 (the upper of the two) and 17.1.
+  std::vector<double> samples;
+  for (int i = 0; i < 20; ++i) samples.push_back(1 + i * 7 % 20);
+  const SampleSummary summary = summarise_samples(samples);
+  EXPECT_EQ(summary.p10, 3);
+  EXPECT_EQ(summary.median, 11);
+  EXPECT_EQ(summary.p90, 18);
+  EXPECT_DOUBLE_EQ(summary.mean, 10.5);
+  EXPECT_DOUBLE_EQ(summary.deviation, std::sqrt(35.0));
+}
+
 // Powers of two scale exactly; a shift rounds, by at most a few units of the largest value.
 RC_GTEST_PROP(Statistics, ScaleWithTheSamples, (std::vector<std::int16_t> values)) {
   RC_PRE(!values.empty());

@@ -33,10 +33,11 @@ struct Fixed {
 /// tq4_attention on the device over a cache that the reference compressed.
 class DeviceSubject {
  public:
-  inline static Fixed fixed = {};
-
-  explicit DeviceSubject(const AttentionCase& c)
-      : case_(c), q_(c.q()), cache_(c.shape.batch, c.shape.n_head_kv, c.shape.buffer_len, c.shape.head_dim) {
+  explicit DeviceSubject(const AttentionCase& c, const Fixed& fixed = {})
+      : case_(c),
+        fixed_(fixed),
+        q_(c.q()),
+        cache_(c.shape.batch, c.shape.n_head_kv, c.shape.buffer_len, c.shape.head_dim) {
     const AttentionShape& s = c.shape;
     const std::vector<float> k = c.k(), v = c.v();
     std::vector<std::int32_t> positions(static_cast<std::size_t>(s.buffer_len));
@@ -47,7 +48,7 @@ class DeviceSubject {
       std::swap(view.stride[1], view.stride[2]);
       return view;
     };
-    reference::tq4_cache_update<float>(codec_of<reference::Tq4Codec<float>>(s.head_dim, fixed.bits), tokens_first(k),
+    reference::tq4_cache_update<float>(codec_of<reference::Tq4Codec<float>>(s.head_dim, fixed_.bits), tokens_first(k),
                                        tokens_first(v), positions, cache_.view());
   }
 
@@ -70,7 +71,7 @@ class DeviceSubject {
   }
 
   [[nodiscard]] DeviceSubject sliced(std::int64_t kv_len) const {
-    DeviceSubject slice(case_, q_, kv_len);
+    DeviceSubject slice(case_, fixed_, q_, kv_len);
     const ConstTq4CacheView from = cache_.view();
     const Tq4CacheView to = slice.cache_.view();
     for (std::int64_t b = 0; b < case_.shape.batch; ++b) {
@@ -101,7 +102,7 @@ class DeviceSubject {
     DeviceBuffer<Bf16> out(s.batch * n_query * s.n_head * s.head_dim);
     out.fill_bytes(0xFF);  // NaN: every element must be written
     DeviceInfo device = current_device();
-    if (fixed.smem_limit_bytes > 0) device.smem_limit_bytes = fixed.smem_limit_bytes;
+    if (fixed_.smem_limit_bytes > 0) device.smem_limit_bytes = fixed_.smem_limit_bytes;
     AttentionOptions on_device = options;
     DeviceBuffer<std::uint8_t> mask;
     if (options.mask) {
@@ -110,14 +111,14 @@ class DeviceSubject {
           bytes, bytes + options.mask->shape[0] * options.mask->shape[2] * options.mask->shape[3]));
       on_device.mask->data = mask.data();
     }
-    const Tq4AttentionPlan plan = plan_tq4_attention(s, on_device, device, fixed.choice);
+    const Tq4AttentionPlan plan = plan_tq4_attention(s, on_device, device, fixed_.choice);
     DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
     workspace.fill_bytes(0xFF);
     DeviceBuffer<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(kv_len.value_or(0))});
     DeviceBuffer<unsigned long long> count(std::vector<unsigned long long>{0});
     tq4_attention({queries,
                    {memory.data(), s.batch, s.n_head_kv, s.buffer_len, s.head_dim},
-                   codec_of<Tq4Codec>(s.head_dim, fixed.bits),
+                   codec_of<Tq4Codec>(s.head_dim, fixed_.bits),
                    on_device,
                    kv_len ? DeviceCount{length.data(), options.mask ? *kv_len : -1} : DeviceCount{},
                    make_view(out.data(), s.batch, n_query, s.n_head, s.head_dim)},
@@ -164,8 +165,8 @@ class DeviceSubject {
   }
 
  private:
-  DeviceSubject(const AttentionCase& c, const std::vector<float>& q, std::int64_t buffer_len)
-      : case_(c), q_(q), cache_(c.shape.batch, c.shape.n_head_kv, buffer_len, c.shape.head_dim) {
+  DeviceSubject(const AttentionCase& c, const Fixed& fixed, const std::vector<float>& q, std::int64_t buffer_len)
+      : case_(c), fixed_(fixed), q_(q), cache_(c.shape.batch, c.shape.n_head_kv, buffer_len, c.shape.head_dim) {
     case_.shape.buffer_len = buffer_len;
   }
 
@@ -179,7 +180,7 @@ class DeviceSubject {
       for (std::int64_t h = 0; h < s.n_head_kv; ++h) {
         const auto [codes, norms] = reference::tq4_rows(is_key ? view.k_codes : view.v_codes,
                                                         is_key ? view.k_norm : view.v_norm, b, h, 0, s.buffer_len);
-        codec_with_device_levels(s.head_dim, fixed.bits)
+        codec_with_device_levels(s.head_dim, fixed_.bits)
             .decompress(side, codes, norms, rows.middleRows((b * s.n_head_kv + h) * s.buffer_len, s.buffer_len));
       }
     }
@@ -187,20 +188,28 @@ class DeviceSubject {
   }
 
   AttentionCase case_;
+  Fixed fixed_;
   std::vector<float> q_;
   Tq4CacheBuffer cache_;
   mutable unsigned long long n_record_ = 0;
 };
 
+/// A case, and the plan that it takes.
+struct Drawn {
+  AttentionCase c;
+  Fixed fixed = {.choice = {.path = Tq4Path::kDecode}};
+};
+
 /// A decode case: few queries, and a random number of splits, tile and memory limit.
-AttentionCase decode_case(AttentionCase c) {
+Drawn decode_case(const AttentionCase& original) {
+  Drawn drawn{original};
+  AttentionCase& c = drawn.c;
   c.shape.n_query = std::clamp<std::int64_t>(c.shape.n_query, 1, 4);
   c.kv_len = std::max(c.kv_len, c.shape.n_query);
   c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len + 1);
-  DeviceSubject::fixed = {.choice = {.path = Tq4Path::kDecode}};
-  if (*rc::gen::arbitrary<bool>()) DeviceSubject::fixed.choice.decode.n_split = *rc::gen::inRange(1, 40);
-  DeviceSubject::fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
-  return c;
+  if (*rc::gen::arbitrary<bool>()) drawn.fixed.choice.decode.n_split = *rc::gen::inRange(1, 40);
+  drawn.fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
+  return drawn;
 }
 
 /// Few keys of even weights, so that each of them matters far above the bounds.
@@ -213,34 +222,37 @@ AttentionCase control_case(AttentionCase c) {
 
 /// Control: an oracle whose causal diagonal is one key too short does not agree.
 RC_GTEST_PROP(Tq4AttentionGpu, DecodeAgreesWithTheNaiveLoopOnDecodedRows, (const AttentionCase& original)) {
-  const AttentionCase c = decode_case(original);
-  const DeviceSubject subject(c);
+  const auto [c, fixed] = decode_case(original);
+  const DeviceSubject subject(c, fixed);
   rc_require(subject.compare(subject.attend(c.options(), c.kv_len), subject.exact(sees_of(c))));
   const AttentionCase few = control_case(c);
-  const DeviceSubject control(few);
+  const DeviceSubject control(few, fixed);
   const std::vector<float> out = control.attend(few.options(), few.kv_len);
   rc_require(control.compare(out, control.exact(sees_of(few))));
   const Sees one_short = [&few](std::int64_t, std::int64_t t, std::int64_t j) { return j < few.limit(t) - 1; };
   RC_ASSERT(!control.compare(out, control.exact(one_short)));
 }
 RC_GTEST_PROP(Tq4AttentionGpu, GarbageTailIsNeverRead, (const AttentionCase& c)) {
-  garbage_tail_is_never_read<DeviceSubject>(decode_case(c));
+  const Drawn drawn = decode_case(c);
+  garbage_tail_is_never_read<DeviceSubject>(drawn.c, drawn.fixed);
 }
 RC_GTEST_PROP(Tq4AttentionGpu, ClampEqualsSlice, (const AttentionCase& c)) {
-  clamp_equals_slice<DeviceSubject>(decode_case(c));
+  const Drawn drawn = decode_case(c);
+  clamp_equals_slice<DeviceSubject>(drawn.c, drawn.fixed);
 }
 RC_GTEST_PROP(Tq4AttentionGpu, CausalSkipChangesNothing, (const AttentionCase& c)) {
-  causal_skip_changes_nothing<DeviceSubject>(decode_case(c));
+  const Drawn drawn = decode_case(c);
+  causal_skip_changes_nothing<DeviceSubject>(drawn.c, drawn.fixed);
 }
 /// Queries in pieces, each with the kv_len it then has, are what one call gives. Control: a piece with the kv_len of
 /// the whole call is not.
 RC_GTEST_PROP(Tq4AttentionGpu, AnyChunkSizeAgrees, (const AttentionCase& original)) {
-  AttentionCase c = decode_case(original);
+  auto [c, fixed] = decode_case(original);
   c.causal = true;
   c.shape.batch = 1;
   c.shape.n_query = *rc::gen::inRange<std::int64_t>(2, 5);
   c = control_case(c);
-  const DeviceSubject subject(c);
+  const DeviceSubject subject(c, fixed);
   const NaiveAttention exact = subject.exact(sees_of(c));
   const auto first = *rc::gen::inRange<std::int64_t>(1, c.shape.n_query);
   const std::int64_t second = c.shape.n_query - first;
@@ -251,22 +263,25 @@ RC_GTEST_PROP(Tq4AttentionGpu, AnyChunkSizeAgrees, (const AttentionCase& origina
   rc_require(subject.compare(joined, exact));
 }
 RC_GTEST_PROP(Tq4AttentionGpu, MaskHidesKeys, (const AttentionCase& c)) {
-  mask_hides_keys<DeviceSubject>(decode_case(c));
+  const Drawn drawn = decode_case(c);
+  mask_hides_keys<DeviceSubject>(drawn.c, drawn.fixed);
 }
 RC_GTEST_PROP(Tq4AttentionGpu, MaskedGarbageHasNoInfluence, (const AttentionCase& c)) {
-  masked_garbage_has_no_influence<DeviceSubject>(decode_case(c));
+  const Drawn drawn = decode_case(c);
+  masked_garbage_has_no_influence<DeviceSubject>(drawn.c, drawn.fixed);
 }
 RC_GTEST_PROP(Tq4AttentionGpu, SameCallGivesSameBits, (const AttentionCase& c)) {
-  same_call_gives_same_bits<DeviceSubject>(decode_case(c));
+  const Drawn drawn = decode_case(c);
+  same_call_gives_same_bits<DeviceSubject>(drawn.c, drawn.fixed);
 }
 
 RC_GTEST_PROP(Tq4AttentionGpu, AnySplitAgreesWithOne, (const AttentionCase& original)) {
-  const AttentionCase c = decode_case(original);
-  DeviceSubject::fixed.choice.decode.n_split = 1;
-  const DeviceSubject subject(c);
+  auto [c, fixed] = decode_case(original);
+  fixed.choice.decode.n_split = 1;
+  const DeviceSubject subject(c, fixed);
   const std::vector<float> one = subject.attend(c.options(), c.kv_len);
-  DeviceSubject::fixed.choice.decode.n_split = *rc::gen::inRange(2, 300);
-  const std::vector<float> many = subject.attend(c.options(), c.kv_len);
+  fixed.choice.decode.n_split = *rc::gen::inRange(2, 300);
+  const std::vector<float> many = DeviceSubject(c, fixed).attend(c.options(), c.kv_len);
   std::vector<double> bounds = subject.bounds(subject.exact(sees_of(c)));
   for (double& bound : bounds) bound *= 2;  // each is within one bound of the exact result
   rc_require(vectors_close(many, std::vector<double>(one.begin(), one.end()), bounds, c.shape.head_dim));
@@ -291,9 +306,8 @@ TEST(Tq4AttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
       if (tile.smem_bytes() > device.smem_limit_bytes) continue;
       for (const int n_split : {1, 3}) {
         const AttentionCase c = example(tile.head_dim, 6, 3, 700);
-        DeviceSubject::fixed = {.choice = {.path = Tq4Path::kDecode, .decode = {.tile = tile, .n_split = n_split}},
-                                .bits = bits};
-        const DeviceSubject subject(c);
+        const DeviceSubject subject(
+            c, {.choice = {.path = Tq4Path::kDecode, .decode = {.tile = tile, .n_split = n_split}}, .bits = bits});
         const std::vector<float> out = subject.attend(c.options(), c.kv_len);
         EXPECT_TRUE(subject.compare(out, subject.exact(sees_of(c))))
             << "head_dim " << tile.head_dim << ", pairs " << tile.pairs << ", n_stage " << tile.n_stage << ", " << bits
@@ -306,10 +320,9 @@ TEST(Tq4AttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
 
 /// The clamp and the skip save work, counted in records, not in time.
 TEST(Tq4AttentionGpu, ClampAndSkipVisitFewerRecords) {
-  DeviceSubject::fixed = {.choice = {.path = Tq4Path::kDecode}};
   AttentionCase c = example(256, 8, 2, 1025);  // the last record holds one key, which only the last query sees
   c.shape.buffer_len = 4096;
-  const DeviceSubject subject(c);
+  const DeviceSubject subject(c, {.choice = {.path = Tq4Path::kDecode}});
   AttentionOptions without = c.options();
   without.causal_skip = false;
   const auto units = 2u * 2u;  // KV heads and groups of eight rows
@@ -325,11 +338,10 @@ TEST(Tq4AttentionGpu, NoKeysGiveZeros) {
   for (const std::int64_t head_dim : {64, 128, 256, 512}) {
     AttentionCase c = example(head_dim, 4, 4, 100);
     c.causal = false;
-    DeviceSubject::fixed = {.choice = {.path = Tq4Path::kDecode}};
-    const DeviceSubject subject(c);
+    const DeviceSubject subject(c, {.choice = {.path = Tq4Path::kDecode}});
     EXPECT_TRUE(same_bits(subject.attend(c.options(), 0), std::vector<float>(static_cast<std::size_t>(c.q_size()))));
     c.causal = true;  // fewer keys than queries: the first queries stand before the first key
-    const std::vector<float> out = DeviceSubject(c).attend(c.options(), 3);
+    const std::vector<float> out = DeviceSubject(c, {.choice = {.path = Tq4Path::kDecode}}).attend(c.options(), 3);
     const std::size_t row = static_cast<std::size_t>(c.shape.n_head * head_dim);
     EXPECT_TRUE(same_bits(std::span(out).first(row), std::vector<float>(row)));
     EXPECT_NE(out[row], 0.0f);

@@ -52,7 +52,7 @@ class SlidingLayerCaches {
     plan.into_ring_at_once = n_token <= kDecodeChunk && policy.qkv_prologue_fusion;
     plan.step = plan_sliding_decode(shape, window_, device);
     // Its split of keys and its prologue are those that are switched off.
-    for (const bool ExecutionPolicy::*field :
+    for (const PolicyField field :
          {&ExecutionPolicy::sliding_decode_fusion, &ExecutionPolicy::qkv_prologue_fusion, &ExecutionPolicy::split_k}) {
       if (!(policy.*field)) plan.step.misfit = "it is switched off";
     }

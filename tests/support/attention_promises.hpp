@@ -19,8 +19,9 @@
 /// What every attention over a flat cache promises, as properties of a random case with their negative controls. They
 /// are written once; a subject says which cache and which room is held to them:
 ///
-///   explicit TSubject(const AttentionCase&)           its cache holds the rows [0, buffer_len) of case.k() and
-///   case.v() void spoil(first, last, Spoil)                     overwrites rows [first, last) of every head and batch
+///   explicit TSubject(const AttentionCase&, settings...)  its cache holds the rows [0, buffer_len) of case.k() and
+///                                                         case.v(); settings are what a promise was given besides
+///   void spoil(first, last, Spoil)                     overwrites rows [first, last) of every head and batch
 ///   TSubject sliced(kv_len) const                      the same in a buffer of exactly kv_len rows
 ///   std::vector<float> attend(options, kv_len) const   the call itself, on case.q()
 ///   NaiveAttention exact(sees) const                   the oracle on what the cache really holds
@@ -78,13 +79,13 @@ struct RandomMask {
 
 /// Every shape: the result is the oracle's within the derived bound. Control: an oracle whose causal diagonal is one
 /// key too short is not within it.
-template <class TSubject>
-void agrees_with_exact(const AttentionCase& c) {
-  const TSubject subject(c);
+template <class TSubject, class... TSettings>
+void agrees_with_exact(const AttentionCase& c, const TSettings&... settings) {
+  const TSubject subject(c, settings...);
   rc_require(
       close_to_exact(subject, subject.attend(c.options(), c.kv_len), subject.exact(sees_of(c)), c.shape.head_dim));
   const AttentionCase even = even_case(c);
-  const TSubject control(even);
+  const TSubject control(even, settings...);
   const Sees one_short = [&even](std::int64_t, std::int64_t t, std::int64_t j) { return j < even.limit(t) - 1; };
   const std::vector<float> out = control.attend(even.options(), even.kv_len);
   rc_require(close_to_exact(control, out, control.exact(sees_of(even)), c.shape.head_dim));
@@ -93,11 +94,11 @@ void agrees_with_exact(const AttentionCase& c) {
 
 /// Promise 1. Control: without kv_len the garbage shows (NaN for certain; a key a thousand times larger may by chance
 /// get no weight at all).
-template <class TSubject>
-void garbage_tail_is_never_read(const AttentionCase& c) {
+template <class TSubject, class... TSettings>
+void garbage_tail_is_never_read(const AttentionCase& c, const TSettings&... settings) {
   const Spoil kind = *rc::gen::element(Spoil::kThousandTimes, Spoil::kNaN);
-  const TSubject clean(c);
-  TSubject dirty(c);
+  const TSubject clean(c, settings...);
+  TSubject dirty(c, settings...);
   dirty.spoil(c.kv_len, c.shape.buffer_len, kind);
   const std::vector<float> expected = clean.attend(c.options(), c.kv_len);
   rc_require(same_bits(dirty.attend(c.options(), c.kv_len), expected));
@@ -106,9 +107,9 @@ void garbage_tail_is_never_read(const AttentionCase& c) {
 }
 
 /// Promise 2. Control: one row fewer differs.
-template <class TSubject>
-void clamp_equals_slice(const AttentionCase& c) {
-  const TSubject subject(c);
+template <class TSubject, class... TSettings>
+void clamp_equals_slice(const AttentionCase& c, const TSettings&... settings) {
+  const TSubject subject(c, settings...);
   const std::vector<float> clamped = subject.attend(c.options(), c.kv_len);
   const TSubject slice = subject.sliced(c.kv_len);
   rc_require(same_bits(slice.attend(c.options(), c.kv_len), clamped));
@@ -120,8 +121,8 @@ void clamp_equals_slice(const AttentionCase& c) {
 
 /// Promise 3: skip on and off are the same bits, also when the rows that the first queries do not see hold garbage;
 /// those queries do not notice. Control: the queries that see garbage do.
-template <class TSubject>
-void causal_skip_changes_nothing(AttentionCase c) {
+template <class TSubject, class... TSettings>
+void causal_skip_changes_nothing(AttentionCase c, const TSettings&... settings) {
   c.causal = true;
   if (*rc::gen::arbitrary<bool>()) {  // a multiple of 256, and so the end of a block of keys, among the limits
     c.shape.n_query = std::max<std::int64_t>(c.shape.n_query, 2);
@@ -131,12 +132,12 @@ void causal_skip_changes_nothing(AttentionCase c) {
   c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len);
   AttentionOptions with = c.options(), without = c.options();
   without.causal_skip = false;
-  const TSubject clean(c);
+  const TSubject clean(c, settings...);
   const std::vector<float> expected = clean.attend(with, c.kv_len);
   rc_require(same_bits(clean.attend(without, c.kv_len), expected), "clean");
 
   const auto n_dirty = *rc::gen::inRange<std::int64_t>(1, c.shape.n_query + 1);
-  TSubject dirty(c);
+  TSubject dirty(c, settings...);
   dirty.spoil(c.kv_len - n_dirty, c.kv_len, Spoil::kNaN);
   const std::vector<float> on = dirty.attend(with, c.kv_len), off = dirty.attend(without, c.kv_len);
   const auto row = static_cast<std::size_t>(c.shape.n_head * c.shape.head_dim);
@@ -157,13 +158,13 @@ void causal_skip_changes_nothing(AttentionCase c) {
 /// Promise 3, any chunk size: queries in two pieces, each with the kv_len it then has, give the oracle's result of one
 /// call. Control: the first piece with the kv_len of the whole call does not, wherever the oracle puts the two further
 /// apart than both bounds together (among many keys one more may hide in the rounding of a bf16 device).
-template <class TSubject>
-void any_chunk_size_agrees(AttentionCase c) {
+template <class TSubject, class... TSettings>
+void any_chunk_size_agrees(AttentionCase c, const TSettings&... settings) {
   c.causal = true;
   c.shape.batch = 1;
   c.shape.n_query = std::max<std::int64_t>(c.shape.n_query, 2);
   c = even_case(c);
-  const TSubject subject(c);
+  const TSubject subject(c, settings...);
   const NaiveAttention exact = subject.exact(sees_of(c));
   const auto first = *rc::gen::inRange<std::int64_t>(1, c.shape.n_query);
   const std::int64_t second = c.shape.n_query - first;
@@ -184,17 +185,17 @@ void any_chunk_size_agrees(AttentionCase c) {
 }
 
 /// Promise 4, second half: the same call gives the same bits. (No control: nothing to break from outside.)
-template <class TSubject>
-void same_call_gives_same_bits(const AttentionCase& c) {
-  const TSubject subject(c);
+template <class TSubject, class... TSettings>
+void same_call_gives_same_bits(const AttentionCase& c, const TSettings&... settings) {
+  const TSubject subject(c, settings...);
   rc_require(same_bits(subject.attend(c.options(), c.kv_len), subject.attend(c.options(), c.kv_len)));
 }
 
 /// Promise 5: a mask hides what it hides, together with causality; a row masked everywhere gives zeros, whatever the
 /// cache holds; a mask of ones changes no bit; columns at kv_len and beyond are not looked at. Control: the complement
 /// of the mask gives another result.
-template <class TSubject>
-void mask_hides_keys(AttentionCase c) {
+template <class TSubject, class... TSettings>
+void mask_hides_keys(AttentionCase c, const TSettings&... settings) {
   if (*rc::gen::arbitrary<bool>()) c = even_case(c);
   RandomMask mask(c, *rc::gen::element(c.kv_len, c.kv_len + 5, c.shape.buffer_len));
   const auto hidden = *rc::gen::inRange<std::int64_t>(0, c.shape.n_query);  // this query sees nothing
@@ -202,7 +203,7 @@ void mask_hides_keys(AttentionCase c) {
     const auto row = mask.bytes.begin() + (b * c.shape.n_query + hidden) * mask.extent;
     std::fill(row, row + mask.extent, std::uint8_t{0});
   }
-  const TSubject subject(c);
+  const TSubject subject(c, settings...);
   AttentionOptions options = c.options();
   options.mask = mask.view();
   const std::vector<float> out = subject.attend(options, c.kv_len);
@@ -225,8 +226,8 @@ void mask_hides_keys(AttentionCase c) {
 }
 
 /// A key that the mask hides has no influence even when its rows are NaN. Control: shown, it has.
-template <class TSubject>
-void masked_garbage_has_no_influence(const AttentionCase& c) {
+template <class TSubject, class... TSettings>
+void masked_garbage_has_no_influence(const AttentionCase& c, const TSettings&... settings) {
   const auto bad = *rc::gen::inRange<std::int64_t>(0, c.kv_len);
   RandomMask mask(c, c.kv_len);
   const auto set_column = [&](std::uint8_t value) {
@@ -237,8 +238,8 @@ void masked_garbage_has_no_influence(const AttentionCase& c) {
   set_column(0);
   AttentionOptions options = c.options();
   options.mask = mask.view();
-  const TSubject clean(c);
-  TSubject dirty(c);
+  const TSubject clean(c, settings...);
+  TSubject dirty(c, settings...);
   dirty.spoil(bad, bad + 1, Spoil::kNaN);
   const std::vector<float> expected = clean.attend(options, c.kv_len);
   rc_require(same_bits(dirty.attend(options, c.kv_len), expected));
