@@ -8,6 +8,7 @@
 #include <span>
 
 #include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/quantized_linear.cuh"
 #include "cuda/rotation.cuh"
 #include "gemma4/float16.hpp"
@@ -72,8 +73,8 @@ void gelu_times_rows(const View<const TIn, 2>& gate, const View<const TIn, 2>& u
   const bool whole_pieces =
       width % 8 == 0 && out.stride[0] % 8 == 0 && is_aligned(gate.data) && is_aligned(up.data) && is_aligned(out.data);
   const dim3 grid(static_cast<unsigned>((width + 2047) / 2048), static_cast<unsigned>(n_token));
-  gelu_times_rows_kernel<<<grid, 256, 0, stream>>>(gate.data, up.data, width, out.data, out.stride[0], whole_pieces);
-  check_launch("gelu_times_rows_kernel");
+  Launch{.what = "gelu_times_rows_kernel", .grid = grid, .block = 256, .stream = stream}(
+      gelu_times_rows_kernel<TIn, TOut>, gate.data, up.data, width, out.data, out.stride[0], whole_pieces);
 }
 
 }  // namespace detail

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 
+#include "cuda/device/launch.cuh"
 #include "cuda/quantized_linear.cuh"
 
 namespace gemma4::cuda {
@@ -41,8 +42,8 @@ void lm_head(const View<const TIn, 2>& x, const PackedMatrix& table, float softc
   }
   detail::plain_decode(x, table, logits, stream);
   const dim3 grid(static_cast<unsigned>((table.rows + 255) / 256), static_cast<unsigned>(x.extent[0]));
-  detail::softcap_kernel<<<grid, 256, 0, stream>>>(logits.data, logits.stride[0], table.rows, softcap);
-  check_launch("softcap_kernel");
+  detail::Launch{.what = "softcap_kernel", .grid = grid, .block = 256, .stream = stream}(
+      detail::softcap_kernel, logits.data, logits.stride[0], table.rows, softcap);
 }
 
 }  // namespace gemma4::cuda

@@ -17,7 +17,7 @@
 #include "cuda/quantized_linear/few_tokens.cuh"
 #include "cuda/quantized_linear/plain.cuh"
 #include "cuda/weights/layout.cuh"
-#include "gemma4/attention.hpp"
+#include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"

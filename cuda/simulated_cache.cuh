@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/cache_update.hpp"
@@ -163,9 +164,9 @@ void simulated_cache_update(const SimulatedCodec<TQuantiser>& codec, const View<
                                                      .v_cache = v_cache};
   const auto grid = static_cast<unsigned>((n_vector + detail::kSimulatedVectors - 1) / detail::kSimulatedVectors);
   for_head_dim(kWho, head_dim, [&](auto dim) {
-    detail::simulated_update_kernel<decltype(dim)::value, TQuantiser, TIn><<<grid, 32, 0, stream>>>(params);
+    detail::Launch{.what = "simulated_update_kernel", .grid = grid, .block = 32, .stream = stream}(
+        detail::simulated_update_kernel<decltype(dim)::value, TQuantiser, TIn>, params);
   });
-  check_launch("simulated_update_kernel");
 }
 
 }  // namespace gemma4::cuda

@@ -10,7 +10,7 @@
 
 namespace gemma4::cuda::detail {
 
-/// One launch of a kernel and everything about it but the arguments. The only place of the project that launches.
+/// One launch of a kernel and everything about it but the arguments. Nothing in cuda/ is launched in another way.
 struct Launch {
   const char* what;  ///< the kernel's name, for errors
   dim3 grid = 1;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
 #include "gemma4/float16.hpp"
 
 /// Products of few tokens with BF16, F16 and F32 rows, in float: a warp a row, lanes stride over the columns, sums in
@@ -58,8 +59,10 @@ __global__ void __launch_bounds__(256) plain_linear_kernel(const __grid_constant
 
 template <class TWeight>
 void launch_plain_linear(const PlainLinearParams<TWeight>& params, cudaStream_t stream) {
-  plain_linear_kernel<TWeight><<<static_cast<unsigned>((params.rows + 7) / 8), 256, 0, stream>>>(params);
-  check_launch("plain_linear_kernel");
+  Launch{.what = "plain_linear_kernel",
+         .grid = static_cast<unsigned>((params.rows + 7) / 8),
+         .block = 256,
+         .stream = stream}(plain_linear_kernel<TWeight>, params);
 }
 
 }  // namespace gemma4::cuda::detail

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cuda/device/check.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/ptx/vector_io.cuh"
 #include "cuda/weights/layout.cuh"
 #include "gemma4/error.hpp"
@@ -272,10 +273,11 @@ inline void dequantise_rows(const PackedMatrix& matrix, std::int64_t first, std:
   const dim3 grid(static_cast<unsigned>(n_block),
                   static_cast<unsigned>((count + detail::kRowsAThread - 1) / detail::kRowsAThread));
   detail::for_weight_type("dequantise_rows", matrix.type, [&]<TensorType kType>() {
-    detail::dequantise_rows_kernel<kType><<<grid, static_cast<unsigned>(block), 0, stream>>>(
-        data, row_step * bytes, count, matrix.cols, chunk_groups(matrix.cols), out);
+    detail::Launch{
+        .what = "dequantise_rows_kernel", .grid = grid, .block = static_cast<unsigned>(block), .stream = stream}(
+        detail::dequantise_rows_kernel<kType>, data, row_step * bytes, count, matrix.cols, chunk_groups(matrix.cols),
+        out);
   });
-  check_launch("dequantise_rows_kernel");
 }
 
 }  // namespace gemma4::cuda

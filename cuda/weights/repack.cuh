@@ -10,12 +10,13 @@
 
 #include "cuda/device/check.cuh"
 #include "cuda/device/device_buffer.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/weights/layout.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/quantized_matrix.hpp"
 
-/// Weights from the file's layout into that of cuda/weights/layout.cuh and back, on the device. Both are bit for bit: the
-/// file can be had again from the packed rows.
+/// Weights from the file's layout into that of cuda/weights/layout.cuh and back, on the device. Both are bit for bit:
+/// the file can be had again from the packed rows.
 namespace gemma4::cuda {
 
 namespace detail {
@@ -67,20 +68,17 @@ template <bool kPack>
 void launch_repack(TensorType type, const RepackParams& params, cudaStream_t stream) {
   const std::int64_t n_block = params.n_row * (params.cols / block_size(type));
   if (n_block == 0) return;
-  const auto grid = static_cast<unsigned>((n_block + 127) / 128);
+  const Launch launch{
+      .what = "repack_kernel", .grid = static_cast<unsigned>((n_block + 127) / 128), .block = 128, .stream = stream};
   switch (type) {
     case TensorType::kQ4K:
-      repack_kernel<Q4KBlock, kPack><<<grid, 128, 0, stream>>>(params);
-      break;
+      return launch(repack_kernel<Q4KBlock, kPack>, params);
     case TensorType::kQ5K:
-      repack_kernel<Q5KBlock, kPack><<<grid, 128, 0, stream>>>(params);
-      break;
+      return launch(repack_kernel<Q5KBlock, kPack>, params);
     case TensorType::kQ6K:
-      repack_kernel<Q6KBlock, kPack><<<grid, 128, 0, stream>>>(params);
-      break;
+      return launch(repack_kernel<Q6KBlock, kPack>, params);
     case TensorType::kQ8_0:
-      repack_kernel<Q80Block, kPack><<<grid, 128, 0, stream>>>(params);
-      break;
+      return launch(repack_kernel<Q80Block, kPack>, params);
     default: {  // plain rows: one side is strided by packed_row_step
       const std::int64_t step = params.packed_row_step * params.packed_row_bytes;
       check(cudaMemcpy2DAsync(params.to, static_cast<std::size_t>(kPack ? step : params.file_row_bytes), params.from,
@@ -88,10 +86,8 @@ void launch_repack(TensorType type, const RepackParams& params, cudaStream_t str
                               static_cast<std::size_t>(params.file_row_bytes), static_cast<std::size_t>(params.n_row),
                               cudaMemcpyDeviceToDevice, stream),
             "copy of plain weight rows");
-      return;
     }
   }
-  check_launch("repack_kernel");
 }
 
 inline void require_repackable(const char* who, TensorType type, std::int64_t cols) {

@@ -24,6 +24,7 @@
 
 #include "cuda/device/check.cuh"
 #include "cuda/device/device_buffer.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/device/pinned_buffer.cuh"
 #include "cuda/device/stream.cuh"
 #include "cuda/weights/repack.cuh"
@@ -97,9 +98,11 @@ inline void check_scales(TensorType type, const std::byte* blocks, std::int64_t 
   if (type == TensorType::kF32) places.at[0] = 2;
   const unsigned exponent = type == TensorType::kF32 || type == TensorType::kBf16 ? 0x7F80u : 0x7C00u;
   const std::int64_t n_block = bytes / places.block_bytes;
-  check_scales_kernel<<<static_cast<unsigned>((n_block + 255) / 256), 256, 0, stream>>>(
-      reinterpret_cast<const std::uint8_t*>(blocks), n_block, places, exponent, task, first_bad);
-  check_launch("check_scales_kernel");
+  Launch{.what = "check_scales_kernel",
+         .grid = static_cast<unsigned>((n_block + 255) / 256),
+         .block = 256,
+         .stream = stream}(check_scales_kernel, reinterpret_cast<const std::uint8_t*>(blocks), n_block, places,
+                           exponent, task, first_bad);
 }
 
 /// Tells the kernel about whole pages of a mapping. A hint: whether it is taken does not matter.
