@@ -187,7 +187,7 @@ template <class TIn>
 inline constexpr int kSharePercent = 80;
 
 /// Rows of the last matrix that each block has before the rest of them is dealt: whole stages. (On an H200 a step of
-/// the 31B was slower with 90 %, and slower with 60 %; `ablation`, row_tickets, has it with equal shares of
+/// the 31B was slower with 90 %, and slower with 60 %; `ablation`, dynamic_rows, has it with equal shares of
 /// everything.)
 [[nodiscard]] inline std::int32_t share_of_rows(std::span<const PackedMatrix> weights, const LinearPlan& plan) {
   const PackedMatrix& last = weights.back();
