@@ -49,6 +49,27 @@ TEST(CacheFormats, EveryFormatHasItsOwnNameThatReadsBack) {
   EXPECT_EQ(names.size(), count);
 }
 
+TEST(CacheFormats, SimulatedOnesTakeTheBytesOfBf16AndClaimTheirOwn) {
+  const auto bytes = [](const std::string& name, CacheSide side, bool allocated) {
+    return std::visit(
+        [&](const auto& format) {
+          return allocated ? format.allocated_row_bytes(side, 512) : format.row_bytes(side, 512);
+        },
+        parse_cache_spec(name));
+  };
+  for (const std::string name : {"sim-int8", "sim-q8_0-had", "sim-q4_0", "sim-k2v8", "sim-k4v4-had"}) {
+    EXPECT_EQ(to_string(parse_cache_spec(name)), name);
+    for (const CacheSide side : {CacheSide::kKey, CacheSide::kValue}) {
+      EXPECT_EQ(bytes(name, side, true), 2 * 512) << name;
+      EXPECT_LT(bytes(name, side, false), 2 * 512) << name;
+    }
+  }
+  EXPECT_EQ(bytes("sim-k2v8", CacheSide::kKey, false), 512 * 2 / 8 + 2);
+  EXPECT_EQ(bytes("sim-k2v8", CacheSide::kValue, false), 512 + 2);
+  EXPECT_EQ(bytes("sim-q4_0", CacheSide::kKey, false), 512 / 32 * 18);
+  EXPECT_NE(with_seed(parse_cache_spec("sim-int8-had"), 3), parse_cache_spec("sim-int8-had"));
+}
+
 TEST(CacheFormats, AWrongNameIsRefusedWithItselfAndTheGrammar) {
   const std::vector<std::string> wrong = {
       "",         "fp16",     "BF16",      "bf16 ",    "tq",          "tq4x",        "tq4-",         "tq4-k4",

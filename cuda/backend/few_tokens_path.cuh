@@ -79,20 +79,8 @@ class FewTokensPath {
 
   /// How the products run, for the eye.
   [[nodiscard]] std::vector<StepPlanRow> rows(const Pass& pass) const {
-    const std::string tile = concat(pass.dynamic_rows ? "dynamic rows" : "equal rows", pass.overlap ? "" : ", no PDL");
-    const auto row = [&](const char* component, auto&& matrix_of) {
-      const std::string types = types_of_layers(context_.model, matrix_of);
-      return StepPlanRow{.component = component, .path = concat("int8, ", types), .tile = tile};
-    };
-    std::vector<StepPlanRow> rows{row("project_qkv", [](const PackedLayer& layer) { return layer.attn_q; }),
-                                  row("project_output", [](const PackedLayer& layer) { return layer.attn_output; }),
-                                  row("gate_up",
-                                      [](const PackedLayer& layer) {
-                                        return layer.gate_up.is_fused() ? layer.gate_up.joined : layer.gate_up.gate;
-                                      }),
-                                  row("down", [](const PackedLayer& layer) { return layer.ffn_down; })};
-    note_apart(context_.model, rows[2]);
-    return rows;
+    return product_rows(context_.model, "int8",
+                        concat(pass.dynamic_rows ? "dynamic rows" : "equal rows", pass.overlap ? "" : ", no PDL"));
   }
 
  private:

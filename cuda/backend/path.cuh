@@ -108,13 +108,27 @@ template <class TMatrixOf>
   return text;
 }
 
-/// Says in the row of gate_up in how many layers gate and up are two matrices.
-inline void note_apart(const PackedModel& model, StepPlanRow& row) {
+/// The rows of a layer's products in a step plan. @param path of all of them, before the types of their weights
+[[nodiscard]] inline std::vector<StepPlanRow> product_rows(const PackedModel& model, const std::string& path,
+                                                           const std::string& tile) {
+  const auto row = [&](const char* component, auto&& matrix_of) {
+    return StepPlanRow{
+        .component = component, .path = concat(path, ", ", types_of_layers(model, matrix_of)), .tile = tile};
+  };
+  std::vector<StepPlanRow> rows{row("project_qkv", [](const PackedLayer& layer) { return layer.attn_q; }),
+                                row("project_output", [](const PackedLayer& layer) { return layer.attn_output; }),
+                                row("down", [](const PackedLayer& layer) { return layer.ffn_down; }),
+                                row("gate_up", [](const PackedLayer& layer) {
+                                  return layer.gate_up.is_fused() ? layer.gate_up.joined : layer.gate_up.gate;
+                                })};
   std::int64_t n_apart = 0;
   for (std::int64_t layer = 0; layer < model.config().n_layer(); ++layer) {
     n_apart += model.layer(layer).gate_up.is_fused() ? 0 : 1;
   }
-  if (n_apart > 0) row.why = concat("gate and up apart in ", n_apart, " layers: their types differ, or it is off");
+  if (n_apart > 0) {
+    rows.back().why = concat("gate and up apart in ", n_apart, " layers: their types differ, or it is switched off");
+  }
+  return rows;
 }
 
 }  // namespace gemma4::cuda

@@ -20,9 +20,6 @@ template <class... TFormats>
 struct CacheFormatList {
   static_assert((CacheFormat<TFormats> && ...), "a type of the list is no cache format: gemma4/cache_format.hpp");
   using Variant = std::variant<TFormats...>;
-  /// TCacheOf<TFormat>... as a variant: a format without a cache does not compile.
-  template <template <class> class TCacheOf>
-  using CachesOf = std::variant<TCacheOf<TFormats>...>;
 
   [[nodiscard]] static std::string grammar() {
     std::string text;
