@@ -81,6 +81,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/sampler/state.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/session.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/simulated_cache.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/simulated_cache/kernels.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_decode.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_decode/kernel.cuh"

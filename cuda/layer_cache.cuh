@@ -204,6 +204,9 @@ class LayerCaches {
       return sliding_->attend(index(layer), heads.q_out, fresh, chunk, plan.sliding, partials_, work_count_, stream);
     }
     const FullAttentionCall call{.q = heads.q_out,
+                                 .fresh_k = fresh.k,
+                                 .fresh_v = fresh.v,
+                                 .positions = chunk.positions,
                                  .options = full_options(plan),
                                  .kv_len = plan.masks ? DeviceCount{} : chunk.kv_len,
                                  .partials = partials_,

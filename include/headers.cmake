@@ -39,6 +39,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/quantisers/int8_token.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/quantisers/quantiser.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/quantisers/scalar_codes.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/quantisers/trellis_codes.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/quantisers/unit_codebook.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/quantized_matrix.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/accuracy_stats.hpp"

@@ -58,8 +58,10 @@ class SimulatedCodec {
 };
 
 /// Stores what the format would read back of k and v [batch, n_new, n_head_kv, head_dim], rounded to bf16, at
-/// `positions` [n_new] of the flat cache [batch, n_head_kv, buffer_len, head_dim]; every other row keeps its bits. The
-/// contract is that of gemma4/cache_update.hpp.
+/// `positions` [n_new] of the flat cache [batch, n_head_kv, buffer_len, head_dim]; every other row keeps its bits. At
+/// positions below the format's sink K and V are stored as they are. Its tail is not looked at: with one, tokens are
+/// stored by bf16_cache_update() and quantised by simulated_cache_age(). The contract is that of
+/// gemma4/cache_update.hpp.
 /// @throws std::invalid_argument on extents that do not fit, a position outside the buffer or given twice
 template <class Scalar, Quantiser TQuantiser>
 void simulated_cache_update(const SimulatedCodec<TQuantiser>& codec, View<const Scalar, 4> k, View<const Scalar, 4> v,
@@ -78,7 +80,13 @@ void simulated_cache_update(const SimulatedCodec<TQuantiser>& codec, View<const 
         }
       }
     }
+    const Matrix<float> exact = codec.format().sink > 0 ? rows : Matrix<float>();
     codec.roundtrip(side, rows);
+    for (row = 0; row < exact.rows(); ++row) {
+      if (positions[static_cast<std::size_t>(row / shape.n_head_kv % n_new)] < codec.format().sink) {
+        rows.row(row) = exact.row(row);
+      }
+    }
     return rows;
   };
   const Matrix<float> k_read = read_back(CacheSide::kKey, k), v_read = read_back(CacheSide::kValue, v);
@@ -93,6 +101,33 @@ template <class Scalar, Quantiser TQuantiser>
 void simulated_cache_update(const SimulatedCodec<TQuantiser>& codec, View<const Scalar, 4> k, View<const Scalar, 4> v,
                             std::span<const std::int32_t> positions, FlatCache<Bf16>& cache) {
   simulated_cache_update<Scalar>(codec, k, v, positions, cache.k(), cache.v());
+}
+
+/// What leaves a tail: the rows at `positions` [n_new] minus the format's tail become what the format would read back
+/// of them, in place. Rows below its sink and positions before the first token are left as they are.
+/// @throws std::invalid_argument on extents that do not fit, a position outside the buffer or given twice
+template <Quantiser TQuantiser>
+void simulated_cache_age(const SimulatedCodec<TQuantiser>& codec, std::span<const std::int32_t> positions,
+                         FlatCache<Bf16>& cache) {
+  const char* const who = "simulated_cache_age";
+  const View<Bf16, 4> k = cache.k(), v = cache.v();
+  require(k.extent[3] == codec.head_dim(), who, ": the cache has head_dim ", k.extent[3], ", need ", codec.head_dim());
+  require_positions(who, positions, k.extent[2]);
+  Matrix<float> row(1, codec.head_dim());
+  for (const std::int32_t newest : positions) {
+    const std::int64_t at = newest - std::int64_t{codec.format().tail};
+    if (at < codec.format().sink) continue;
+    for (const CacheSide side : {CacheSide::kKey, CacheSide::kValue}) {
+      const View<Bf16, 4>& rows = side == CacheSide::kKey ? k : v;
+      for (std::int64_t b = 0; b < rows.extent[0]; ++b) {
+        for (std::int64_t h = 0; h < rows.extent[1]; ++h) {
+          for (std::int64_t i = 0; i < rows.extent[3]; ++i) row(0, i) = to_float(rows(b, h, at, i));
+          codec.roundtrip(side, row);
+          for (std::int64_t i = 0; i < rows.extent[3]; ++i) rows(b, h, at, i) = to_bf16(row(0, i));
+        }
+      }
+    }
+  }
 }
 
 }  // namespace gemma4::reference

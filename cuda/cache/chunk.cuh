@@ -33,6 +33,8 @@ struct ProjectedHeads {
 /// One call of a full layer's attention.
 struct FullAttentionCall {
   View<Bf16, 3> q;  ///< [n_token, n_head, head_dim], normalised and rotated by position; takes the result
+  View<const Bf16, 3> fresh_k = {}, fresh_v = {};  ///< the chunk's, for a format whose store() left them there
+  const std::int32_t* positions = nullptr;         ///< of the chunk, where ChunkPlace has them
   AttentionOptions options;
   DeviceCount kv_len;
   std::span<std::byte> partials;              ///< of split keys

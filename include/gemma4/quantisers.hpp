@@ -9,9 +9,12 @@
 #include "gemma4/quantisers/int8_token.hpp"
 #include "gemma4/quantisers/quantiser.hpp"
 #include "gemma4/quantisers/scalar_codes.hpp"
+#include "gemma4/quantisers/trellis_codes.hpp"
 
 /// The simulated cache formats that ship:
-///   sim-k<bits>v<bits>[-had] | sim-int8[-had] | sim-q8_0[-had] | sim-q4_0[-had]         bits 2 to 8
+///   sim-k<bits>v<bits> | sim-int8 | sim-q8_0 | sim-q4_0 | sim-t<bits>l<state bits>, each with
+///   [-had][-tail<n>][-sink<n>]
+/// Bits are 2 to 8, of a trellis 3 and 4 with 8 to 10 of state.
 namespace gemma4 {
 
 /// One of several simulated formats. What can be done with each is a visit without an `else`.
@@ -33,7 +36,7 @@ struct SimulatedFormats {
   }
 };
 
-using ShippedSimulatedFormats = SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache>;
+using ShippedSimulatedFormats = SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache, TrellisCodes>;
 using AnySimulated = ShippedSimulatedFormats::Any;
 
 }  // namespace gemma4

@@ -20,7 +20,7 @@
 namespace gemma4::reference {
 
 /// Full attention over a flat bf16 cache that holds what a simulated format would read back. The chunk attends to its
-/// own quantised K and V, as later tokens will.
+/// own quantised K and V, as later tokens will; where the format has a tail, piece by piece to exact ones.
 template <Quantiser TQuantiser>
 class SimulatedLayerCache {
  public:
@@ -32,10 +32,30 @@ class SimulatedLayerCache {
 
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
+    const std::int64_t n_token = qkv.q.rows(), tail = codec_->format().tail;
+    if (tail == 0) return attend_piece(qkv, position);
+    const std::int64_t piece = tail_piece(n_token, tail);
+    Matrix<Scalar> out(n_token, qkv.q.cols());
+    for (std::int64_t first = 0; first < n_token; first += piece) {
+      const Qkv<Scalar> part{qkv.q.middleRows(first, piece), qkv.k.middleRows(first, piece),
+                             qkv.v.middleRows(first, piece)};
+      out.middleRows(first, piece) = attend_piece(part, position + first);
+    }
+    return out;
+  }
+
+ private:
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend_piece(const Qkv<Scalar>& qkv, std::int64_t position) {
     const std::int64_t n_token = qkv.q.rows();
     const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
-    simulated_cache_update<Scalar>(*codec_, detail::heads_view(qkv.k, head_dim_), detail::heads_view(qkv.v, head_dim_),
-                                   positions, cache_);
+    const auto k = detail::heads_view(qkv.k, head_dim_), v = detail::heads_view(qkv.v, head_dim_);
+    if (codec_->format().tail > 0) {
+      bf16_cache_update<Scalar, Bf16>(k, v, positions, cache_);
+      simulated_cache_age(*codec_, positions, cache_);
+    } else {
+      simulated_cache_update<Scalar>(*codec_, k, v, positions, cache_);
+    }
     const auto& stored = cache_;
     Matrix<Scalar> out(n_token, qkv.q.cols());
     bf16_attention<Scalar, Bf16>(detail::heads_view(qkv.q, head_dim_), stored.k(), stored.v(),
@@ -44,7 +64,6 @@ class SimulatedLayerCache {
     return out;
   }
 
- private:
   std::int64_t head_dim_;
   std::shared_ptr<const SimulatedCodec<TQuantiser>> codec_;
   FlatCache<Bf16> cache_;

@@ -13,7 +13,7 @@ cd "$scratch/tree"
 list=include/gemma4/quantisers.hpp
 cp tests/recipes/e4m3_token.hpp include/gemma4/quantisers/                                                 # file 1
 sed -i 's|^#include "gemma4/quantisers/int8_token.hpp"|#include "gemma4/quantisers/e4m3_token.hpp"\n&|' $list # file 2
-sed -i 's|SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache>|SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache, recipes::E4m3Token>|' $list
+sed -i 's|SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache, TrellisCodes>|SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache, TrellisCodes, recipes::E4m3Token>|' $list
 changed=$(diff "$root/$list" $list | grep -c '^>') || true
 [ "$changed" = 2 ] || fail "the list of quantisers took $changed changed lines, expected 2"
 lines=$(($(wc -l < "$root/tests/recipes/e4m3_token.hpp") + $(wc -l < "$root/tests/recipes_test.cpp") + changed))
