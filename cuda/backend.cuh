@@ -49,7 +49,7 @@ class Backend {
       : model_(model), options_(options), device_(current_device()), plan_(checked_plan()) {
     arena_ = DeviceArena(plan_, is_run_buffer);
     check(cudaMemsetAsync(arena_.all().data(), 0, arena_.all().size(), stream_), "fill of the arena");
-    caches_.emplace(config(), options.cache, options.context, device_, arena_);
+    caches_.emplace(config(), options.cache, options.context, device_, arena_, options.ring);
     gemm_.emplace(arena_.buffer("scratch"), arena_.buffer("gemm_workspace"), true);
     history_ = PinnedBuffer<std::int32_t>(options.context + 1);
     place_buffers();

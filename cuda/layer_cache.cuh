@@ -28,6 +28,7 @@
 #include "gemma4/config.hpp"
 #include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/step_plan.hpp"
+#include "gemma4/ring_format.hpp"
 
 /// The caches of all layers of one sequence, and the step `attend` on each kind. Mirror: reference/layer_cache.hpp
 namespace gemma4::cuda {
@@ -62,13 +63,13 @@ struct LayerCachePlan {
   [[nodiscard]] bool commits_after() const { return !sliding.into_ring_at_once; }
 };
 
-/// Rings on the sliding layers; on the full layers what `spec` says. All memory is the arena's.
+/// Rings on the sliding layers, of what `ring` says; on the full layers what `spec` says. All memory is the arena's.
 class LayerCaches {
  public:
   /// @param arena of a memory plan of this config, spec and context
   /// @throws std::invalid_argument for a spec that the device has not
   LayerCaches(const ModelConfig& config, const CacheSpec& spec, std::int64_t context, const DeviceInfo& device,
-              DeviceArena& arena)
+              DeviceArena& arena, const RingSpec& ring = {})
       : config_(config), context_(context), device_(device) {
     full_bytes_ = arena.buffer("cache_full");
     ring_bytes_ = arena.buffer("cache_sliding");
@@ -84,7 +85,7 @@ class LayerCaches {
       full_rope_ = rope_params(config.full);
     }
     if (n_sliding > 0) {
-      sliding_.emplace(config, n_sliding, ring_bytes_);
+      sliding_.emplace(config, n_sliding, ring_bytes_, ring);
       sliding_rope_ = rope_params(config.sliding);
     }
     std::int64_t count[2] = {};
@@ -181,7 +182,7 @@ class LayerCaches {
     if (!plan.fuses_prologue) prepare_step_by_step(layer, heads, norms, chunk, stream);
     if (config_.sliding_layer(layer)) {  // commit() follows where the prologue did not store
       if (plan.fuses_prologue) sliding_->with_sink(index(layer), fresh, plan.sliding, prologue);
-      return;
+      return sliding_->quantise(fresh, stream);
     }
     with_full([&]<class TCaches>(const TCaches& caches) {
       if (plan.fuses_prologue) prologue(caches.sink(index(layer), fresh));

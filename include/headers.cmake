@@ -53,6 +53,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/svg_chart.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/table_query.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/vector_compare.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/ring_format.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/rotation.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/sampler.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/synthetic/synthetic_model.hpp"

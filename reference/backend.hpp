@@ -23,6 +23,7 @@ struct BackendOptions {
   CacheSpec cache;
   std::int64_t context = 8192;  ///< positions that the caches hold
   std::int64_t max_chunk = 512;
+  RingSpec ring = {};  ///< of the sliding layers
 };
 
 /// The Eigen backend of the model graph: activations in `Scalar` (float is the specification), caches by
@@ -109,16 +110,19 @@ class Backend {
   [[nodiscard]] std::vector<StepPlan> step_plans() const {
     const auto plan = [&](const char* name, std::int64_t n_token) {
       StepPlan plan{.name = name, .n_token = n_token};
-      for (const char* component : {"project_qkv", "project_output", "gate_up", "down", "lm_head", "attention_sliding"}) {
+      for (const char* component :
+           {"project_qkv", "project_output", "gate_up", "down", "lm_head", "attention_sliding"}) {
         plan.rows.push_back({.component = component, .path = "reference"});
       }
-      plan.rows.push_back({.component = "attention_full", .path = concat("reference over ", to_string(options_.cache))});
+      plan.rows.push_back(
+          {.component = "attention_full", .path = concat("reference over ", to_string(options_.cache))});
+      if (options_.ring) plan.rows[5].path += concat(" over ", to_string(options_.ring));
       return plan;
     };
     return {plan("decode", 1), plan("prefill", options_.max_chunk)};
   }
 
-  void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context); }
+  void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context, options_.ring); }
 
   /// The reference is not profiled.
   [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }

@@ -9,6 +9,7 @@
 
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
+#include "gemma4/ring_format.hpp"
 #include "reference/cache/flat_layer_cache.hpp"
 #include "reference/cache/full_layer_cache.hpp"
 #include "reference/cache/simulated_layer_cache.hpp"
@@ -35,11 +36,13 @@ struct LayerCacheOfList<CacheFormatList<TFormats...>, Scalar> {
 template <class Scalar, class TList = CacheFormats>
 using LayerCache = typename detail::LayerCacheOfList<TList, Scalar>::Type;
 
-/// The caches of a model: rings on the sliding layers (float32 beside an f32 cache, bf16 otherwise), and on the full
-/// layers what `spec` says.
+/// The caches of a model: rings on the sliding layers (float32 beside an f32 cache, bf16 otherwise) that hold what
+/// `ring` reads back, and on the full layers what `spec` says.
 template <class Scalar>
 [[nodiscard]] std::vector<LayerCache<Scalar>> make_layer_caches(const ModelConfig& config, const CacheSpec& spec,
-                                                                std::int64_t context) {
+                                                                std::int64_t context, const RingSpec& ring = {}) {
+  const bool has_ring = config.n_full_layer() < config.n_layer();
+  const RingCodec ring_codec = has_ring ? RingCodec(ring, config.sliding.head_dim) : RingCodec();
   std::vector<LayerCache<Scalar>> caches;
   caches.reserve(static_cast<std::size_t>(config.n_layer()));
   std::visit(
@@ -49,7 +52,7 @@ template <class Scalar>
         if (config.n_full_layer() > 0) full.emplace(format, config.full);
         for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
           if (config.sliding_layer(layer)) {
-            caches.emplace_back(Ring(config, config.sliding));
+            caches.emplace_back(Ring(config, config.sliding, ring_codec));
           } else {
             caches.emplace_back(full->make(context));
           }

@@ -49,7 +49,7 @@ Matrix<float> read_back(const Simulated<TQuantiser>& format, CacheSide side, Mat
 template <class TFunction>
 void for_each_format(const TFunction& fn) {
   for (const char* name : {"sim-k4v3", "sim-k2v8-had", "sim-int8", "sim-int8-had", "sim-q8_0", "sim-q8_0-had",
-                           "sim-q4_0", "sim-q4_0-had"}) {
+                           "sim-q4_0", "sim-q4_0-had", "sim-t4l8", "sim-t3l9-had"}) {
     std::visit(fn, *ShippedSimulatedFormats::parse(name));
   }
 }

@@ -12,6 +12,7 @@
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/memory_plan.hpp"
+#include "gemma4/ring_format.hpp"
 
 /// What a run asks of a device, and whether it fits.
 namespace gemma4::cuda {
@@ -24,6 +25,7 @@ struct BackendOptions {
   ExecutionPolicy policy = {};
   /// The whole plan must stay within it: weights, context and all. 0: what the device has free.
   std::int64_t memory_limit_bytes = 0;
+  RingSpec ring = {};  ///< of the sliding layers
 };
 
 /// @param sm_count multiprocessors of the device

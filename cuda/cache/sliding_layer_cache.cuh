@@ -6,20 +6,26 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
+#include <type_traits>
+#include <variant>
 
 #include "cuda/cache/chunk.cuh"
 #include "cuda/device/device_info.cuh"
 #include "cuda/flash/describe.cuh"
 #include "cuda/qkv_prologue.cuh"
 #include "cuda/ring_cache.cuh"
+#include "cuda/simulated_cache.cuh"
 #include "cuda/sliding_attention.cuh"
 #include "cuda/sliding_decode.cuh"
 #include "gemma4/config.hpp"
 #include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/plan/step_plan.hpp"
+#include "gemma4/ring_format.hpp"
 
-/// The bf16 rings of the sliding layers. Mirror: reference/cache/sliding_layer_cache.hpp
+/// The bf16 rings of the sliding layers, or in them what a simulated format would read back. Mirror:
+/// reference/cache/sliding_layer_cache.hpp
 namespace gemma4::cuda {
 
 /// How a chunk goes through the sliding layers.
@@ -34,8 +40,17 @@ struct SlidingPlan {
 class SlidingLayerCaches {
  public:
   /// @param memory as many bytes as the memory plan has for cache_sliding
-  SlidingLayerCaches(const ModelConfig& config, std::int64_t n_layer, std::span<std::byte> memory)
+  SlidingLayerCaches(const ModelConfig& config, std::int64_t n_layer, std::span<std::byte> memory,
+                     const RingSpec& ring = {})
       : window_(config.window), attention_(config.sliding), n_head_(config.n_head), memory_(memory) {
+    if (ring) {
+      ring_name_ = to_string(ring);
+      std::visit(
+          [&]<class TQuantiser>(const Simulated<TQuantiser>& format) {
+            codec_.template emplace<SimulatedCodec<TQuantiser>>(attention_.head_dim, format);
+          },
+          *ring);
+    }
     require(static_cast<std::int64_t>(memory.size()) >= 2 * n_layer * side_bytes(), "sliding cache: ", memory.size(),
             " B of memory, need ", 2 * n_layer * side_bytes());
   }
@@ -49,13 +64,14 @@ class SlidingLayerCaches {
                          .head_dim = attention_.head_dim,
                          .buffer_len = ring_slots(window_)};
     SlidingPlan plan{.overlap = overlap};
-    plan.into_ring_at_once = n_token <= kDecodeChunk && policy.qkv_prologue_fusion;
+    plan.into_ring_at_once = n_token <= kDecodeChunk && policy.qkv_prologue_fusion && !is_simulated();
     plan.step = plan_sliding_decode(shape, window_, device);
     // Its split of keys and its prologue are those that are switched off.
     for (const PolicyField field :
          {&ExecutionPolicy::sliding_decode_fusion, &ExecutionPolicy::qkv_prologue_fusion, &ExecutionPolicy::split_k}) {
       if (!(policy.*field)) plan.step.misfit = "it is switched off";
     }
+    if (is_simulated()) plan.step.misfit = "the ring is simulated";
     FlashChoice choice{.overlap = overlap};
     if (!policy.split_k) choice.n_split = 1;
     plan.attention = plan_sliding_attention(shape, device, choice);
@@ -69,6 +85,7 @@ class SlidingLayerCaches {
               .n_split = plan.step.n_split};
     }
     StepPlanRow row = describe_flash("attention_sliding", plan.attention);
+    if (is_simulated()) row.path += concat(" over ", ring_name_);
     if (plan.attention.shape.n_query == 1) row.why = concat("not in one launch: ", plan.step.misfit);
     return row;
   }
@@ -81,6 +98,15 @@ class SlidingLayerCaches {
     } else {
       launch(fresh);
     }
+  }
+
+  /// The chunk's K and V become what a simulated ring would read back; else nothing. Before attend() and commit().
+  void quantise(const FreshKv& fresh, cudaStream_t stream) const {
+    std::visit(
+        [&]<class TCodec>(const TCodec& codec) {
+          if constexpr (!std::is_same_v<TCodec, std::monostate>) simulated_roundtrip(codec, fresh.k, fresh.v, stream);
+        },
+        codec_);
   }
 
   /// A step of one token with all that belongs to it; where plan.is_one_launch().
@@ -111,6 +137,14 @@ class SlidingLayerCaches {
   [[nodiscard]] View<Bf16, 3> v(std::int64_t index) const { return side(2 * index + 1); }
 
  private:
+  template <class TList>
+  struct CodecOf;
+  template <Quantiser... TQuantiser>
+  struct CodecOf<SimulatedFormats<TQuantiser...>> {
+    using Type = std::variant<std::monostate, SimulatedCodec<TQuantiser>...>;
+  };
+
+  [[nodiscard]] bool is_simulated() const { return codec_.index() != 0; }
   [[nodiscard]] std::int64_t side_bytes() const {
     return attention_.n_head_kv * ring_slots(window_) * attention_.head_dim * static_cast<std::int64_t>(sizeof(Bf16));
   }
@@ -123,6 +157,8 @@ class SlidingLayerCaches {
   AttentionConfig attention_;
   std::int64_t n_head_;
   std::span<std::byte> memory_;
+  typename CodecOf<ShippedSimulatedFormats>::Type codec_;  ///< of a simulated ring
+  std::string ring_name_;
 };
 
 }  // namespace gemma4::cuda

@@ -2,31 +2,83 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "gemma4/config.hpp"
+#include "gemma4/ring_format.hpp"
 #include "reference/cache/heads.hpp"
 #include "reference/decoder_layer.hpp"
 #include "reference/ring_cache.hpp"
+#include "reference/simulated_cache.hpp"
 #include "reference/sliding_attention.hpp"
 
 /// The cache of a sliding layer. Mirror: cuda/cache/sliding_layer_cache.cuh
 namespace gemma4::reference {
 
+/// What the rings of all layers share: the codec of a simulated format, or nothing.
+class RingCodec {
+ public:
+  RingCodec() = default;
+  RingCodec(const RingSpec& ring, std::int64_t head_dim) {
+    if (!ring) return;
+    std::visit(
+        [&]<class TQuantiser>(const Simulated<TQuantiser>& format) {
+          codec_.template emplace<Codec<TQuantiser>>(
+              std::make_shared<const SimulatedCodec<TQuantiser>>(head_dim, format));
+        },
+        *ring);
+  }
+
+  /// The heads of `rows` [n_token, n_head * head_dim] become what the format reads back.
+  template <class Scalar>
+  void roundtrip(CacheSide side, Matrix<Scalar>& rows) const {
+    std::visit(
+        [&]<class TCodec>(const TCodec& codec) {
+          if constexpr (!std::is_same_v<TCodec, std::monostate>) {
+            Matrix<float> heads = rows.template cast<float>();
+            heads.resize(rows.size() / codec->head_dim(), codec->head_dim());
+            codec->roundtrip(side, heads);
+            heads.resize(rows.rows(), rows.cols());
+            rows = heads.template cast<Scalar>();
+          }
+        },
+        codec_);
+  }
+
+ private:
+  template <class TQuantiser>
+  using Codec = std::shared_ptr<const SimulatedCodec<TQuantiser>>;
+  template <class TList>
+  struct CodecOf;
+  template <Quantiser... TQuantiser>
+  struct CodecOf<SimulatedFormats<TQuantiser...>> {
+    using Type = std::variant<std::monostate, Codec<TQuantiser>...>;
+  };
+  typename CodecOf<ShippedSimulatedFormats>::Type codec_;
+};
+
 /// Sliding window over a ring: the chunk attends to the old ring and to its own fresh K and V, and then is committed.
 template <class TStorage>
 class SlidingLayerCache {
  public:
-  SlidingLayerCache(const ModelConfig& config, const AttentionConfig& attention)
-      : window_(config.window),
+  SlidingLayerCache(const ModelConfig& config, const AttentionConfig& attention, RingCodec codec = {})
+      : codec_(std::move(codec)),
+        window_(config.window),
         head_dim_(attention.head_dim),
         ring_(attention.n_head_kv, config.window, attention.head_dim) {}
 
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
     const std::int64_t n_token = qkv.q.rows();
-    const std::vector<TStorage> k = detail::to_storage<TStorage>(qkv.k);
-    const std::vector<TStorage> v = detail::to_storage<TStorage>(qkv.v);
+    Matrix<Scalar> k_read = qkv.k, v_read = qkv.v;
+    codec_.roundtrip(CacheSide::kKey, k_read);
+    codec_.roundtrip(CacheSide::kValue, v_read);
+    const std::vector<TStorage> k = detail::to_storage<TStorage>(k_read);
+    const std::vector<TStorage> v = detail::to_storage<TStorage>(v_read);
     const std::int64_t n_head_kv = qkv.k.cols() / head_dim_;
     const std::int64_t n_head = qkv.q.cols() / head_dim_;
     const View<const TStorage, 3> k_new = make_view(k.data(), n_token, n_head_kv, head_dim_);
@@ -40,6 +92,7 @@ class SlidingLayerCache {
   }
 
  private:
+  RingCodec codec_;
   std::int64_t window_;
   std::int64_t head_dim_;
   RingCache<TStorage> ring_;
