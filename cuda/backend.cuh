@@ -28,6 +28,7 @@
 #include "cuda/model_weights.cuh"
 #include "cuda/sampler.cuh"
 #include "gemma4/model/model.hpp"
+#include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/sampler.hpp"
@@ -199,6 +200,20 @@ class Backend {
     require(static_cast<std::int64_t>(out.size()) == config().vocab, "backend: room for ", out.size(), " logits, need ",
             config().vocab);
     copy_to_host(logits_ + row * config().vocab, out);
+  }
+
+  /// The first out.size() / vocab of them at once: a wait for each row of a chunk takes longer than the chunk.
+  void copy_logit_rows(std::span<float> out) const {
+    const auto size = static_cast<std::int64_t>(out.size());
+    require(size % config().vocab == 0 && size <= n_logit_ * config().vocab, "backend: room for ", size,
+            " logits, need whole rows of ", config().vocab, ", and there are ", n_logit_);
+    copy_to_host(logits_, out);
+  }
+
+  /// Bytes of the caches as they were allocated.
+  [[nodiscard]] CacheBytes cache_bytes() {
+    return {.full = static_cast<std::int64_t>(arena_.buffer("cache_full").size()),
+            .sliding = static_cast<std::int64_t>(arena_.buffer("cache_sliding").size())};
   }
 
   /// The residual stream [n_token, hidden] as it stands after the last step, with what is pending added; between two

@@ -13,6 +13,10 @@
 #include "experiments/driver.hpp"
 #include "experiments/support/model_source.hpp"
 #include "experiments/support/run_text.hpp"
+#include "gemma4/model/accuracy_case.hpp"
+#include "gemma4/model/trajectory.hpp"
+#include "gemma4/plan/cache_bytes.hpp"
+#include "gemma4/text/id_file.hpp"
 
 /// What does a cache format cost in accuracy?
 namespace {
@@ -29,43 +33,72 @@ struct Options : DriverOptions {
   std::int64_t chunk = 512;
   std::vector<std::int64_t> depths;
   std::int64_t window = 32;
+  bool is_shelf = false;
+  std::int64_t trajectory = 0;  ///< tokens of each greedy text
+  std::int64_t n_prompt = 8;
+  std::int64_t prompt_len = 2048;
 };
 
-const std::vector<std::string> kParameters = {"model", "backend", "text",  "cache", "base",
+const std::vector<std::string> kParameters = {"model", "backend", "text",  "cache", "ring", "base",
                                               "chunk", "context", "range", "off",   "plan"};
-const std::vector<std::string> kMeasures = {"n_position", "nll",      "kl_mean",        "kl_p99",
-                                            "kl_max",     "same_top", "dp_rms",         "cosine",
-                                            "cosine_min", "seconds",  "recall_correct", "recall_total"};
+const std::vector<std::string> kMeasures = {"n_position",
+                                            "nll",
+                                            "kl_mean",
+                                            "kl_median",
+                                            "kl_p99",
+                                            "kl_p999",
+                                            "kl_max",
+                                            "same_top",
+                                            "dp_rms",
+                                            "cosine",
+                                            "cosine_min",
+                                            "seconds",
+                                            "recall_correct",
+                                            "recall_total",
+                                            "bytes_per_token",
+                                            "allocated_bytes_per_token",
+                                            "ring_bytes",
+                                            "allocated_ring_bytes",
+                                            "kl_noise",
+                                            "dominated_by",
+                                            "n_text",
+                                            "first_difference",
+                                            "first_difference_least",
+                                            "agreement"};
 
 class Accuracy {
  public:
   Accuracy(const Options& options, ResultTable& table)
-      : options_(options), table_(table), source_(options, first_wish(options)) {}
+      : options_(options), table_(table), source_(options, first_wish(options)) {
+    for (const std::string& name : options.caches) {
+      const AccuracyCase wanted = parse_accuracy_case(name);
+      require(wanted.chunk <= options.chunk, "case '", name, "': its chunk is longer than --chunk ", options.chunk);
+      cases_.push_back(wanted);
+    }
+  }
 
   /// One pass over the longest context serves all: a position's prediction does not depend on what follows it.
   void run_text() {
     const std::int64_t longest = *std::ranges::max_element(options_.contexts);
-    const auto traces = run(longest, options_.chunk, [&](auto& backends, auto& ids, auto&& on_chunk) {
+    const Traces traces = run(longest, options_.chunk, [&](auto& backends, auto& ids, auto&& on_chunk) {
       return measure_accuracy<AnyBackend>(backends, ids, longest, options_.chunk, on_chunk);
     });
-    for (const auto& [cache, trace] : traces) {
-      for (const std::int64_t context : options_.contexts) write_context(cache, context, trace);
-    }
+    for (const std::int64_t context : options_.contexts) write_context(context, longest, traces);
   }
 
   /// The last positions before each depth, for a model whose logits are too wide to look at all of them.
   void run_depths() {
     const std::vector<std::int64_t> positions = positions_before(options_.depths, options_.window);
     const auto n_row = static_cast<std::int64_t>(positions.size());
-    const auto traces = run(options_.depths.back(), n_row, [&](auto& backends, auto& ids, auto&& on_chunk) {
+    const Traces traces = run(options_.depths.back(), n_row, [&](auto& backends, auto& ids, auto&& on_chunk) {
       return measure_positions<AnyBackend>(backends, ids, positions, options_.chunk, on_chunk);
     });
-    for (const auto& [cache, trace] : traces) {
+    for (const auto& [wanted, trace] : traces) {
       for (const std::int64_t depth : options_.depths) {
         const auto begin =
             static_cast<std::size_t>(std::ranges::lower_bound(positions, depth - options_.window) - positions.begin());
         const auto part = std::span(trace.positions).subspan(begin, static_cast<std::size_t>(options_.window));
-        ResultTable::Row line = row(text_name(options_), cache, depth, {depth - options_.window, depth});
+        ResultTable::Row line = row(text_name(options_), wanted, depth, {depth - options_.window, depth});
         set_measures(line, summarise(part));
         line.commit();
       }
@@ -75,21 +108,43 @@ class Accuracy {
   void run_recall(const std::filesystem::path& path) {
     const RecallTask task = read_recall_task(path);
     const auto n_document = static_cast<std::int64_t>(task.documents.size());
-    for (const std::string& cache : options_.caches) {
-      const auto backend = make_backend(cache, task.document_len, options_.chunk);
-      Progress progress("recall " + cache, n_document * task.document_len, progress_options(options_, "tokens"));
+    for (const AccuracyCase& wanted : cases_) {
+      const auto backend = make_backend(wanted, task.document_len, options_.chunk);
+      const std::int64_t chunk = std::min(options_.chunk, backend->max_chunk());
+      Progress progress("recall " + wanted.name(), n_document * task.document_len,
+                        progress_options(options_, "tokens"));
       const RecallResult result =
-          measure_recall(*backend, task, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+          measure_recall(*backend, task, chunk, [&](std::int64_t done) { progress.update(done); });
       progress.finish();
-      row(path.filename().string(), cache, task.document_len, {0, task.document_len})
+      row(path.filename().string(), wanted, task.document_len, {0, task.document_len})
           .set("recall_correct", result.correct)
           .set("recall_total", result.total)
           .commit();
     }
   }
 
+  /// Greedy texts from prompts of the text, each against the base's.
+  void run_trajectories() {
+    const std::vector<std::int32_t> ids = options_.ids.empty()
+                                              ? text_ids(options_, source_.config().vocab, options_.prompt_len)
+                                              : read_ids(options_.ids, source_.config().vocab);
+    const TrajectoryTask task = trajectory_task(ids, options_.n_prompt, options_.prompt_len, options_.trajectory);
+    const auto base = texts(base_case(), task);
+    for (const AccuracyCase& wanted : cases_) {
+      const TrajectoryAgreement result = compare_texts(wanted == base_case() ? base : texts(wanted, task), base);
+      for (const PositionRange& range : position_ranges(options_.trajectory, {16, 64, 256, 1024, 4096})) {
+        row(text_name(options_) + ", greedy", wanted, options_.prompt_len, range)
+            .set("n_text", options_.n_prompt)
+            .set("first_difference", result.median_difference())
+            .set("first_difference_least", *std::ranges::min_element(result.first_difference))
+            .set("agreement", result.mean_agreement(range.begin, range.end))
+            .commit();
+      }
+    }
+  }
+
  private:
-  using Traces = std::vector<std::pair<std::string, AccuracyTrace>>;
+  using Traces = std::vector<std::pair<AccuracyCase, AccuracyTrace>>;
 
   [[nodiscard]] static BackendWish first_wish(const Options& options) {
     std::int64_t longest = 1;
@@ -100,60 +155,77 @@ class Accuracy {
             .max_chunk = options.chunk,
             .policy = options.policy()};
   }
+  [[nodiscard]] AccuracyCase base_case() const { return {.cache = parse_cache_spec(options_.base)}; }
 
-  /// Runs base and caches side by side; `measure(backends, ids, on_chunk)`. The caches that were asked for come back.
+  /// Runs base and cases side by side; `measure(backends, ids, on_chunk)`. The cases that were asked for come back.
   template <class TMeasure>
   [[nodiscard]] Traces run(std::int64_t longest, std::int64_t n_logit_row, TMeasure&& measure) {
     const std::vector<std::int32_t> ids = text_ids(options_, source_.config().vocab, longest + 1);
-    std::vector<std::string> caches = {options_.base};
-    for (const std::string& cache : options_.caches) {
-      if (std::ranges::find(caches, cache) == caches.end()) caches.push_back(cache);
+    std::vector<AccuracyCase> all = {base_case()};
+    for (const AccuracyCase& wanted : cases_) {
+      if (std::ranges::find(all, wanted) == all.end()) all.push_back(wanted);
     }
     std::vector<std::unique_ptr<AnyBackend>> backends;
     std::vector<AnyBackend*> borrowed;
-    for (const std::string& cache : caches) {
-      backends.push_back(make_backend(cache, longest, n_logit_row));
+    for (const AccuracyCase& one : all) {
+      backends.push_back(make_backend(one, longest, n_logit_row));
       borrowed.push_back(backends.back().get());
     }
-    Progress progress("accuracy", longest * static_cast<std::int64_t>(caches.size()),
+    Progress progress("accuracy", longest * static_cast<std::int64_t>(all.size()),
                       progress_options(options_, "tokens"));
-    const std::vector<AccuracyTrace> traces = measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
+    std::vector<AccuracyTrace> traces = measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
     progress.finish();
     Traces wanted;
-    for (std::size_t b = 0; b < caches.size(); ++b) {
-      if (std::ranges::find(options_.caches, caches[b]) != options_.caches.end()) {
-        wanted.emplace_back(caches[b], traces[b]);
-      }
+    for (std::size_t b = 0; b < all.size(); ++b) {
+      if (std::ranges::find(cases_, all[b]) != cases_.end()) wanted.emplace_back(all[b], std::move(traces[b]));
     }
     return wanted;
   }
 
-  [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const std::string& cache, std::int64_t context,
+  [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const AccuracyCase& wanted, std::int64_t context,
                                                          std::int64_t n_logit_row) {
-    const CacheSpec spec = with_seed(parse_cache_spec(cache), options_.seed);
-    auto backend = source_.make({.cache = spec,
+    auto backend = source_.make({.cache = with_seed(wanted.cache, options_.seed),
                                  .context = context,
-                                 .max_chunk = options_.chunk,
+                                 .max_chunk = wanted.chunk > 0 ? wanted.chunk : options_.chunk,
                                  .n_logit_row = n_logit_row,
-                                 .policy = options_.policy()});
+                                 .policy = policy_of(wanted),
+                                 .ring = with_seed(wanted.ring, options_.seed)});
     const std::vector<StepPlan> plans = backend->step_plans();
-    show_plans(options_, concat(cache, " at ", context), plans);
-    plans_[cache] = digest(plans);
+    show_plans(options_, concat(wanted.name(), " at ", context), plans);
+    plans_[wanted.name()] = digest(plans);
+    allocated_[wanted.name()] = backend->cache_bytes();
     return backend;
   }
 
-  ResultTable::Row row(const std::string& text, const std::string& cache, std::int64_t context,
+  [[nodiscard]] ExecutionPolicy policy_of(const AccuracyCase& wanted) const {
+    std::vector<std::string> off = options_.off;
+    off.insert(off.end(), wanted.off.begin(), wanted.off.end());
+    return policy_without(off);
+  }
+
+  [[nodiscard]] std::vector<std::vector<std::int32_t>> texts(const AccuracyCase& wanted, const TrajectoryTask& task) {
+    const auto backend = make_backend(wanted, task.context(), 1);
+    Progress progress("texts " + wanted.name(), options_.n_prompt * options_.trajectory,
+                      progress_options(options_, "tokens"));
+    auto written = greedy_texts(*backend, task, std::min(options_.chunk, backend->max_chunk()),
+                                [&](std::int64_t done) { progress.update(done); });
+    progress.finish();
+    return written;
+  }
+
+  ResultTable::Row row(const std::string& text, const AccuracyCase& wanted, std::int64_t context,
                        const PositionRange& range) {
     ResultTable::Row row = table_.row();
     row.set("model", options_.model.filename().string())
         .set("backend", options_.backend)
         .set("text", text)
-        .set("cache", cache)
+        .set("cache", wanted.name())
+        .set("ring", to_string(wanted.ring))
         .set("base", options_.base)
-        .set("chunk", options_.chunk)
+        .set("chunk", wanted.chunk > 0 ? wanted.chunk : options_.chunk)
         .set("context", context)
         .set("range", range.name());
-    set_run_plan(row, options_.policy(), plans_[cache]);
+    set_run_plan(row, policy_of(wanted), plans_[wanted.name()]);
     return row;
   }
 
@@ -161,7 +233,9 @@ class Accuracy {
     line.set("n_position", summary.count)
         .set("nll", summary.nll)
         .set("kl_mean", summary.kl_mean)
+        .set("kl_median", summary.kl_median)
         .set("kl_p99", summary.kl_p99)
+        .set("kl_p999", summary.kl_p999)
         .set("kl_max", summary.kl_max)
         .set("same_top", summary.same_top)
         .set("dp_rms", summary.dp_rms)
@@ -169,32 +243,73 @@ class Accuracy {
         .set("cosine_min", summary.cosine_min);
   }
 
-  void write_context(const std::string& cache, std::int64_t context, const AccuracyTrace& trace) {
-    for (const PositionRange& range : position_ranges(context)) {
-      ResultTable::Row line = row(text_name(options_), cache, context, range);
-      set_measures(line, summarise(std::span(trace.positions)
-                                       .subspan(static_cast<std::size_t>(range.begin),
-                                                static_cast<std::size_t>(range.end - range.begin))));
-      if (range.begin == 0 && range.end == context)
-        line.set("seconds", trace.forward_s[static_cast<std::size_t>(context) - 1]);
-      line.commit();
+  /// What the cache of the whole context takes, and whether another of these rows takes no more and errs less.
+  void set_bytes(ResultTable::Row& line, const CaseCost& cost, std::int64_t longest) {
+    const CacheBytes allocated = allocated_[cost.of.name()];
+    line.set("bytes_per_token", cost.full_bytes_per_token())
+        .set("allocated_bytes_per_token", static_cast<double>(allocated.full) / static_cast<double>(longest))
+        .set("ring_bytes", cost.idea.sliding)
+        .set("allocated_ring_bytes", allocated.sliding)
+        .set("kl_noise", cost.noise)
+        .set("dominated_by", cost.dominated_by);
+  }
+
+  void write_context(std::int64_t context, std::int64_t longest, const Traces& traces) {
+    std::vector<CaseCost> costs;
+    for (const auto& [wanted, trace] : traces) {
+      const auto seen = std::span(trace.positions).first(static_cast<std::size_t>(context));
+      costs.push_back({.of = wanted,
+                       .idea = idea_bytes(source_.config(), wanted.cache, wanted.ring, context),
+                       .context = context,
+                       .kl = summarise(seen).kl_mean});
+    }
+    judge_costs(costs, base_case());
+    for (std::size_t i = 0; i < traces.size(); ++i) {
+      const auto& [wanted, trace] = traces[i];
+      for (const PositionRange& range : position_ranges(context)) {
+        ResultTable::Row line = row(text_name(options_), wanted, context, range);
+        set_measures(line, summarise(std::span(trace.positions)
+                                         .subspan(static_cast<std::size_t>(range.begin),
+                                                  static_cast<std::size_t>(range.end - range.begin))));
+        if (range.begin == 0 && range.end == context) {
+          line.set("seconds", trace.forward_s[static_cast<std::size_t>(context) - 1]);
+          set_bytes(line, costs[i], longest);
+        }
+        line.commit();
+      }
     }
   }
 
   const Options& options_;
   ResultTable& table_;
   ModelSource source_;
-  std::map<std::string, std::string> plans_;  ///< digests, by cache
+  std::vector<AccuracyCase> cases_;
+  std::map<std::string, std::string> plans_;     ///< digests, by case
+  std::map<std::string, CacheBytes> allocated_;  ///< by case, of the longest context
 };
 
-int run(int argc, char** argv) {
-  CLI::App app(
-      "What a cache format costs in accuracy: next-token predictions over a text, each beside those of the base cache, "
-      "and key recall. One row per cache, context or recall file, and position range.");
-  Options options;
+/// Refuses a name that parse_accuracy_case() does not know.
+[[nodiscard]] std::string check_case_name(const std::string& name) {
+  try {
+    (void)parse_accuracy_case(name);
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void add_options(CLI::App& app, Options& options) {
   add_model(app, options);
   add_backend(app, options);
-  add_caches(app, options);
+  app.add_option("--cache", options.caches,
+                 "Cases, comma-separated, each CACHE[@ring=RING][@chunk=N][@off=SWITCH+SWITCH]. Caches: " +
+                     CacheFormats::grammar() + ". Rings: bf16, or a simulated format")
+      ->delimiter(',')
+      ->check(CLI::Validator(check_case_name, "CASE"))
+      ->capture_default_str();
+  app.add_flag("--shelf", options.is_shelf,
+               "The cases of gemma4/model/accuracy_case.hpp in place of --cache; at 131072 tokens in chunks of 2048 "
+               "unless --contexts and --chunk say otherwise; rows go to results/shelf/");
   app.add_option("--base", options.base, "Cache that the others are compared with")
       ->check(CLI::Validator(check_cache_name, "CACHE"))
       ->capture_default_str();
@@ -212,27 +327,61 @@ int run(int argc, char** argv) {
   app.add_option("--window", options.window, "Positions before a depth")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  app.add_option("--trajectory", options.trajectory,
+                 "Instead: greedy texts of so many tokens from prompts of the text, each case against the base: where "
+                 "they first differ, and their agreement by position")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--prompts", options.n_prompt, "Prompts of --trajectory, evenly spread over --ids")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--prompt-len", options.prompt_len, "Tokens of each of them")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   add_policy(app, options);
   add_seed(app, options);
   add_out(app, options);
   add_quiet(app, options);
+}
+
+/// --shelf stands for these.
+void take_shelf(const CLI::App& app, Options& options) {
+  const ShelfCases shelf = shelf_cases(options.backend == "cuda");
+  options.caches = shelf.cases;
+  if (app.count("--contexts") == 0) options.contexts = {131072};
+  if (app.count("--chunk") == 0) options.chunk = 2048;
+  if (shelf.unknown.empty()) return;
+  std::cerr << "shelf: not in this build:";
+  for (const std::string& name : shelf.unknown) std::cerr << ' ' << name;
+  std::cerr << '\n';
+}
+
+int run(int argc, char** argv) {
+  CLI::App app(
+      "What a cache format costs in accuracy: next-token predictions over a text, each beside those of the base cache, "
+      "and key recall. One row per case, context or recall file, and position range.");
+  Options options;
+  add_options(app, options);
   parse(app, argc, argv);
-  require(!options.ids.empty() || !options.recall.empty() || !options.depths.empty(),
-          "nothing to measure: give --ids, --recall or --depths");
+  if (options.is_shelf) take_shelf(app, options);
+  require(!options.ids.empty() || !options.recall.empty() || !options.depths.empty() || options.trajectory > 0,
+          "nothing to measure: give --ids, --recall, --depths or --trajectory");
   require(!options.contexts.empty(), "--contexts is empty");
   require(std::ranges::is_sorted(options.depths), "--depths: need increasing depths");
 
-  const RunInfo info = backend_run_info(options, "accuracy", argc, argv);
+  const RunInfo info = backend_run_info(options, options.is_shelf ? "shelf" : "accuracy", argc, argv);
   ResultTable table(result_path(options, info), info, kParameters, kMeasures);
   Accuracy accuracy(options, table);
-  if (!options.depths.empty()) {
+  if (options.trajectory > 0) {
+    accuracy.run_trajectories();
+  } else if (!options.depths.empty()) {
     accuracy.run_depths();
   } else if (!options.ids.empty()) {
     accuracy.run_text();
   }
   for (const std::filesystem::path& path : options.recall) accuracy.run_recall(path);
-  table.print(std::cout, {"text", "cache", "context", "range", "nll", "kl_mean", "kl_p99", "same_top", "dp_rms",
-                          "cosine", "seconds", "recall_correct", "recall_total"});
+  table.print(std::cout,
+              {"text", "cache", "context", "range", "bytes_per_token", "nll", "kl_mean", "kl_p99", "same_top", "dp_rms",
+               "cosine", "seconds", "recall_correct", "recall_total", "dominated_by", "first_difference", "agreement"});
   return EXIT_SUCCESS;
 }
 

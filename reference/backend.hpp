@@ -10,6 +10,7 @@
 
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
+#include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
 #include "reference/decoder_layer.hpp"
@@ -84,6 +85,11 @@ class Backend {
             logits_.cols());
     std::transform(logits_.row(row).begin(), logits_.row(row).end(), out.begin(),
                    [](Scalar logit) { return static_cast<float>(logit); });
+  }
+
+  /// Bytes of the caches as they are stored.
+  [[nodiscard]] CacheBytes cache_bytes() const {
+    return stored_bytes(config(), options_.cache, options_.context, config().window);
   }
 
   /// The residual stream [n_token, hidden] as it stands after the last step, with what is pending added; between two

@@ -80,7 +80,8 @@ std::string any_cache() {
 
 /// The same and simulated ones, for what must hold to the bit. (How near they come is layer_cache_test's.)
 std::string any_format() {
-  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-haar", "sim-int8", "sim-q4_0", "sim-k4v4-had");
+  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-haar", "sim-int8", "sim-q4_0", "sim-k4v4-had",
+                                        "sim-t4l8-had", "sim-int8-tail8-sink2");
 }
 
 RC_GTEST_PROP(CudaBackend, LogitsAreThoseOfTheReference, ()) {

@@ -30,8 +30,9 @@ using namespace gemma4;
 constexpr std::int64_t kContext = 96;
 
 /// A name of every format in the list, and of what is built of its parts.
-const std::vector<std::string> kFormats = {"bf16",     "tq4",      "tq4-k3v2",     "tq4-haar", "sim-int8",
-                                           "sim-q8_0", "sim-q4_0", "sim-k4v4-had", "sim-k6v3"};
+const std::vector<std::string> kFormats = {"bf16",     "tq4",          "tq4-k3v2",           "tq4-haar",
+                                           "sim-int8", "sim-q8_0",     "sim-q4_0",           "sim-k4v4-had",
+                                           "sim-k6v3", "sim-t4l8-had", "sim-k4v4-had-tail8", "sim-int8-tail16-sink4"};
 
 ModelConfig two_layers() {
   ModelConfig config = gemma4_tiny();
@@ -41,7 +42,8 @@ ModelConfig two_layers() {
 
 /// The caches on a device with memory of their own.
 struct Caches {
-  explicit Caches(const ModelConfig& config, const std::string& format, const ExecutionPolicy& policy = {})
+  explicit Caches(const ModelConfig& config, const std::string& format, const ExecutionPolicy& policy = {},
+                  const std::string& ring = "bf16")
       : config(config), policy(policy) {
     MemoryPlanOptions options{.context = kContext, .chunk = 64, .cache = parse_cache_spec(format)};
     options.sm_count = device.sm_count;
@@ -49,7 +51,7 @@ struct Caches {
     arena = cuda::DeviceArena(plan, [](const std::string& name) {
       return name.starts_with("cache_") || name == "scratch" || name == "attention_partials";
     });
-    caches = std::make_unique<cuda::LayerCaches>(config, options.cache, kContext, device, arena);
+    caches = std::make_unique<cuda::LayerCaches>(config, options.cache, kContext, device, arena, parse_ring_spec(ring));
     caches->fill_bytes(0xFF, stream);  // NaN: nothing that was not stored may be read
     mask = cuda::DeviceBuffer<std::uint8_t>(kContext);
     caches->set_mask(mask.data());
@@ -162,10 +164,12 @@ struct Weights {
 const std::vector<std::int64_t> kChunks = {40, 3, 1, 7, 1};
 
 /// The largest relative error over the chunks; `off` moves the positions that the reference is told.
-double worst_error(const std::string& format, std::int64_t layer, const ExecutionPolicy& policy, std::int64_t off = 0) {
+double worst_error(const std::string& format, std::int64_t layer, const ExecutionPolicy& policy, std::int64_t off = 0,
+                   const std::string& ring = "bf16", const std::string& expected_ring = "") {
   const ModelConfig config = two_layers();
-  Caches device(config, format, policy);
-  auto expected = reference::make_layer_caches<float>(config, parse_cache_spec(format), kContext);
+  Caches device(config, format, policy, ring);
+  auto expected = reference::make_layer_caches<float>(config, parse_cache_spec(format), kContext,
+                                                      parse_ring_spec(expected_ring.empty() ? ring : expected_ring));
   const Weights weights(config.attention(layer).head_dim);
   const cuda::QkNorms norms{weights.q_device.data(), weights.k_device.data(), config.rms_epsilon};
   double worst = 0;
@@ -204,12 +208,29 @@ TEST(LayerCache, EveryFormatAttendsAsItsReference) {
   EXPECT_GT(worst_error("bf16", 0, {}, 1), bound_of("bf16")) << "the control, K one position off";
 }
 
+/// A ring of few bits on both sides agrees within the bound of its format, a plain one beside it does not: 2 bits are
+/// an error of a third.
+TEST(LayerCache, ASimulatedRingIsThatOfTheReferenceInEveryPath) {
+  for (const char* ring : {"sim-int8", "sim-k4v4-had", "sim-k6v6-had", "sim-t4l8-had"}) {
+    EXPECT_LE(worst_error("bf16", 0, {}, 0, ring), bound_of("tq4")) << ring;
+    EXPECT_GT(worst_error("bf16", 0, {}, 1, ring), bound_of("tq4")) << ring << ": the control, K one position off";
+    for (const ExecutionSwitch& entry : kExecutionSwitches) {
+      if (entry.scope != SwitchScope::kStep) continue;
+      ExecutionPolicy policy;
+      policy.*entry.field = false;
+      EXPECT_LE(worst_error("bf16", 0, policy, 0, ring), bound_of("tq4")) << ring << " without " << entry.name;
+    }
+  }
+  EXPECT_GT(worst_error("bf16", 0, {}, 0, "sim-k2v2-had", "bf16"), bound_of("tq4")) << "the control, a plain ring";
+  EXPECT_LE(worst_error("bf16", 1, {}, 0, "sim-k2v2-had", "bf16"), bound_of("bf16")) << "a full layer has none of it";
+}
+
 TEST(LayerCache, EverySwitchLeavesWhatAnyFormatSays) {
   for (const ExecutionSwitch& entry : kExecutionSwitches) {
     if (entry.scope != SwitchScope::kStep) continue;
     ExecutionPolicy policy;
     policy.*entry.field = false;
-    for (const char* format : {"bf16", "tq4", "sim-k4v4-had"}) {
+    for (const char* format : {"bf16", "tq4", "sim-k4v4-had", "sim-k4v4-had-tail8"}) {
       EXPECT_LE(worst_error(format, 1, policy), bound_of(format)) << format << " without " << entry.name;
     }
     EXPECT_LE(worst_error("bf16", 0, policy), bound_of("bf16")) << "a ring without " << entry.name;
@@ -248,6 +269,10 @@ TEST(LayerCache, PlansSayWhichPathAndWhyNot) {
   policy.kv_len_clamp = false;
   EXPECT_NE(row(1, policy, 2).why.find("mask"), std::string::npos);
   EXPECT_EQ(row(40, policy, 2), row(40, {}, 2)) << "it acts in a step alone";
+  Caches simulated(config, "sim-int8-tail8", {}, "sim-int8");
+  const StepPlanRow ring = simulated.caches->rows(simulated.caches->plan(1, kContext, {})).at(1);
+  EXPECT_NE(ring.path.find("over sim-int8"), std::string::npos) << ring.path;
+  EXPECT_NE(ring.why.find("the ring is simulated"), std::string::npos) << ring.why;
 }
 
 TEST(LayerCache, RefusesTheFormatThatNoDeviceHas) {

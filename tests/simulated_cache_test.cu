@@ -169,17 +169,107 @@ RC_GTEST_PROP(SimulatedCacheGpu, LeavesTheBitsOfTheReference, ()) {
   const int k_bits = *rc::gen::inRange(2, 9), v_bits = (k_bits - 2 + *rc::gen::inRange(1, 7)) % 7 + 2;  // apart
   const auto seed = *rc::gen::inRange<std::uint64_t>(0, 1000);
   const std::string scalar = concat("sim-k", k_bits, "v", v_bits);
-  using Formats = SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache, recipes::E4m3Token>;
-  for (const std::string& stem :
-       {scalar, std::string("sim-int8"), std::string("sim-q8_0"), std::string("sim-q4_0"), std::string("sim-e4m3")}) {
+  const std::string trellis = *rc::gen::element<std::string>("sim-t4l8", "sim-t3l8", "sim-t4l10", "sim-t3l10");
+  const int sink = *rc::gen::element(0, 0, 1, 4);
+  using Formats = SimulatedFormats<ScalarCodes, Int8Token, Q80Cache, Q40Cache, TrellisCodes, recipes::E4m3Token>;
+  for (const std::string& stem : {scalar, std::string("sim-int8"), std::string("sim-q8_0"), std::string("sim-q4_0"),
+                                  std::string("sim-e4m3"), trellis}) {
     for (const char* rotation : {"", "-had"}) {
       std::visit(
           [&](auto format) {
             format.seed = seed;
+            format.sink = sink;
             check_bits(u, format);
           },
           *Formats::parse(stem + rotation));
     }
+  }
+}
+
+/// What leaves a tail is quantised where it lies, with the bits of the reference; the rest of both caches, and what is
+/// around them, keeps its own. Positions may be replayed anywhere.
+template <class TQuantiser>
+void check_age(const Update& u, const Simulated<TQuantiser>& format) {
+  std::vector<Bf16> memory(static_cast<std::size_t>(2 * u.cache_size() + 3 * kMargin), kPoison);
+  const std::vector<float> values = hard_values(format.seed, 2 * u.cache_size() / u.head_dim, u.head_dim);
+  const std::int64_t v_at = kMargin + u.cache_size() + kMargin;
+  for (std::int64_t i = 0; i < u.cache_size(); ++i) {
+    memory[static_cast<std::size_t>(kMargin + i)] = to_bf16(values[static_cast<std::size_t>(i)]);
+    memory[static_cast<std::size_t>(v_at + i)] = to_bf16(values[static_cast<std::size_t>(u.cache_size() + i)]);
+  }
+  const auto aged = [&](int tail) {
+    Simulated<TQuantiser> other = format;
+    other.tail = tail;
+    DeviceBuffer<Bf16> device(memory);
+    const DeviceBuffer<std::int32_t> at(u.positions);
+    simulated_cache_age(SimulatedCodec<TQuantiser>(u.head_dim, other), {at.data(), at.size(), {}},
+                        u.cache(device.data() + kMargin), u.cache(device.data() + v_at), nullptr);
+    return device.to_host();
+  };
+  reference::FlatCache<Bf16> cache(u.batch, u.n_head, u.buffer_len, u.head_dim);
+  std::copy_n(&memory[static_cast<std::size_t>(kMargin)], u.cache_size(), cache.k().data);
+  std::copy_n(&memory[static_cast<std::size_t>(v_at)], u.cache_size(), cache.v().data);
+  reference::simulated_cache_age(reference::SimulatedCodec<TQuantiser>(u.head_dim, format), u.positions, cache);
+  std::vector<Bf16> expected = memory;
+  std::copy_n(cache.k().data, u.cache_size(), &expected[static_cast<std::size_t>(kMargin)]);
+  std::copy_n(cache.v().data, u.cache_size(), &expected[static_cast<std::size_t>(v_at)]);
+  const std::vector<Bf16> actual = aged(format.tail);
+  const auto [a, e] = std::mismatch(actual.begin(), actual.end(), expected.begin());
+  if (a != actual.end()) {
+    RC_FAIL(concat(format.name(), ": element ", a - actual.begin() - kMargin, " is ", to_float(*a), ", expected ",
+                   to_float(*e)));
+  }
+  const std::int64_t newest = *std::max_element(u.positions.begin(), u.positions.end());
+  if (newest - format.tail >= format.sink) {
+    RC_ASSERT(actual != memory);                   // the controls: something aged,
+    RC_ASSERT(aged(format.tail + 1) != expected);  // and another tail is another cache
+  }
+}
+
+RC_GTEST_PROP(SimulatedCacheGpu, WhatLeavesATailHasTheBitsOfTheReference, ()) {
+  const Update u = any_update();
+  const auto seed = *rc::gen::inRange<std::uint64_t>(0, 1000);
+  const int tail = *rc::gen::inRange(1, 20), sink = *rc::gen::inRange(0, 5);
+  for (const char* name : {"sim-k3v5-had", "sim-int8", "sim-q4_0-had", "sim-t4l8-had"}) {
+    std::visit(
+        [&](auto format) {
+          format.seed = seed, format.tail = tail, format.sink = sink;
+          check_age(u, format);
+        },
+        *ShippedSimulatedFormats::parse(name));
+  }
+}
+
+/// A chunk of a ring: every row of K and of V by itself, with the bits of the reference's codec.
+RC_GTEST_PROP(SimulatedCacheGpu, AChunkIsReadBackInPlace, ()) {
+  const auto n_token = *rc::gen::inRange<std::int64_t>(1, 40), n_head = *rc::gen::inRange<std::int64_t>(1, 5);
+  const auto head_dim = *rc::gen::element<std::int64_t>(64, 128, 256, 512);
+  const auto seed = *rc::gen::inRange<std::uint64_t>(0, 1000);
+  std::vector<Bf16> k, v;
+  for (const float x : hard_values(seed, n_token * n_head, head_dim)) k.push_back(to_bf16(x));
+  for (const float x : hard_values(seed + 1, n_token * n_head, head_dim)) v.push_back(to_bf16(x));
+  for (const char* name : {"sim-k6v3-had", "sim-int8", "sim-q8_0", "sim-t3l9"}) {
+    std::visit(
+        [&]<class TQuantiser>(Simulated<TQuantiser> format) {
+          format.seed = seed;
+          DeviceBuffer<Bf16> k_device(k), v_device(v);
+          simulated_roundtrip(SimulatedCodec<TQuantiser>(head_dim, format),
+                              make_view(k_device.data(), n_token, n_head, head_dim),
+                              make_view(v_device.data(), n_token, n_head, head_dim), nullptr);
+          const reference::SimulatedCodec<TQuantiser> codec(head_dim, format);
+          const auto read = [&](CacheSide side, const std::vector<Bf16>& values) {
+            reference::Matrix<float> rows(n_token * n_head, head_dim);
+            for (std::size_t i = 0; i < values.size(); ++i) rows.data()[i] = to_float(values[i]);
+            codec.roundtrip(side, rows);
+            std::vector<Bf16> out;
+            for (std::size_t i = 0; i < values.size(); ++i) out.push_back(to_bf16(rows.data()[i]));
+            return out;
+          };
+          RC_ASSERT(k_device.to_host() == read(CacheSide::kKey, k));
+          RC_ASSERT(v_device.to_host() == read(CacheSide::kValue, v));
+          RC_ASSERT(k_device.to_host() != k);  // the control
+        },
+        *ShippedSimulatedFormats::parse(name));
   }
 }
 

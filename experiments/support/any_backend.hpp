@@ -9,6 +9,7 @@
 
 #include "gemma4/config.hpp"
 #include "gemma4/model/model.hpp"
+#include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
 
@@ -33,7 +34,10 @@ class AnyBackend {
   virtual void down(std::int64_t layer) = 0;
   virtual void lm_head(std::span<const std::int64_t> rows) = 0;
   virtual void copy_logits(std::int64_t row, std::span<float> out) const = 0;
+  virtual void copy_logit_rows(std::span<float> out) const = 0;
   virtual void copy_residual(std::span<float> out) = 0;
+  /// As allocated.
+  [[nodiscard]] virtual CacheBytes cache_bytes() = 0;
   virtual void reset() = 0;
   /// How a decode step and the longest chunk run.
   [[nodiscard]] virtual std::vector<StepPlan> step_plans() const = 0;
@@ -60,7 +64,18 @@ class HeldBackend final : public AnyBackend {
   void down(std::int64_t layer) override { backend_.down(layer); }
   void lm_head(std::span<const std::int64_t> rows) override { backend_.lm_head(rows); }
   void copy_logits(std::int64_t row, std::span<float> out) const override { backend_.copy_logits(row, out); }
+  void copy_logit_rows(std::span<float> out) const override {
+    if constexpr (requires { backend_.copy_logit_rows(out); }) {
+      backend_.copy_logit_rows(out);
+    } else {
+      const auto vocab = static_cast<std::size_t>(backend_.config().vocab);
+      for (std::size_t r = 0; r * vocab < out.size(); ++r) {
+        backend_.copy_logits(static_cast<std::int64_t>(r), out.subspan(r * vocab, vocab));
+      }
+    }
+  }
   void copy_residual(std::span<float> out) override { backend_.copy_residual(out); }
+  [[nodiscard]] CacheBytes cache_bytes() override { return backend_.cache_bytes(); }
   void reset() override { backend_.reset(); }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }
 

@@ -22,7 +22,8 @@ cuda::BackendOptions backend_options(const CudaSettings& settings) {
           .context = settings.context,
           .max_chunk = settings.max_chunk,
           .n_logit_row = settings.n_logit_row,
-          .policy = settings.policy};
+          .policy = settings.policy,
+          .ring = settings.ring};
 }
 
 struct MemoryInfo {

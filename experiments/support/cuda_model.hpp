@@ -19,6 +19,7 @@
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/progress.hpp"
 #include "gemma4/report/run_info.hpp"
+#include "gemma4/ring_format.hpp"
 #include "gemma4/sampler.hpp"
 
 /// The CUDA model as drivers use it, without a header of CUDA: it is compiled once for all of them, and a driver is
@@ -45,6 +46,7 @@ struct CudaSettings {
   std::int64_t max_chunk = 2048;
   std::int64_t n_logit_row = 1;
   ExecutionPolicy policy = {};
+  RingSpec ring = {};  ///< of the sliding layers
 };
 
 /// A sequence on the device.

@@ -23,6 +23,7 @@ struct BackendWish {
   std::int64_t max_chunk = 512;
   std::int64_t n_logit_row = 1;
   ExecutionPolicy policy = {};  ///< of a device
+  RingSpec ring = {};           ///< of the sliding layers
 };
 
 /// A model that makes backends of the room that --backend names. Outlives them.
@@ -43,8 +44,8 @@ class ModelSource {
   [[nodiscard]] std::unique_ptr<AnyBackend> make(const BackendWish& wish) const {
     if (device_) return device_->make_backend(settings(wish));
     return std::make_unique<HeldBackend<reference::Backend<float>>>(
-        *weights_,
-        reference::BackendOptions{.cache = wish.cache, .context = wish.context, .max_chunk = wish.max_chunk});
+        *weights_, reference::BackendOptions{
+                       .cache = wish.cache, .context = wish.context, .max_chunk = wish.max_chunk, .ring = wish.ring});
   }
 
  private:
@@ -53,7 +54,8 @@ class ModelSource {
             .context = wish.context,
             .max_chunk = wish.max_chunk,
             .n_logit_row = wish.n_logit_row,
-            .policy = wish.policy};
+            .policy = wish.policy,
+            .ring = wish.ring};
   }
 
   std::optional<GgufFile> file_;

@@ -26,11 +26,13 @@ struct PositionRange {
   bool operator==(const PositionRange&) const = default;
 };
 
-/// All positions of a context, and then its parts between 0, 2048, 8192, 32768, 131072 where there is more than one.
-[[nodiscard]] inline std::vector<PositionRange> position_ranges(std::int64_t context) {
+/// All positions of a context, and then its parts between 0 and these edges where there is more than one.
+[[nodiscard]] inline std::vector<PositionRange> position_ranges(std::int64_t context,
+                                                                const std::vector<std::int64_t>& edges = {
+                                                                    2048, 8192, 32768, 131072}) {
   std::vector<PositionRange> ranges = {{0, context}};
   std::int64_t begin = 0;
-  for (const std::int64_t edge : {2048, 8192, 32768, 131072}) {
+  for (const std::int64_t edge : edges) {
     if (begin >= context) break;
     ranges.push_back({begin, std::min<std::int64_t>(edge, context)});
     begin = edge;
@@ -56,12 +58,38 @@ struct LogitRows {
   }
 };
 
+/// One chunk through the model, in pieces no longer than its backend takes, and the logits of `rows` of it.
+template <Backend TBackend>
+void forward_pieces(Model<TBackend>& model, std::span<const std::int32_t> tokens, std::span<const std::int64_t> rows,
+                    LogitRows& logits) {
+  const auto n_token = static_cast<std::int64_t>(tokens.size());
+  TBackend& backend = model.backend();
+  std::size_t done = 0;
+  for (std::int64_t begin = 0; begin < n_token; begin += backend.max_chunk()) {
+    const std::int64_t count = std::min(backend.max_chunk(), n_token - begin);
+    std::vector<std::int64_t> some;
+    for (std::size_t i = done; i < rows.size() && rows[i] < begin + count; ++i) some.push_back(rows[i] - begin);
+    model.forward(tokens.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)), some);
+    const auto vocab = static_cast<std::size_t>(logits.vocab);
+    const std::span<float> out = std::span(logits.values).subspan(done * vocab, some.size() * vocab);
+    if constexpr (requires { backend.copy_logit_rows(out); }) {
+      if (!some.empty()) backend.copy_logit_rows(out);
+    } else {
+      for (std::size_t r = 0; r < some.size(); ++r) {
+        backend.copy_logits(static_cast<std::int64_t>(r), out.subspan(r * vocab, vocab));
+      }
+    }
+    done += some.size();
+  }
+}
+
 }  // namespace detail
 
 /// Runs the backends over the ids in lockstep, chunk by chunk, and compares their logits at `positions` (increasing);
 /// position p predicts ids[p + 1]. The first backend is the base of every comparison, its own included. Entry i of a
 /// trace is positions[i]. `on_chunk(n_done)` after each chunk of each backend, in positions times backends. The logits
-/// of a position are the same whatever else is asked for, so that few positions of a long text cost little.
+/// of a position are the same whatever else is asked for, so that few positions of a long text cost little. A backend
+/// of shorter chunks takes each of these in pieces of its own length.
 /// @throws std::invalid_argument before any work when ids or positions do not fit
 template <Backend TBackend, class TOnChunk>
 [[nodiscard]] std::vector<AccuracyTrace> measure_positions(std::span<TBackend* const> backends,
@@ -95,12 +123,10 @@ template <Backend TBackend, class TOnChunk>
     }
     for (std::size_t b = 0; b < backends.size(); ++b) {
       const auto start = Clock::now();
-      models[b].forward(ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)), rows);
       detail::LogitRows& logits = b == 0 ? base : test;
       logits.values.resize(std::max(logits.values.size(), rows.size() * static_cast<std::size_t>(vocab)));
-      for (std::size_t r = 0; r < rows.size(); ++r) {
-        backends[b]->copy_logits(static_cast<std::int64_t>(r), logits.row(r));
-      }
+      detail::forward_pieces(models[b], ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)),
+                             rows, logits);
       seconds[b] += std::chrono::duration<double>(Clock::now() - start).count();
       const auto n_row = static_cast<std::int64_t>(rows.size());
 #if defined(_OPENMP)  // nothing below throws: the ids were looked at

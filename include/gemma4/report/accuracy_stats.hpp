@@ -67,10 +67,19 @@ struct PositionAccuracy {
 /// The summary of a range of positions.
 struct AccuracySummary {
   std::int64_t count = 0;
-  double nll = 0, kl_mean = 0, kl_p99 = 0, kl_max = 0, same_top = 0, dp_rms = 0, cosine = 0, cosine_min = 0;
+  double nll = 0, kl_mean = 0, kl_median = 0, kl_p99 = 0, kl_p999 = 0, kl_max = 0, same_top = 0, dp_rms = 0, cosine = 0,
+         cosine_min = 0;
 };
 
-/// The summary of all `positions`. kl_p99 is the smallest value that at least 99 % of the positions do not exceed.
+/// The smallest value that at least `per_mille` in a thousand of `values` do not exceed; the order of values changes.
+[[nodiscard]] inline double per_mille_value(std::vector<double>& values, std::size_t per_mille) {
+  const std::size_t rank = (per_mille * values.size() + 999) / 1000 - 1;  // in whole numbers: 0.99 is no double
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(rank), values.end());
+  return values[rank];
+}
+
+/// The summary of all `positions`. kl_p99 is the smallest value that at least 99 % of the positions do not exceed;
+/// kl_median and kl_p999 are the same of a half and of 99.9 %.
 /// An empty range has count 0 and NaN elsewhere. A position that holds a NaN in any figure, wherever it stands, makes
 /// every figure of its range NaN: logits that are no numbers have no first token and no order either.
 [[nodiscard]] inline AccuracySummary summarise(std::span<const PositionAccuracy> positions) {
@@ -81,7 +90,7 @@ struct AccuracySummary {
   };
   if (positions.empty() || std::any_of(positions.begin(), positions.end(), is_nan)) {
     constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-    summary.nll = summary.kl_mean = summary.kl_p99 = summary.kl_max = kNan;
+    summary.nll = summary.kl_mean = summary.kl_median = summary.kl_p99 = summary.kl_p999 = summary.kl_max = kNan;
     summary.same_top = summary.dp_rms = summary.cosine = summary.cosine_min = kNan;
     return summary;
   }
@@ -100,9 +109,9 @@ struct AccuracySummary {
   const auto count = static_cast<double>(positions.size());
   for (double* mean : {&summary.nll, &summary.kl_mean, &summary.same_top, &summary.cosine}) *mean /= count;
   summary.dp_rms = std::sqrt(summary.dp_rms / count);
-  const std::size_t rank = (99 * positions.size() + 99) / 100 - 1;  // in whole numbers: 0.99 is no double
-  std::nth_element(kl.begin(), kl.begin() + static_cast<std::ptrdiff_t>(rank), kl.end());
-  summary.kl_p99 = kl[rank];
+  summary.kl_median = per_mille_value(kl, 500);
+  summary.kl_p99 = per_mille_value(kl, 990);
+  summary.kl_p999 = per_mille_value(kl, 999);
   summary.kl_max = *std::max_element(kl.begin(), kl.end());
   return summary;
 }
