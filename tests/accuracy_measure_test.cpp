@@ -18,14 +18,14 @@ constexpr std::int64_t kVocab = 8;
 /// Logits of the token at a position: of its id, its position and the backend's own salt.
 class TableBackend {
  public:
-  explicit TableBackend(int salt) : salt_(salt) {
+  explicit TableBackend(int salt, std::int64_t max_chunk = 16) : salt_(salt), max_chunk_(max_chunk) {
     config_ = gemma4_tiny();
     config_.vocab = kVocab;
     config_.is_sliding = {1};
   }
   [[nodiscard]] const ModelConfig& config() const { return config_; }
   [[nodiscard]] std::int64_t context() const { return 64; }
-  [[nodiscard]] std::int64_t max_chunk() const { return 16; }
+  [[nodiscard]] std::int64_t max_chunk() const { return max_chunk_; }
   void embed(std::span<const std::int32_t> tokens, std::int64_t position) {
     tokens_.assign(tokens.begin(), tokens.end());
     position_ = position;
@@ -56,6 +56,7 @@ class TableBackend {
 
  private:
   int salt_;
+  std::int64_t max_chunk_;
   ModelConfig config_;
   std::vector<std::int32_t> tokens_;
   std::vector<std::int64_t> rows_;
@@ -101,6 +102,22 @@ TEST(AccuracyMeasure, EachBackendAgainstTheFirstForTheTokenThatComesNext) {
   ASSERT_EQ(all[1].positions.size(), 40u);
   for (std::size_t i = 0; i < positions.size(); ++i) {
     EXPECT_TRUE(same(all[1].positions[static_cast<std::size_t>(positions[i])], traces[1].positions[i]));
+  }
+}
+
+TEST(AccuracyMeasure, ABackendOfShorterChunksTakesThemInPieces) {
+  TableBackend base(1), whole(2), pieces(2, 5);
+  const std::vector<TableBackend*> backends = {&base, &whole, &pieces};
+  const std::vector<std::int32_t> ids = some_ids(41);
+  const auto traces = measure_accuracy<TableBackend>(backends, ids, 40, 16, [](std::int64_t) {});
+  const std::vector<std::int64_t> positions = {0, 4, 5, 15, 16, 21, 39};
+  const auto some = measure_positions<TableBackend>(backends, ids, positions, 16, [](std::int64_t) {});
+  for (std::size_t i = 0; i < 40; ++i) {
+    EXPECT_TRUE(same(traces[2].positions[i], traces[1].positions[i])) << i;
+    EXPECT_FALSE(same(traces[2].positions[i], traces[0].positions[i])) << i << ": the control";
+  }
+  for (std::size_t i = 0; i < positions.size(); ++i) {
+    EXPECT_TRUE(same(some[2].positions[i], some[1].positions[i])) << positions[i];
   }
 }
 

@@ -133,15 +133,27 @@ TEST(AccuracyStats, NinetyNineInAHundredDoNotExceedP99) {
     }
     std::int64_t expected = 0;
     while (100 * (expected + 1) < 99 * n) ++expected;
-    ASSERT_EQ(summarise(positions).kl_p99, static_cast<double>(expected)) << n << " positions";
+    const AccuracySummary summary = summarise(positions);
+    ASSERT_EQ(summary.kl_p99, static_cast<double>(expected)) << n << " positions";
+    while (1000 * (expected + 1) < 999 * n) ++expected;
+    ASSERT_EQ(summary.kl_p999, static_cast<double>(expected)) << n << " positions";
+    ASSERT_EQ(summary.kl_median, static_cast<double>((n + 1) / 2 - 1))
+        << n << " positions: of an even number the lower";
   }
 }
 
 /// Every figure but the count is NaN.
 testing::AssertionResult is_nan_throughout(const AccuracySummary& s) {
-  const std::pair<const char*, double> figures[] = {
-      {"nll", s.nll},           {"kl_mean", s.kl_mean}, {"kl_p99", s.kl_p99}, {"kl_max", s.kl_max},
-      {"same_top", s.same_top}, {"dp_rms", s.dp_rms},   {"cosine", s.cosine}, {"cosine_min", s.cosine_min}};
+  const std::pair<const char*, double> figures[] = {{"nll", s.nll},
+                                                    {"kl_mean", s.kl_mean},
+                                                    {"kl_p99", s.kl_p99},
+                                                    {"kl_max", s.kl_max},
+                                                    {"kl_median", s.kl_median},
+                                                    {"kl_p999", s.kl_p999},
+                                                    {"same_top", s.same_top},
+                                                    {"dp_rms", s.dp_rms},
+                                                    {"cosine", s.cosine},
+                                                    {"cosine_min", s.cosine_min}};
   for (const auto& [name, value] : figures) {
     if (!std::isnan(value)) return testing::AssertionFailure() << name << " is " << value;
   }

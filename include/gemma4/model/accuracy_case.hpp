@@ -61,14 +61,12 @@ struct AccuracyCase {
     require(error == std::errc() && stop == chunk.data() + chunk.size() && result.chunk >= 1, "case '", name,
             "': a chunk of '", chunk, "', need a number of tokens from 1");
   }
-  std::string_view off = rest;
   if (const std::string names = take("@off="); !names.empty()) {
-    off = names;
-    while (!off.empty()) {
-      const std::size_t length = std::min(off.find('+'), off.size());
-      result.off.emplace_back(off.substr(0, length));
+    for (std::size_t at = 0; at <= names.size();) {
+      const std::size_t length = std::min(names.find('+', at), names.size()) - at;
+      result.off.push_back(names.substr(at, length));
       (void)execution_switch(result.off.back());
-      off.remove_prefix(std::min(length + 1, off.size()));
+      at += length + 1;
     }
   }
   require(rest.empty(), "case '", name, "': '", rest,
