@@ -133,7 +133,7 @@ class Accuracy {
     for (const AccuracyCase& wanted : cases_) {
       const TrajectoryAgreement result = compare_texts(wanted == base_case() ? base : texts(wanted, task), base);
       for (const PositionRange& range : position_ranges(options_.trajectory, {16, 64, 256, 1024, 4096})) {
-        row(text_name(options_) + ", greedy", wanted, options_.prompt_len, range)
+        row(text_name(options_) + " greedy", wanted, options_.prompt_len, range)
             .set("n_text", options_.n_prompt)
             .set("first_difference", result.median_difference())
             .set("first_difference_least", *std::ranges::min_element(result.first_difference))

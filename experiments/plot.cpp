@@ -11,6 +11,7 @@
 #include "experiments/driver.hpp"
 #include "gemma4/report/csv_table.hpp"
 #include "gemma4/report/markdown_tables.hpp"
+#include "gemma4/report/scatter_chart.hpp"
 #include "gemma4/report/svg_chart.hpp"
 #include "gemma4/report/table_query.hpp"
 
@@ -44,11 +45,12 @@ std::string joined(const CsvTable& table, std::size_t row, const std::vector<std
   return text;
 }
 
-/// The rows that are drawn, from all tables: their x, their series, their y. A row with a `source` is somebody else's.
+/// The rows that are drawn, from all tables: their x, their series, their y. A row with a `source` is somebody else's,
+/// one with something in `dominated_by` is dimmed.
 struct Value {
   std::string x, series;
   double y = 0;
-  bool is_foreign = false;
+  bool is_foreign = false, is_dimmed = false;
 };
 
 std::vector<Value> read_values(const Options& options) {
@@ -64,7 +66,8 @@ std::vector<Value> read_values(const Options& options) {
       values.push_back({.x = table.cell(row, options.x),
                         .series = joined(table, row, options.series),
                         .y = *y * options.scale,
-                        .is_foreign = !table.cell(row, "source").empty()});
+                        .is_foreign = !table.cell(row, "source").empty(),
+                        .is_dimmed = !table.cell(row, "dominated_by").empty()});
     }
   }
   require(!values.empty(), "--where: no row of the tables is left to draw");
@@ -73,7 +76,15 @@ std::vector<Value> read_values(const Options& options) {
 
 void write_chart(const Options& options, std::ostream& stream) {
   const std::vector<Value> values = read_values(options);
-  if (options.kind == "lines") {
+  if (options.kind == "points") {
+    std::vector<NamedPoint> points;
+    for (const Value& value : values) {
+      const auto x = csv_number(value.x);
+      require(x.has_value(), "--x ", options.x, ": a row has no such value");
+      points.push_back({value.series, *x, value.y, value.is_dimmed});
+    }
+    write_scatter_chart(stream, options.labels, points);
+  } else if (options.kind == "lines") {
     std::vector<ChartLine> lines;
     for (const Value& value : values) {
       auto line = std::ranges::find(lines, value.series, &ChartLine::name);
@@ -138,11 +149,11 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("tables", options.tables, "CSV files")->check(CLI::ExistingFile)->excludes(pages);
   app.add_option("--out", options.out, "SVG file to write")->excludes(pages);
   app.add_option("--kind", options.kind, "Kind of chart")
-      ->check(CLI::IsMember({"lines", "bars"}))
+      ->check(CLI::IsMember({"lines", "bars", "points"}))
       ->capture_default_str();
   app.add_option("--x", options.x, "Column of the points' x, or of the bars");
   app.add_option("--y", options.y, "Column of the values");
-  app.add_option("--series", options.series, "Columns that name a line, or a part of a bar")->delimiter(',');
+  app.add_option("--series", options.series, "Columns that name a line, a part of a bar, or a point")->delimiter(',');
   app.add_option("--where", options.where,
                  "Only rows with column=value, column=a|b, column!=value, column>number or column<number; may be "
                  "repeated")
@@ -155,7 +166,8 @@ void add_options(CLI::App& app, Options& options) {
 
 int run(int argc, char** argv) {
   CLI::App app(
-      "Draws rows of result tables as SVG: lines over a logarithmic axis, or stacked bars. Rows with a `source` are "
+      "Draws rows of result tables as SVG: lines over a logarithmic axis, stacked bars, or named points over two "
+      "logarithmic axes. Rows with a `source` are "
       "published figures of others and are drawn dashed. With --markdown it writes the tables of pages instead, each "
       "behind a comment that says what it shows (gemma4/report/markdown_tables.hpp).");
   Options options;

@@ -53,6 +53,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/progress.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/result_table.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/run_info.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/report/scatter_chart.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/statistics.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/svg_chart.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/report/table_query.hpp"
