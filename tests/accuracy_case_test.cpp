@@ -29,10 +29,14 @@ TEST(AccuracyCase, NamesAreReadAndWritten) {
   EXPECT_EQ(all.off, (std::vector<std::string>{"split_k", "causal_skip"}));
   for (const char* name : {"bf16", "tq4@ring=sim-int8", "bf16@chunk=1", "bf16@off=split_k",
                            "tq4@ring=sim-int8-had@chunk=512@off=split_k+causal_skip"}) {
+    EXPECT_EQ(parse_accuracy_case(name).canonical_name(), name);
     EXPECT_EQ(parse_accuracy_case(name).name(), name);
-    EXPECT_EQ(parse_accuracy_case(parse_accuracy_case(name).name()), parse_accuracy_case(name));
   }
   EXPECT_EQ(parse_accuracy_case("tq4@ring=bf16"), parse_accuracy_case("tq4")) << "the ring that it has anyway";
+  const AccuracyCase peer = parse_accuracy_case("tq4-peer");
+  EXPECT_EQ(peer.name(), "tq4-peer") << "tables are asked for it under this name";
+  EXPECT_EQ(peer.canonical_name(), "tq4-cut-raw-haar");
+  EXPECT_EQ(peer, parse_accuracy_case("tq4-cut-raw-haar"));
 }
 
 TEST(AccuracyCase, WhatIsNotUnderstoodIsNamed) {
@@ -59,7 +63,7 @@ RC_GTEST_PROP(AccuracyCase, AnyTextIsReadOrRefused, (const std::string& tail)) {
        {tail, "bf16@" + tail, "bf16@ring=" + tail, "bf16@chunk=1" + tail, "bf16@off=" + tail}) {
     try {
       const AccuracyCase read = parse_accuracy_case(name);
-      RC_ASSERT(parse_accuracy_case(read.name()) == read);
+      RC_ASSERT(parse_accuracy_case(read.canonical_name()) == read);
     } catch (const std::invalid_argument&) {
     }
   }
@@ -103,7 +107,7 @@ TEST(Shelf, EveryCaseIsUnderstoodOnceAndOnlyFormatsOfOneVectorMayBeMissing) {
     std::set<std::string> names;
     for (const std::string& name : shelf.cases) {
       EXPECT_NO_THROW((void)parse_accuracy_case(name)) << name;
-      EXPECT_TRUE(names.insert(parse_accuracy_case(name).name()).second) << name << " is there twice";
+      EXPECT_TRUE(names.insert(parse_accuracy_case(name).canonical_name()).second) << name << " is there twice";
     }
     for (const std::string& name : shelf.unknown) EXPECT_TRUE(name.starts_with("kv")) << name;
     EXPECT_EQ(std::ranges::count(shelf.cases, "f32"), on_device ? 0 : 1);

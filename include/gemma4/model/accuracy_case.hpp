@@ -29,9 +29,14 @@ struct AccuracyCase {
   RingSpec ring = {};
   std::int64_t chunk = 0;  ///< 0: the run's
   std::vector<std::string> off = {};
-  bool operator==(const AccuracyCase&) const = default;
+  std::string as_given = {};  ///< the text that it was read from: tq4-peer and tq4-cut-raw-haar are one case
+  bool operator==(const AccuracyCase& other) const {
+    return cache == other.cache && ring == other.ring && chunk == other.chunk && off == other.off;
+  }
 
-  [[nodiscard]] std::string name() const {
+  /// As it was given.
+  [[nodiscard]] std::string name() const { return as_given.empty() ? canonical_name() : as_given; }
+  [[nodiscard]] std::string canonical_name() const {
     std::string text = to_string(cache);
     if (ring) text += "@ring=" + to_string(ring);
     if (chunk > 0) text += "@chunk=" + std::to_string(chunk);
@@ -43,6 +48,7 @@ struct AccuracyCase {
 /// @throws std::invalid_argument naming the part that was not understood
 [[nodiscard]] inline AccuracyCase parse_accuracy_case(std::string_view name) {
   AccuracyCase result;
+  result.as_given = name;
   const std::size_t end = std::min(name.find('@'), name.size());
   result.cache = parse_cache_spec(name.substr(0, end));
   std::string_view rest = name.substr(end);
