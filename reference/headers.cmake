@@ -8,6 +8,7 @@ set(GEMMA4_REFERENCE_HEADERS
     "${PROJECT_SOURCE_DIR}/reference/cache/flat_layer_cache.hpp"
     "${PROJECT_SOURCE_DIR}/reference/cache/full_layer_cache.hpp"
     "${PROJECT_SOURCE_DIR}/reference/cache/heads.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/cache/kvarn_layer_cache.hpp"
     "${PROJECT_SOURCE_DIR}/reference/cache/simulated_layer_cache.hpp"
     "${PROJECT_SOURCE_DIR}/reference/cache/sliding_layer_cache.hpp"
     "${PROJECT_SOURCE_DIR}/reference/cache/tq4_layer_cache.hpp"

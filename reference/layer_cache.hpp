@@ -12,6 +12,7 @@
 #include "gemma4/ring_format.hpp"
 #include "reference/cache/flat_layer_cache.hpp"
 #include "reference/cache/full_layer_cache.hpp"
+#include "reference/cache/kvarn_layer_cache.hpp"
 #include "reference/cache/simulated_layer_cache.hpp"
 #include "reference/cache/sliding_layer_cache.hpp"
 #include "reference/cache/tq4_layer_cache.hpp"

@@ -277,6 +277,8 @@ TEST(LayerCache, PlansSayWhichPathAndWhyNot) {
 
 TEST(LayerCache, RefusesTheFormatThatNoDeviceHas) {
   EXPECT_TRUE(testkit::refuses([] { const Caches caches(two_layers(), "f32"); }, {"f32", "bf16 or tq4"}));
+  EXPECT_TRUE(testkit::refuses([] { const Caches caches(two_layers(), "sim-kvarn-k4v2"); },
+                               {"sim-kvarn-k4v2", "reference alone"}));
 }
 
 }  // namespace

@@ -101,6 +101,8 @@ inline constexpr std::array kShelf = {
     // Trellis codes.
     "sim-t4l8-had", "sim-t4l9-had", "sim-t4l10-had", "sim-t3l8-had", "sim-t3l9-had", "sim-t3l10-had",
     "sim-t4l10-had-tail128", "sim-t4l10-had-sink4",
+    // Scales of tokens and channels.
+    "sim-kvarn-k4v4", "sim-kvarn-k4v2",
     // Rings.
     "bf16@ring=sim-int8", "bf16@ring=sim-int8-had", "bf16@ring=sim-k8v8-had", "bf16@ring=sim-k6v6-had",
     "tq4@ring=sim-int8", "tq4@ring=sim-k6v6-had", "kv5r4@ring=sim-int8", "kv5r4@ring=sim-k6v6-had"};
@@ -110,11 +112,11 @@ struct ShelfCases {
   std::vector<std::string> unknown;  ///< formats of K and V in one that this build has not
 };
 
-/// @param on_device the f32 cache exists in the reference alone
+/// @param on_device f32 and KVarN exist in the reference alone
 [[nodiscard]] inline ShelfCases shelf_cases(bool on_device) {
   ShelfCases shelf;
   for (const std::string_view name : kShelf) {
-    if (name == "f32" && on_device) continue;
+    if (on_device && (name == "f32" || name.starts_with("sim-kvarn"))) continue;
     bool is_known = true;
     if (name.starts_with("kv")) {
       try {
