@@ -83,16 +83,66 @@ std::string any_format() {
   return *rc::gen::element<std::string>("tq4", "bf16", "tq4-haar", "sim-int8", "sim-q4_0", "sim-k4v4-had");
 }
 
+/// `stream` moved by `noise` of each row's length, in a random direction.
+void add_noise(std::span<float> stream, std::int64_t hidden_in, double noise, std::mt19937& random) {
+  const auto hidden = static_cast<std::size_t>(hidden_in);
+  std::normal_distribution<double> normal;
+  for (std::size_t row = 0; row < stream.size(); row += hidden) {
+    const double square = std::inner_product(&stream[row], &stream[row] + hidden, &stream[row], 0.0);
+    const double deviation = noise * std::sqrt(square / static_cast<double>(hidden));
+    for (std::size_t i = row; i < row + hidden; ++i) stream[i] += static_cast<float>(deviation * normal(random));
+  }
+}
+
+/// How far the worst row of the reference's logits goes where each layer's stream is moved by 1 % of its length.
+double moved_by_noise(reference::Backend<float>& backend, std::span<const std::int32_t> tokens,
+                      const std::vector<float>& expected) {
+  const ModelConfig& config = backend.config();
+  double moved = 0;
+  for (const std::uint32_t seed : {1u, 2u}) {
+    std::mt19937 random(seed);
+    Model<reference::Backend<float>> model(backend);
+    model.reset();
+    std::vector<std::int64_t> rows(tokens.size());
+    std::iota(rows.begin(), rows.end(), 0);
+    model.forward(tokens, rows, [&](std::int64_t) {
+      std::vector<float> stream(tokens.size() * static_cast<std::size_t>(config.hidden));
+      backend.copy_residual(stream);
+      add_noise(stream, config.hidden, 0.01, random);
+      backend.set_residual(stream);
+    });
+    const auto vocab = static_cast<std::size_t>(config.vocab);
+    std::vector<float> logits(expected.size());
+    for (std::size_t t = 0; t < tokens.size(); ++t) {
+      backend.copy_logits(static_cast<std::int64_t>(t), std::span(logits).subspan(t * vocab, vocab));
+    }
+    moved = std::max(moved, testkit::row_error(logits, expected, config.vocab).worst);
+  }
+  return moved;
+}
+
+/// The bound of a cache, and where a model with a compressed one is beyond it, what that model makes of noise: twice,
+/// three times where rows are few (a boundary is crossed or not).
+testing::AssertionResult logits_close(BothRooms& both, const std::vector<float>& actual,
+                                      const std::vector<float>& expected, std::span<const std::int32_t> tokens,
+                                      const std::string& cache) {
+  const std::int64_t vocab = both.reference.config().vocab;
+  const testing::AssertionResult result = rows_close(actual, expected, vocab, rounding_of(cache));
+  if (result || cache == "bf16") return result;
+  const double moved = moved_by_noise(both.reference, tokens, expected);
+  return rows_close(actual, expected, vocab, (tokens.size() < 10 ? 3 : 2) * moved)
+         << " (" << cache << "; the reference is moved by " << moved << ")";
+}
+
 RC_GTEST_PROP(CudaBackend, LogitsAreThoseOfTheReference, ()) {
   const SmallModel small(any_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
   const auto tokens = any_tokens(small.weights.config, *rc::gen::inRange(1, 90));
   const std::string cache = any_cache();
   BothRooms both(small.weights, *small.file, small_options(cache));
   const std::vector<float> expected = logits_of(both.reference, tokens, {100});
-  const std::int64_t vocab = small.weights.config.vocab;
-  const double bound = rounding_of(cache);
-  testkit::rc_require(rows_close(logits_of(both.device, tokens, {100}), expected, vocab, bound), "one chunk");
-  testkit::rc_require(rows_close(logits_of(both.device, tokens, {1}), expected, vocab, bound), "token by token");
+  testkit::rc_require(logits_close(both, logits_of(both.device, tokens, {100}), expected, tokens, cache), "one chunk");
+  testkit::rc_require(logits_close(both, logits_of(both.device, tokens, {1}), expected, tokens, cache),
+                      "token by token");
 }
 
 RC_GTEST_PROP(CudaBackend, ChunkLengthsDoNotChangeTheResult, ()) {
@@ -182,19 +232,13 @@ Layers stream_of(TBackend& backend, std::span<const std::int32_t> tokens) {
 Layers layer_by_layer(reference::Backend<float>& backend, std::span<const std::int32_t> tokens, const Layers& before,
                       double noise, std::uint32_t seed) {
   const ModelConfig& config = backend.config();
-  const auto hidden = static_cast<std::size_t>(config.hidden);
   std::mt19937 random(seed);
-  std::normal_distribution<double> normal;
   Layers after;
   backend.reset();
   backend.embed(tokens, 0);
   for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
     std::vector<float> x = before[static_cast<std::size_t>(layer)];
-    for (std::size_t row = 0; row < x.size(); row += hidden) {
-      const double square = std::inner_product(&x[row], &x[row] + hidden, &x[row], 0.0);
-      const double deviation = noise * std::sqrt(square / static_cast<double>(hidden));
-      for (std::size_t i = row; i < row + hidden; ++i) x[i] += static_cast<float>(deviation * normal(random));
-    }
+    add_noise(x, config.hidden, noise, random);
     backend.set_residual(x);
     backend.project_qkv(layer), backend.attend(layer), backend.project_output(layer);
     backend.gate_up(layer), backend.down(layer);
