@@ -110,7 +110,7 @@ TEST(CudaModelWeights, AnotherFileDoesNotCompareEqual) {  // the control
 
 RC_GTEST_PROP(CudaModelWeights, SlotsAndThreadsOnlyCutTheWay, ()) {
   const auto type = *rc::gen::element(TensorType::kQ8_0, TensorType::kBf16, TensorType::kF16, TensorType::kF32,
-                                      TensorType::kQ4K, TensorType::kQ6K);
+                                      TensorType::kQ4K, TensorType::kQ6K, TensorType::kQ4_0);
   const SmallModel small(gemma4_tiny(), {.seed = 5, .only = type});
   cuda::LoadOptions options;
   options.join_gate_up = *rc::gen::arbitrary<bool>();
