@@ -195,20 +195,6 @@ TEST(QuantizedLinearGpu, AdversarialActivations) {
   }
 }
 
-/// Where a block has the f16 step of its codes or scales.
-std::size_t place_of_step(TensorType type) {
-  switch (type) {
-    case TensorType::kQ6K:
-      return 208;
-    case TensorType::kQ3K:
-      return 108;
-    case TensorType::kQ2K:
-      return 80;
-    default:
-      return 0;
-  }
-}
-
 /// Weights at the edges: largest and smallest steps, all codes at one end, steps of zero. The last two tokens have the
 /// largest codes in every place, so that the integer sums are as large as they become.
 TEST(QuantizedLinearGpu, AdversarialWeights) {

@@ -37,6 +37,20 @@ struct DequantisedWeights {
   }
 }
 
+/// Where a block holds the f16 step of its codes or scales.
+[[nodiscard]] inline std::size_t place_of_step(TensorType type) {
+  switch (type) {
+    case TensorType::kQ6K:
+      return 208;
+    case TensorType::kQ3K:
+      return 108;
+    case TensorType::kQ2K:
+      return 80;
+    default:
+      return 0;
+  }
+}
+
 [[nodiscard]] inline DequantisedWeights dequantise_with_parts(const OwnedMatrix& matrix) {
   const auto size = static_cast<std::size_t>(matrix.rows * matrix.cols);
   DequantisedWeights weights{std::vector<float>(size), std::vector<float>(size)};
