@@ -35,9 +35,9 @@ inline constexpr std::int64_t kMaxDecodeTokens = 8;
 
 /// How a call for few tokens runs.
 struct LinearPlan {
-  int n_token = 1;       ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8
-  int n_slot = 0;        ///< stages in flight
-  bool is_tall = false;  ///< stages of more rows, see detail::stage_rows()
+  int n_token = 1;        ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8
+  int n_slot = 0;         ///< stages in flight
+  bool is_tall = false;   ///< stages of more rows, see detail::stage_rows()
   bool is_every = false;  ///< by the kernel that knows all formats, see detail::is_of_four_formats()
   std::int64_t slot_bytes = 0;
   std::int64_t smem_bytes = 0;

@@ -48,8 +48,8 @@ TEST(PackedRows, BytesAreThoseOfTheFormatsAndEveryChunkAMultipleOf16) {
                         {TensorType::kQ8_0, 800, 32 * 25 + 64},  // scales of 2 bytes: 50 to 64
                         {TensorType::kQ8_0, 5376, 32 * 168 + 336},
                         {TensorType::kQ8_0, 5664, 32 * 96 + 192 + 32 * 81 + 176},  // 162 to 176
-                        {TensorType::kQ4_0, 32, 32},             // 18 bytes and 14 of padding
-                        {TensorType::kQ4_0, 800, 16 * 25 + 64},  // steps of 2 bytes: 50 to 64
+                        {TensorType::kQ4_0, 32, 32},                               // 18 bytes and 14 of padding
+                        {TensorType::kQ4_0, 800, 16 * 25 + 64},                    // steps of 2 bytes: 50 to 64
                         {TensorType::kQ4_0, 5376, 168 * 18},
                         {TensorType::kQ4_0, 21504, 672 * 18},
                         {TensorType::kIq4Nl, 5664, 96 * 18 + 81 * 16 + 176},  // 162 to 176
@@ -59,13 +59,13 @@ TEST(PackedRows, BytesAreThoseOfTheFormatsAndEveryChunkAMultipleOf16) {
                         {TensorType::kQ5_0, 5376, 168 * 22},
                         {TensorType::kQ5_1, 32, 32},  // 24 and 8
                         {TensorType::kQ5_1, 5376, 168 * 24},
-                        {TensorType::kIq4Xs, 256, 144},   // 136 and 8
+                        {TensorType::kIq4Xs, 256, 144},    // 136 and 8
                         {TensorType::kIq4Xs, 5376, 2864},  // 21 times 136 and 8
                         {TensorType::kIq4Xs, 8192, 32 * 136},
-                        {TensorType::kQ3K, 256, 112},   // 110 and 2
+                        {TensorType::kQ3K, 256, 112},    // 110 and 2
                         {TensorType::kQ3K, 5376, 2320},  // 21 times 110 and 10
                         {TensorType::kQ3K, 21504, 4 * 2320},
-                        {TensorType::kQ2K, 256, 96},    // 84 and 12
+                        {TensorType::kQ2K, 256, 96},     // 84 and 12
                         {TensorType::kQ2K, 5376, 1776},  // 21 times 84 and 12
                         {TensorType::kQ2K, 8192, 2 * 1344},
                         {TensorType::kBf16, 300, 600},

@@ -243,13 +243,13 @@ struct Shape {
 TEST(QuantizedLinearGpu, MatricesOfThe31B) {
   constexpr std::int64_t kPool = 97;
   const Shape shapes[] = {
-      {TensorType::kQ4K, 8192, 5376},  {TensorType::kQ4K, 4096, 5376},  {TensorType::kQ6K, 4096, 5376},
-      {TensorType::kQ4K, 16384, 5376}, {TensorType::kQ4K, 2048, 5376},  {TensorType::kQ4K, 5376, 8192},
-      {TensorType::kQ4K, 5376, 16384}, {TensorType::kQ4K, 43008, 5376}, {TensorType::kQ4K, 5376, 21504},
-      {TensorType::kQ6K, 5376, 21504}, {TensorType::kQ6K, 262144, 5376}, {TensorType::kQ4_0, 43008, 5376},
-      {TensorType::kQ4_0, 5376, 21504}, {TensorType::kQ4_1, 8192, 5376}, {TensorType::kQ5_0, 5376, 8192},
-      {TensorType::kQ5_1, 4096, 5376}, {TensorType::kIq4Nl, 43008, 5376}, {TensorType::kIq4Xs, 5376, 16384},
-      {TensorType::kQ3K, 43008, 5376}, {TensorType::kQ3K, 5376, 21504}, {TensorType::kQ2K, 43008, 5376}};
+      {TensorType::kQ4K, 8192, 5376},   {TensorType::kQ4K, 4096, 5376},    {TensorType::kQ6K, 4096, 5376},
+      {TensorType::kQ4K, 16384, 5376},  {TensorType::kQ4K, 2048, 5376},    {TensorType::kQ4K, 5376, 8192},
+      {TensorType::kQ4K, 5376, 16384},  {TensorType::kQ4K, 43008, 5376},   {TensorType::kQ4K, 5376, 21504},
+      {TensorType::kQ6K, 5376, 21504},  {TensorType::kQ6K, 262144, 5376},  {TensorType::kQ4_0, 43008, 5376},
+      {TensorType::kQ4_0, 5376, 21504}, {TensorType::kQ4_1, 8192, 5376},   {TensorType::kQ5_0, 5376, 8192},
+      {TensorType::kQ5_1, 4096, 5376},  {TensorType::kIq4Nl, 43008, 5376}, {TensorType::kIq4Xs, 5376, 16384},
+      {TensorType::kQ3K, 43008, 5376},  {TensorType::kQ3K, 5376, 21504},   {TensorType::kQ2K, 43008, 5376}};
   for (const Shape& shape : shapes) {
     const OwnedMatrix pool = random_weights(shape.type, kPool, shape.cols, 31);
     const DeviceWeights pool_weights(pool);

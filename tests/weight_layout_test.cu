@@ -152,8 +152,7 @@ void expect_permutation(TensorType type) {
 }
 TEST(WeightLayoutPlan, EveryBitOfABlockHasItsPlace) {
   for (const TensorType type : kPackedTypes) {
-    detail::for_packed_block(type,
-                             [type]<TensorType kType, class TBlock>() { expect_permutation<TBlock>(type); });
+    detail::for_packed_block(type, [type]<TensorType kType, class TBlock>() { expect_permutation<TBlock>(type); });
   }
 }
 

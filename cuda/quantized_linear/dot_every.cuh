@@ -204,8 +204,7 @@ struct LinearFormat<TensorType::kQ3K> {
     const int low = dot4(q.low[0], x.low[0], dot4(q.low[2], x.low[2], dot4(q.low[3], x.low[3], 0)));
     const int low_of_8 = dot4(q.low[1], x.low[1], -8 * Q3KBlock::kOffset * x.low_sum());
     const int high = dot4(q.high[0], x.high[0], dot4(q.high[2], x.high[2], 0));
-    const int high_of_8 =
-        dot4(q.high[1], x.high[1], dot4(q.high[3], x.high[3], -8 * Q3KBlock::kOffset * x.high_sum()));
+    const int high_of_8 = dot4(q.high[1], x.high[1], dot4(q.high[3], x.high[3], -8 * Q3KBlock::kOffset * x.high_sum()));
     const int products = w.low_scale * (8 * low + low_of_8) + w.high_scale * (8 * high + high_of_8);
     return __fmaf_rn(__fmul_rn(w.d, x.scale * 0x1p-3f), from_magic(kMagic + products), sum);
   }

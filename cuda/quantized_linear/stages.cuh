@@ -53,9 +53,9 @@ inline constexpr int kMaxTasks = (kMaxChunkGroups + 31) / 32;
   return type == TensorType::kQ4K || type == TensorType::kQ5K || type == TensorType::kQ6K || type == TensorType::kQ8_0;
 }
 
-/// Rows of a stage: eight where that is 14 to 27 KB of the widest chunk (Q2_K to Q4_1), four of the wider formats, 15 to
-/// 23 KB. Stages of Q6_K may be tall: 35 KB, which leaves room for little else, and pays for one token where rows are
-/// one chunk and all of this type: the output matrix of the 31B (lm_head in `linear`).
+/// Rows of a stage: eight where that is 14 to 27 KB of the widest chunk (Q2_K to Q4_1), four of the wider formats, 15
+/// to 23 KB. Stages of Q6_K may be tall: 35 KB, which leaves room for little else, and pays for one token where rows
+/// are one chunk and all of this type: the output matrix of the 31B (lm_head in `linear`).
 /// @tparam kEvery  false: for the four formats of is_of_four_formats() alone
 template <bool kEvery = true>
 [[nodiscard]] GEMMA4_HD constexpr int stage_rows(TensorType type, bool is_tall) {

@@ -49,10 +49,10 @@ struct ThreeBitCodes {
 
   ThreeBitCodes() = default;
   __device__ __forceinline__ ThreeBitCodes(const uint2& words, std::uint32_t rest)
-      : low{words.x & 0x07070707u, words.x & 0x38383838u,
-            ((words.x >> 6) & 0x03030303u) | ((rest >> 4) & 0x04040404u), rest & 0x07070707u},
-        high{words.y & 0x07070707u, words.y & 0x38383838u,
-             ((words.y >> 6) & 0x03030303u) | ((rest >> 5) & 0x04040404u), rest & 0x38383838u} {}
+      : low{words.x & 0x07070707u, words.x & 0x38383838u, ((words.x >> 6) & 0x03030303u) | ((rest >> 4) & 0x04040404u),
+            rest & 0x07070707u},
+        high{words.y & 0x07070707u, words.y & 0x38383838u, ((words.y >> 6) & 0x03030303u) | ((rest >> 5) & 0x04040404u),
+             rest & 0x38383838u} {}
 };
 
 }  // namespace gemma4::cuda::detail

@@ -225,8 +225,8 @@ struct HalfGroup<TensorType::kQ3K> {
 #pragma unroll
     for (int word = 0; word < 2; ++word) {  // code[1] and code[5] are 8 times what they stand for, and so is code[7]
       const std::uint32_t first = half == 0 ? (word == 0 ? code.low[0] : code.low[1] >> 3) : code.low[2 + word];
-      const std::uint32_t second = (half == 0 ? (word == 0 ? code.high[0] : code.high[1] >> 3)
-                                              : (word == 0 ? code.high[2] : code.high[3] >> 3));
+      const std::uint32_t second =
+          (half == 0 ? (word == 0 ? code.high[0] : code.high[1] >> 3) : (word == 0 ? code.high[2] : code.high[3] >> 3));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         low[4 * word + i] = __fmul_rn(low_step, code_value(first, i, kZero));
@@ -250,7 +250,8 @@ struct HalfGroup<TensorType::kQ2K> {
   __device__ __forceinline__ void dequantise(int, int half, float (&low)[8], float (&high)[8]) const {
     const std::uint32_t scale = scales & 0x0F0Fu, minimum = (std::uint32_t{scales} >> 4) & 0x0F0Fu;
     const float d = __low2float(steps), dmin = __high2float(steps);
-    const float low_step = __fmul_rn(d, code_value(scale, 0, 0.0f)), high_step = __fmul_rn(d, code_value(scale, 1, 0.0f));
+    const float low_step = __fmul_rn(d, code_value(scale, 0, 0.0f)),
+                high_step = __fmul_rn(d, code_value(scale, 1, 0.0f));
     const float low_min = __fmul_rn(dmin, code_value(minimum, 0, 0.0f)),
                 high_min = __fmul_rn(dmin, code_value(minimum, 1, 0.0f));
 #pragma unroll
