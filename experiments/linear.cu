@@ -15,10 +15,11 @@
 #include "cuda/fused_mlp.cuh"
 #include "cuda/lm_head.cuh"
 #include "cuda/quantized_linear.cuh"
-#include "cuda/weights/repack.cuh"
 #include "cuda/residual_norm.cuh"
+#include "cuda/weights/repack.cuh"
 #include "experiments/benchmark.cuh"
 #include "experiments/bf16_product.cuh"
+#include "experiments/block_formats.hpp"
 #include "experiments/driver.hpp"
 #include "experiments/gpu_run_info.cuh"
 #include "gemma4/gguf/block_dequantise.hpp"
@@ -312,8 +313,7 @@ class Experiment {
       : bench_(bench), table_(table), progress_(progress) {}
 
   void measure(const Mix& mix, const std::vector<std::int64_t>& tokens) {
-    const ModelConfig config = gemma4_31b();
-    const std::vector<Launch> launches = launches_of(config, model_tensors(config, mix.only));
+    const std::vector<Launch> launches = launches_of_mix(mix);
     const Bench::Weights weights = bench_.make_weights(launches);
     for (const std::int64_t n_token : tokens) {
       measure_launches(launches, {mix.name, n_token});
@@ -324,7 +324,24 @@ class Experiment {
     }
   }
 
+  /// One matrix of a step.
+  void measure_matrix(const Mix& mix, const std::string& name, const std::vector<std::int64_t>& tokens) {
+    const std::vector<Launch> launches = launches_of_mix(mix);
+    const auto has_name = [&](const Launch& launch) { return launch.name == name; };
+    const auto found = std::ranges::find_if(launches, has_name);
+    for (const std::int64_t n_token : tokens) {
+      write_launch(*found, std::ranges::count_if(launches, has_name), {mix.name, n_token},
+                   bench_.time_launch(*found, n_token));
+      progress_.advance();
+    }
+  }
+
  private:
+  [[nodiscard]] static std::vector<Launch> launches_of_mix(const Mix& mix) {
+    const ModelConfig config = gemma4_31b();
+    return launches_of(config, model_tensors(config, mix.only));
+  }
+
   void measure_launches(const std::vector<Launch>& launches, const RowContext& context) {
     std::vector<std::pair<Launch, std::int64_t>> distinct;
     for (const Launch& launch : launches) {
@@ -405,7 +422,13 @@ void run(int argc, char** argv) {
       ->delimiter(',')
       ->check(CLI::IsMember({"q4_k_m", "q4_k", "q6_k", "q8_0"}))
       ->capture_default_str();
+  std::vector<std::string> formats = block_format_names();
+  app.add_option("--format", formats, "Types of which gate and up alone are measured, comma-separated, or none")
+      ->delimiter(',')
+      ->check(CLI::IsMember(with_none(block_format_names())))
+      ->capture_default_str();
   parse(app, argc, argv);
+  std::erase(formats, "none");
 
   const RunInfo info = gpu_run_info("linear", argc, argv, driver.seed);
   Bench bench(driver.seed);
@@ -413,12 +436,13 @@ void run(int argc, char** argv) {
                     {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
                     {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy",
                      "step_us", "blas_bf16_us", "over_blas", "error_of_bound"});
-  Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * kRowsPerStep),
+  Progress progress("linear", static_cast<std::int64_t>((mixes.size() * kRowsPerStep + formats.size()) * tokens.size()),
                     progress_options(driver, "row"));
   Experiment experiment(bench, table, progress);
   const std::map<std::string, std::optional<TensorType>> types = {
       {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
   for (const std::string& mix : mixes) experiment.measure({mix, types.at(mix)}, tokens);
+  for (const std::string& name : formats) experiment.measure_matrix({name, block_format(name)}, "gate_up", tokens);
   progress.finish();
   table.print(std::cout, {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
                           "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"});

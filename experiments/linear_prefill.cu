@@ -14,6 +14,7 @@
 #include "cuda/linear_prefill.cuh"
 #include "cuda/weights/repack.cuh"
 #include "experiments/benchmark.cuh"
+#include "experiments/block_formats.hpp"
 #include "experiments/driver.hpp"
 #include "experiments/gpu_run_info.cuh"
 #include "gemma4/gguf/block_dequantise.hpp"
@@ -336,6 +337,18 @@ void measure_mix(ResultTable& table, Bench& bench, const std::string& mix, std::
   }
 }
 
+/// Gate and up, with every matrix of one type.
+void measure_gate_up(ResultTable& table, Bench& bench, const std::string& name, TensorType type,
+                     const std::vector<std::int64_t>& tokens) {
+  const std::vector<Matrix> matrices = matrices_of(gemma4_31b(), type);
+  const auto is_gate_up = [](const Matrix& matrix) { return matrix.is_gate_up; };
+  const Matrix& matrix = *std::ranges::find_if(matrices, is_gate_up);
+  for (const std::int64_t n_token : tokens) {
+    write_matrix(table, bench, name, matrix, std::ranges::count_if(matrices, is_gate_up), n_token,
+                 bench.time_matrix(matrix, n_token));
+  }
+}
+
 void run(int argc, char** argv) {
   CLI::App app("How fast a chunk of tokens passes the matrices of the 31B's layers, one by one and all of them.");
   DriverOptions driver;
@@ -351,7 +364,13 @@ void run(int argc, char** argv) {
       ->delimiter(',')
       ->check(CLI::IsMember({"q4_k_m", "q4_k", "q6_k", "q8_0"}))
       ->capture_default_str();
+  std::vector<std::string> formats = block_format_names();
+  app.add_option("--format", formats, "Types of which gate and up alone are measured, comma-separated, or none")
+      ->delimiter(',')
+      ->check(CLI::IsMember(with_none(block_format_names())))
+      ->capture_default_str();
   parse(app, argc, argv);
+  std::erase(formats, "none");
 
   const RunInfo info = gpu_run_info("linear_prefill", argc, argv, driver.seed);
   Bench bench(driver.seed, std::ranges::max(tokens));
@@ -363,6 +382,7 @@ void run(int argc, char** argv) {
   const std::map<std::string, std::optional<TensorType>> types = {
       {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
   for (const std::string& mix : mixes) measure_mix(table, bench, mix, types.at(mix), tokens);
+  for (const std::string& name : formats) measure_gate_up(table, bench, name, block_format(name), tokens);
   table.print(std::cout, {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise", "median_us",
                           "tflops", "gemm_tflops", "of_gemm", "dequantise_of_copy", "error_of_bound", "status"});
 }

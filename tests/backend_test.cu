@@ -20,6 +20,7 @@
 #include "gemma4/model/golden.hpp"
 #include "reference/backend.hpp"
 #include "tests/support/close.hpp"
+#include "tests/support/layer_streams.hpp"
 #include "tests/support/model_logits.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
@@ -30,11 +31,15 @@
 namespace {
 
 using namespace gemma4;
+using testkit::add_noise;
 using testkit::any_config;
 using testkit::any_tokens;
+using testkit::layer_by_layer;
+using testkit::Layers;
 using testkit::logits_of;
 using testkit::rows_close;
 using testkit::SmallModel;
+using testkit::stream_of;
 
 const std::filesystem::path kData = GEMMA4_TEST_DATA;
 
@@ -81,17 +86,6 @@ std::string any_cache() {
 /// The same and simulated ones, for what must hold to the bit. (How near they come is layer_cache_test's.)
 std::string any_format() {
   return *rc::gen::element<std::string>("tq4", "bf16", "tq4-haar", "sim-int8", "sim-q4_0", "sim-k4v4-had");
-}
-
-/// `stream` moved by `noise` of each row's length, in a random direction.
-void add_noise(std::span<float> stream, std::int64_t hidden_in, double noise, std::mt19937& random) {
-  const auto hidden = static_cast<std::size_t>(hidden_in);
-  std::normal_distribution<double> normal;
-  for (std::size_t row = 0; row < stream.size(); row += hidden) {
-    const double square = std::inner_product(&stream[row], &stream[row] + hidden, &stream[row], 0.0);
-    const double deviation = noise * std::sqrt(square / static_cast<double>(hidden));
-    for (std::size_t i = row; i < row + hidden; ++i) stream[i] += static_cast<float>(deviation * normal(random));
-  }
 }
 
 /// How far the worst row of the reference's logits goes where each layer's stream is moved by 1 % of its length.
@@ -205,46 +199,6 @@ RC_GTEST_PROP(CudaBackend, EveryLayersOutputIsThatOfTheReference, ()) {
   std::vector<float> row(static_cast<std::size_t>(config.vocab));
   both.device.copy_logits(0, row);
   RC_ASSERT(std::equal(row.begin(), row.end(), logits.begin()));
-}
-
-using Layers = std::vector<std::vector<float>>;  ///< the residual stream [n_token, hidden] before or after each layer
-
-/// The residual stream after each layer, beginning with that after the embedding.
-template <class TBackend>
-Layers stream_of(TBackend& backend, std::span<const std::int32_t> tokens) {
-  const ModelConfig& config = backend.config();
-  Layers stream;
-  const auto note = [&] {
-    backend.copy_residual(stream.emplace_back(tokens.size() * static_cast<std::size_t>(config.hidden)));
-  };
-  backend.reset();
-  backend.embed(tokens, 0);
-  note();
-  for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
-    backend.project_qkv(layer), backend.attend(layer), backend.project_output(layer);
-    backend.gate_up(layer), backend.down(layer);
-    note();
-  }
-  return stream;
-}
-
-/// What each layer of the reference makes of the stream before it, moved by `noise` of each row's length.
-Layers layer_by_layer(reference::Backend<float>& backend, std::span<const std::int32_t> tokens, const Layers& before,
-                      double noise, std::uint32_t seed) {
-  const ModelConfig& config = backend.config();
-  std::mt19937 random(seed);
-  Layers after;
-  backend.reset();
-  backend.embed(tokens, 0);
-  for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
-    std::vector<float> x = before[static_cast<std::size_t>(layer)];
-    add_noise(x, config.hidden, noise, random);
-    backend.set_residual(x);
-    backend.project_qkv(layer), backend.attend(layer), backend.project_output(layer);
-    backend.gate_up(layer), backend.down(layer);
-    backend.copy_residual(after.emplace_back(x.size()));
-  }
-  return after;
 }
 
 /// How far a layer may be off that begins with the numbers of the other side: a branch by 1.1 % of itself (see

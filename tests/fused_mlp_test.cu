@@ -13,6 +13,7 @@
 #include "tests/support/close.hpp"
 #include "tests/support/device_weights.cuh"
 #include "tests/support/linear_case.hpp"
+#include "tests/support/packed_types.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 
@@ -60,7 +61,7 @@ std::vector<double> gated_bounds(const std::vector<float>& x, const OwnedMatrix&
 }
 
 RC_GTEST_PROP(FusedMlpGpu, FusedHasTheBitsOfUnfusedAndBothAgreeWithTheReference, ()) {
-  const auto type = *rc::gen::element(TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0);
+  const auto type = *rc::gen::elementOf(kPackedTypes);
   const std::int64_t cols = 256 * *rc::gen::element<std::int64_t>(1, 2, 5, 21, 43);
   const auto rows = *rc::gen::inRange<std::int64_t>(20, 300), n_token = *rc::gen::inRange<std::int64_t>(1, 9);
   const auto seed = *rc::gen::arbitrary<std::uint32_t>();

@@ -58,7 +58,7 @@ struct UploadTask {
 
 namespace detail {
 
-/// Where the f16 scales of a block are; plain types: each value is its own scale.
+/// Where the f16 scales, minima and offsets of a block are; plain types: each value is its own scale.
 struct ScalePlaces {
   int block_bytes;
   int n_scale;
@@ -68,9 +68,15 @@ struct ScalePlaces {
 [[nodiscard]] inline ScalePlaces scale_places(TensorType type) {
   const int bytes = static_cast<int>(block_bytes(type));
   switch (type) {
+    case TensorType::kQ4_1:
+    case TensorType::kQ5_1:
     case TensorType::kQ4K:
     case TensorType::kQ5K:
       return {bytes, 2, {0, 2}};
+    case TensorType::kQ2K:
+      return {bytes, 2, {80, 82}};
+    case TensorType::kQ3K:
+      return {bytes, 1, {108, 0}};
     case TensorType::kQ6K:
       return {bytes, 1, {208, 0}};
     default:

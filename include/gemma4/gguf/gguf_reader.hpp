@@ -22,6 +22,7 @@
 #include "gemma4/gguf/gguf_cursor.hpp"
 #include "gemma4/gguf/gguf_value.hpp"
 #include "gemma4/gguf/mapped_file.hpp"
+#include "gemma4/quantized_matrix.hpp"
 
 namespace gemma4 {
 
@@ -250,11 +251,8 @@ class GgufFile {
     const auto number = cursor.number<std::uint32_t>(thing);
     tensor.type = static_cast<TensorType>(number);
     const auto info = find_tensor_type(tensor.type);
-    if (!info) {
-      std::string known;
-      for (const TensorTypeInfo& type : kTensorTypes) known += concat(known.empty() ? "" : ", ", type.name);
-      cursor.check(false, thing, offset, concat("a tensor type among ", known), concat("type number ", number));
-    }
+    cursor.check(info.has_value(), thing, offset, concat("a type of ggml (supported are ", weight_type_names(), ")"),
+                 concat("the unknown type ", number));
     cursor.check(tensor.row_len() % info->block_size == 0, thing, offset,
                  concat("rows of a multiple of ", info->block_size, " values for ", info->name), tensor.row_len());
     std::int64_t bytes = 0;

@@ -49,8 +49,8 @@ class TensorBinder {
 
   QuantizedMatrix matrix(const std::string& name, std::int64_t rows, std::int64_t cols) {
     const GgufTensor& tensor = bind(name, {cols, rows});
-    require_format(is_weight_type(tensor.type), where(name), "has type ", type_name(tensor.type),
-                   ", expected Q4_K, Q5_K, Q6_K, Q8_0, BF16, F16 or F32");
+    require_format(is_weight_type(tensor.type), where(name), "is ", type_name(tensor.type),
+                   ", which is not supported; supported are ", weight_type_names());
     return {tensor.type, rows, cols, tensor.data};
   }
 

@@ -64,7 +64,8 @@ namespace gemma4 {
 
 struct SyntheticOptions {
   std::uint64_t seed = 0;
-  std::optional<TensorType> only = std::nullopt;  ///< every matrix in this type; absent: the Q4_K_M mix
+  WeightMix mix = WeightMix::kQ4KM;               ///< the types of the matrices
+  std::optional<TensorType> only = std::nullopt;  ///< every matrix in this type, whatever the mix
   double score_deviation = 2.4;                   ///< s above: at 1024 keys 4.1 nats of entropy, at 131072 keys 8.9
   double attention_share = 0.77;                  ///< S_a above
   double mlp_share = 0.58;                        ///< S_m above
@@ -135,14 +136,15 @@ class SyntheticModel {
 };
 
 /// Number of general.file_type that llama.cpp prints for the mix.
-[[nodiscard]] inline std::uint32_t file_type_number(std::optional<TensorType> only) {
-  constexpr std::uint32_t kQ4KM = 15;
-  if (!only) return kQ4KM;
+[[nodiscard]] inline std::uint32_t file_type_number(std::optional<TensorType> only, WeightMix mix) {
+  if (!only) return std::ranges::find(kWeightMixes, mix, &WeightMixInfo::mix)->file_type;
   switch (*only) {
     case TensorType::kF32:
       return 0;
     case TensorType::kF16:
       return 1;
+    case TensorType::kQ4_0:
+      return 2;
     case TensorType::kQ8_0:
       return 7;
     case TensorType::kQ4K:
@@ -153,7 +155,7 @@ class SyntheticModel {
       return 32;
     default:
       require(false, "synthetic model: weights of type ", type_name(*only),
-              "; expected Q4_K, Q6_K, Q8_0, BF16, F16 or F32");
+              "; expected Q4_0, Q4_K, Q6_K, Q8_0, BF16, F16 or F32");
       return 0;
   }
 }
@@ -268,7 +270,8 @@ struct SyntheticPiece {
 /// Writes the model to `path`: all of it or nothing. The file depends on config and options alone, not on the number of
 /// threads, which make and write pieces of 1 MiB (at least one row) side by side: a thread's piece is all that it
 /// holds, and the rate grows with the cores as long as the file system takes it.
-/// @param on_progress called with the bytes of tensor data written so far, of total_bytes(model_tensors(config, only));
+/// @param on_progress called with the bytes of tensor data written so far, of total_bytes(model_tensors(config, only,
+/// mix));
 ///        by one thread at a time
 /// @throws std::invalid_argument for a config that no backend can run, rows that do not divide into blocks, a
 ///         vocabulary too small for its control tokens, or too little free space
@@ -276,8 +279,8 @@ inline void write_synthetic_model(const std::filesystem::path& path, const Model
                                   const SyntheticOptions& options = {},
                                   const std::function<void(std::int64_t)>& on_progress = {}) {
   constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
-  const std::vector<ModelTensor> tensors = model_tensors(config, options.only);
-  const std::uint32_t file_type = detail::file_type_number(options.only);
+  const std::vector<ModelTensor> tensors = model_tensors(config, options.only, options.mix);
+  const std::uint32_t file_type = detail::file_type_number(options.only, options.mix);
   const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   const std::filesystem::space_info space = std::filesystem::space(folder);
   require(static_cast<std::uintmax_t>(total_bytes(tensors)) <= space.available, "synthetic model: ", path.string(),
