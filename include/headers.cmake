@@ -23,6 +23,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/mapped_file.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/model_tensors.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/json.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/kv_format.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/accuracy.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/golden.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/model.hpp"
