@@ -11,6 +11,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/cache/chunk.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/flat_layer_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/full_layer_cache.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/cache/kv_layer_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/simulated_layer_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/sliding_layer_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/tq4_layer_cache.cuh"

@@ -15,6 +15,7 @@
 #include "cuda/cache/chunk.cuh"
 #include "cuda/cache/flat_layer_cache.cuh"
 #include "cuda/cache/full_layer_cache.cuh"
+#include "cuda/cache/kv_layer_cache.cuh"
 #include "cuda/cache/simulated_layer_cache.cuh"
 #include "cuda/cache/sliding_layer_cache.cuh"
 #include "cuda/cache/tq4_layer_cache.cuh"
