@@ -58,7 +58,8 @@ struct LayerCachePlan {
   bool causal_skip = true;
   bool needs_positions = false;  ///< ChunkPlace::positions is read
   SlidingPlan sliding = {};
-  std::variant<std::monostate, FlashPlan, Tq4AttentionPlan> full = {};  ///< of the type that the format's caches take
+  std::variant<std::monostate, FlashPlan, Tq4AttentionPlan, KvAttentionPlan> full =
+      {};  ///< of the type that the format's caches take
 
   [[nodiscard]] bool commits_after() const { return !sliding.into_ring_at_once; }
 };
@@ -209,6 +210,7 @@ class LayerCaches {
                                  .kv_len = plan.masks ? DeviceCount{} : chunk.kv_len,
                                  .partials = partials_,
                                  .scratch_and_partials = workspace_,
+                                 .k_weight = norms.k,
                                  .work_count = work_count_};
     with_full([&]<class TCaches>(const TCaches& caches) {
       caches.attend(index(layer), call, std::get<typename TCaches::Plan>(plan.full), stream);

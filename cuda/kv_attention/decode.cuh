@@ -17,20 +17,19 @@
 /// (cuda/tq4_attention/decode.cuh) in everything but what a team of warps does with a record.
 ///
 ///   S [16 tokens, 8 rows] = norm_V V qv^T + norm_R R qr^T, fp16: qv = H (w * q with zeros at the rotated places), qr =
-///   H' (q at the rotated places); each warp of a team of four multiplies a quarter of the dims, and the parts are added
-///   through shared memory;
-///   p = 2^(S * scale - m), computed by all of them alike;
-///   O^T [head_dim, 8 rows] += V^T (p * norm_V), bf16; each warp holds a quarter of the dims, those that it multiplied.
+///   H' (q at the rotated places); each warp of a team of four multiplies a quarter of the dims, and the parts are
+///   added through shared memory; p = 2^(S * scale - m), computed by all of them alike; O^T [head_dim, 8 rows] += V^T
+///   (p * norm_V), bf16; each warp holds a quarter of the dims, those that it multiplied.
 ///
 /// A code of V is decoded once, into the A operand of the first product, tokens by dims. The second one contracts over
 /// tokens and wants dims by tokens: the tile is turned in registers, by a product with the identity (two of them a
-/// tile; the tensor cores have time) or by movmatrix. Decoding it twice would cost 13 integer operations for eight codes
-/// of 5 bits once more, and a tile of 16-bit values in shared memory 32 KB of traffic a record, most of what a
+/// tile; the tensor cores have time) or by movmatrix. Decoding it twice would cost 13 integer operations for eight
+/// codes of 5 bits once more, and a tile of 16-bit values in shared memory 32 KB of traffic a record, most of what a
 /// multiprocessor has in the time that the memory takes for one.
 ///
-/// Bytes: D (4 v + r) / 2 + 64 a record of 16 tokens, read once per eight rows. Integer pipe: 9 operations for 8 codes of
-/// 4 bits, 13 for 5. Tensor cores at head_dim 512: 32 + 8 products for S, 64 to turn, 32 for O, a record.
-/// q in fp16 as TQ4 has it, V's part and R's part each with a power of two of its own; levels as bytes
+/// Bytes: D (4 v + r) / 2 + 64 a record of 16 tokens, read once per eight rows. Integer pipe: 9 operations for 8 codes
+/// of 4 bits, 13 for 5. Tensor cores at head_dim 512: 32 + 8 products for S, 64 to turn, 32 for O, a record. q in fp16
+/// as TQ4 has it, V's part and R's part each with a power of two of its own; levels as bytes
 /// (cuda/kv_cache/levels.cuh).
 namespace gemma4::cuda::detail {
 

@@ -48,10 +48,10 @@ struct KvDecodePlan {
            tile.smem_bytes() <= device.smem_limit_bytes;
   };
   if (choice.tile) {
-    require(fits(*choice.tile), who, ": tile of head_dim ", choice.tile->head_dim, " for ", choice.tile->v_bits, " and ",
-            choice.tile->r_bits, " bits with ", choice.tile->smem_bytes(), " B of shared memory, need head_dim ",
-            shape.head_dim, ", ", format.v_bits, " and ", format.r_bits, " bits and at most ", device.smem_limit_bytes,
-            " B");
+    require(fits(*choice.tile), who, ": tile of head_dim ", choice.tile->head_dim, " for ", choice.tile->v_bits,
+            " and ", choice.tile->r_bits, " bits with ", choice.tile->smem_bytes(),
+            " B of shared memory, need head_dim ", shape.head_dim, ", ", format.v_bits, " and ", format.r_bits,
+            " bits and at most ", device.smem_limit_bytes, " B");
     plan.tile = *choice.tile;
   } else {
     const auto found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), fits);
@@ -64,8 +64,8 @@ struct KvDecodePlan {
   const std::int64_t n_unit = shape.batch * shape.n_head_kv * n_row_tile;
   require(shape.n_head_kv <= 65535 && shape.batch * n_row_tile <= 65535, who, ": n_head_kv ", shape.n_head_kv,
           " and batch * n_query * group / 8 = ", shape.batch * n_row_tile, ", need at most 65535 of each");
-  plan.n_split = choice.n_split.value_or(static_cast<int>(
-      std::clamp<std::int64_t>(std::int64_t{device.sm_count} / n_unit, 1, detail::kTq4MaxSplit)));
+  plan.n_split = choice.n_split.value_or(
+      static_cast<int>(std::clamp<std::int64_t>(std::int64_t{device.sm_count} / n_unit, 1, detail::kTq4MaxSplit)));
   require(plan.n_split >= 1 && plan.n_split <= detail::kTq4MaxSplit, who, ": n_split ", plan.n_split, ", need 1 to ",
           detail::kTq4MaxSplit);
   plan.n_row_tile = static_cast<int>(n_row_tile);

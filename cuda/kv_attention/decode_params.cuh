@@ -46,7 +46,8 @@ struct KvDecodeTile {
   }
 };
 
-/// For each head_dim and width the first that takes it and fits is taken; the last of each head_dim needs at most 99 KB.
+/// For each head_dim and width the first that takes it and fits is taken; the last of each head_dim needs at most 99
+/// KB.
 inline constexpr std::array kKvDecodeTiles{
     KvDecodeTile{.head_dim = 512, .v_bits = 5, .r_bits = 4, .teams = 4, .n_stage = 8, .by_product = true},
     KvDecodeTile{.head_dim = 512, .v_bits = 4, .r_bits = 4, .teams = 4, .n_stage = 9, .by_product = true},
@@ -91,8 +92,8 @@ struct KvDecodeTraits {
   static constexpr int kThreads = 32 * kTeamWarps * kPairs;
   static constexpr int kValues = kHeadDim / 32;  ///< of a vector in a lane
   static constexpr int kRecordBytes = kTile.record_bytes();
-  static constexpr int kWords = kHeadDim / (32 * kTeamWarps);  ///< of V codes of one token in a lane of one warp
-  static constexpr int kVWords = 2 * kWords;                   ///< tiles of 16 dims of a warp
+  static constexpr int kWords = kHeadDim / (32 * kTeamWarps);        ///< of V codes of one token in a lane of one warp
+  static constexpr int kVWords = 2 * kWords;                         ///< tiles of 16 dims of a warp
   static constexpr int kRWords = kRotated < 32 ? 1 : kRotated / 32;  ///< warps of a team that have one of R
   static constexpr int kQOffset = kTile.ring_bytes();
   static constexpr int kScoreOffset = kQOffset + kTile.q_bytes();

@@ -13,8 +13,9 @@
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention.cuh"
 
-/// How queries of kv_decode_kernel come into shared memory: a row becomes H (w * q with zeros at the rotated places) and
-/// H' (q at the rotated places), each scaled by a power of two to fp16, as B fragments: 16-byte piece U * 32 + 4 * slot
+/// How queries of kv_decode_kernel come into shared memory: a row becomes H (w * q with zeros at the rotated places)
+/// and H' (q at the rotated places), each scaled by a power of two to fp16, as B fragments: 16-byte piece U * 32 + 4 *
+/// slot
 /// + t holds dims 32 U + 2t + {0, 1, 8, 9, 16, 17, 24, 25}, the columns of R behind those of V.
 namespace gemma4::cuda::detail {
 

@@ -136,7 +136,7 @@ __device__ __forceinline__ void score_rotated(float (&s)[4], const unsigned char
   const uint4 q = reinterpret_cast<const uint4*>(q_smem)[(TTraits::kHeadDim / 32 + at.half) * 32 + at.lane];
   const KvPlace place = kv_place(kN, at.g, 32 * at.half + 2 * at.t);
   with_kv_bits<TTraits::kRBits>(params.r_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
-    const auto decode = [&](int group, int word, std::uint32_t (&out)[4]) {
+    const auto decode = [&](int group, int word, std::uint32_t(&out)[4]) {
       KvGroupWords<kBits, 1> codes;
       codes.load(words, kN / 2, group, word);
       decode_kv_word<kBits, 0>(codes.nibbles[0], codes.signs, codes.extra, params.levels.r, params.levels.shifts, out);
@@ -187,8 +187,8 @@ __device__ __forceinline__ void take_parts(float (&s)[4], const unsigned char* s
   }
 }
 
-/// Takes the records of a team into its state. A team with fewer than `run.most` meets its barrier as often as if it had
-/// that many, as in absorb_records().
+/// Takes the records of a team into its state. A team with fewer than `run.most` meets its barrier as often as if it
+/// had that many, as in absorb_records().
 template <class TTraits>
 __device__ __forceinline__ void absorb_kv_records(Tq4DecodeState<TTraits>& state, const KvDecodeParams& params,
                                                   typename TTraits::Ring& ring, unsigned char* smem,
@@ -196,22 +196,26 @@ __device__ __forceinline__ void absorb_kv_records(Tq4DecodeState<TTraits>& state
   const int begin = run.begin, end = run.end;
   const unsigned char* const q_smem = smem + TTraits::kQOffset;
   unsigned char* const scores = smem + TTraits::kScoreOffset + 2 * TTraits::kTeamWarps * 512 * at.pair;
-  const auto* const scales = reinterpret_cast<const float*>(smem + TTraits::kScaleOffset) + 2 * at.t;
-  const float v_scale[2] = {scales[0], scales[1]}, r_scale[2] = {scales[kRowTile], scales[kRowTile + 1]};
-  const int norms = static_cast<int>(TTraits::kVBits != 0
-                                         ? TTraits::kRecordBytes
-                                         : kv_record_bytes(TTraits::kHeadDim, params.v_bits, params.r_bits)) -
-                    64;
+  const auto* const scales = reinterpret_cast<const float2*>(smem + TTraits::kScaleOffset) + at.t;
+  const int norms =
+      static_cast<int>(TTraits::kVBits != 0 ? TTraits::kRecordBytes
+                                            : kv_record_bytes(TTraits::kHeadDim, params.v_bits, params.r_bits)) -
+      64;
   for (int index = begin; index < end; ++index) {
     const unsigned char* const record = ring.wait();
-    const auto v_norms = KvTokenNorms::load(record + norms, at.g), r_norms = KvTokenNorms::load(record + norms + 32, at.g);
     KvTile tiles[TTraits::kVWords];
     float s[4], of_r[4];
-    score_rotated<TTraits>(of_r, record, q_smem, params, at);
     score_values<TTraits>(s, tiles, record, q_smem, params, at);
+    score_rotated<TTraits>(of_r, record, q_smem, params, at);
+    // Read here, once a record: registers are what this loop has fewest of.
+    const float2 v_scale = scales[0], r_scale = scales[kRowTile / 2];
+    const auto v_norms = KvTokenNorms::load(record + norms, at.g);
+    const auto r_norms = KvTokenNorms::load(record + norms + 32, at.g);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      s[i] = fmaf(of_r[i], r_norms.value[i >> 1] * r_scale[i & 1], s[i] * (v_norms.value[i >> 1] * v_scale[i & 1]));
+    for (int half = 0; half < 2; ++half) {
+      const float v = v_norms.value[half], r = r_norms.value[half];
+      s[2 * half] = fmaf(of_r[2 * half], r * r_scale.x, s[2 * half] * (v * v_scale.x));
+      s[2 * half + 1] = fmaf(of_r[2 * half + 1], r * r_scale.y, s[2 * half + 1] * (v * v_scale.y));
     }
     post_part<TTraits>(s, scores, at, index);
     named_barrier_sync<32 * TTraits::kTeamWarps>(TTraits::kTeamBarrier + at.pair);

@@ -26,10 +26,10 @@ namespace gemma4::cuda {
 
 /// What a call of attention over a cache of one vector for K and V attends with, to and into.
 struct KvAttentionCall {
-  View<const Bf16, 4> q;   ///< [batch, n_query, n_head, head_dim], normalised and turned by RoPE; may be `out` itself
-  const float* k_weight;   ///< [head_dim] on the device, 16-byte aligned: w, the weight of k's norm
-  ConstKvRecords cache;    ///< of [batch, n_head_kv, buffer_len]; tokens >= kv_len never reach the result
-  const KvCodec& codec;    ///< the one that compressed the cache
+  View<const Bf16, 4> q;  ///< [batch, n_query, n_head, head_dim], normalised and turned by RoPE; may be `out` itself
+  const float* k_weight;  ///< [head_dim] on the device, 16-byte aligned: w, the weight of k's norm
+  ConstKvRecords cache;   ///< of [batch, n_head_kv, buffer_len]; tokens >= kv_len never reach the result
+  const KvCodec& codec;   ///< the one that compressed the cache
   AttentionOptions options;
   /// Valid tokens, read by the kernel from the device or given by the host; absent: all. A number on the device outside
   /// [0, buffer_len] counts as the nearer end. A mask must cover what the host knows: kv_len keys, or the buffer where

@@ -34,8 +34,7 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const std::uint32_t (&a)[
 /// a b of fp16 values, rounded to fp16: c[0] (g, 2t), c[1] (g + 8, 2t), each with its right neighbour in the high half.
 __device__ __forceinline__ void mma_f16_to_f16(std::uint32_t (&c)[2], const std::uint32_t (&a)[4], std::uint32_t b0,
                                                std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %8};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %8};"
       : "=r"(c[0]), "=r"(c[1])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0u));
 }
