@@ -29,6 +29,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/model.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/weights.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/philox.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/plan/cache_fit.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/execution.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/memory_plan.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/packed_rows.hpp"

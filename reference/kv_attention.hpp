@@ -17,8 +17,8 @@ namespace gemma4::reference {
 
 namespace detail {
 
-/// Rows q [n, D] as [n, D + D/4]: w * q with zeros at the rotated places, then q at the rotated places. A product with
-/// [V, R] is then <q, K>.
+/// Rows q [n, D] as [n, D + D/4]: w * q with zeros at the rotated places, then c * q at the rotated places, c being
+/// their scales. A product with [V, R] is then <q, K>.
 template <class Scalar>
 [[nodiscard]] Matrix<Scalar> fold_queries(const Matrix<Scalar>& q, std::span<const float> k_weight) {
   const Eigen::Index head_dim = q.cols(), n_rotated = kv_rotated_size(head_dim);
@@ -27,7 +27,7 @@ template <class Scalar>
   for (Eigen::Index j = 0; j < n_rotated; ++j) {
     const Eigen::Index place = kv_rotated_place(head_dim, j);
     folded.col(place).setZero();
-    folded.col(head_dim + j) = q.col(place);
+    folded.col(head_dim + j) = q.col(place) * static_cast<Scalar>(kv_rotated_scale(k_weight.data(), head_dim, j));
   }
   return folded;
 }
@@ -46,8 +46,7 @@ template <class Scalar>
   require(cache.batch == shape.batch, who, ": the cache has batch ", cache.batch, ", q has ", shape.batch);
   require(cache.head_dim == shape.head_dim, who, ": the cache has head_dim ", cache.head_dim, ", q has ",
           shape.head_dim);
-  require(static_cast<std::int64_t>(k_weight.size()) == shape.head_dim, who, ": k_weight has ", k_weight.size(),
-          " values, need head_dim ", shape.head_dim);
+  require_k_weight(who, k_weight, shape.head_dim);
   require_extents(who, "out", out, {shape.batch, shape.n_query, shape.n_head, shape.head_dim});
   return shape;
 }
@@ -77,7 +76,7 @@ template <class Scalar, class TLoad>
 
 /// Attention of the last n_query tokens over a cache of one vector for K and V: the contract of gemma4/attention.hpp
 /// with V and R as read, and
-///   <q, K[t]> = <w * q with zeros at the rotated places, V[t]> + <q at the rotated places, R[t]>.
+///   <q, K[t]> = <w * q with zeros at the rotated places, V[t]> + <c * (q at the rotated places), R[t]>.
 /// It attends in the rotated spaces, H and H' being the codec's rotations of V and R:
 ///   <x, V> = <H x, H V>,  <x, R> = <H' x, H' R>  and  sum_t p[t] V[t] = H^T sum_t p[t] H V[t].
 /// @param q        [batch, n_query, n_head, head_dim], normalised and turned by RoPE

@@ -204,17 +204,32 @@ CacheShape require_kv_plain(const char* who, const KvPlainView<TStorage>& cache)
   return {extent[0], extent[1], extent[2], extent[3]};
 }
 
-/// Tokens of one head of x [batch, n_new, n_head_kv, head_dim]: V's values, or those of K at the rotated places.
+/// Tokens of one head of v [batch, n_new, n_head_kv, head_dim].
 template <class Scalar>
-[[nodiscard]] Matrix<Scalar> kv_stored_rows(CacheSide side, const View<const Scalar, 4>& x, std::int64_t b,
-                                            std::int64_t h) {
-  const std::int64_t head_dim = x.extent[3];
-  const bool is_v = side == CacheSide::kValue;
-  Matrix<Scalar> rows(x.extent[1], is_v ? head_dim : kv_rotated_size(head_dim));
+[[nodiscard]] Matrix<Scalar> kv_v_rows(const View<const Scalar, 4>& v, std::int64_t b, std::int64_t h) {
+  Matrix<Scalar> rows(v.extent[1], v.extent[3]);
   for (Eigen::Index t = 0; t < rows.rows(); ++t) {
-    for (Eigen::Index j = 0; j < rows.cols(); ++j) rows(t, j) = x(b, t, h, is_v ? j : kv_rotated_place(head_dim, j));
+    for (Eigen::Index j = 0; j < rows.cols(); ++j) rows(t, j) = v(b, t, h, j);
   }
   return rows;
+}
+
+/// R of tokens of one head of k: its values at the rotated places over their scales.
+template <class Scalar>
+[[nodiscard]] Matrix<Scalar> kv_r_rows(const View<const Scalar, 4>& k, std::span<const float> k_weight, std::int64_t b,
+                                       std::int64_t h) {
+  const std::int64_t head_dim = k.extent[3];
+  Matrix<Scalar> rows(k.extent[1], kv_rotated_size(head_dim));
+  for (Eigen::Index j = 0; j < rows.cols(); ++j) {
+    const auto scale = static_cast<Scalar>(kv_rotated_scale(k_weight.data(), head_dim, j));
+    for (Eigen::Index t = 0; t < rows.rows(); ++t) rows(t, j) = k(b, t, h, kv_rotated_place(head_dim, j)) / scale;
+  }
+  return rows;
+}
+
+inline void require_k_weight(const char* who, std::span<const float> k_weight, std::int64_t head_dim) {
+  require(static_cast<std::int64_t>(k_weight.size()) == head_dim, who, ": k_weight has ", k_weight.size(),
+          " values, need head_dim ", head_dim);
 }
 
 }  // namespace detail
@@ -223,13 +238,15 @@ template <class Scalar>
 /// contract is that of gemma4/cache_update.hpp.
 /// @param k, v [batch, n_new, n_head_kv, head_dim] of a layer whose K is its V: v normalised without weights, k with
 ///             them and turned by RoPE; only the rotated places of k are read
+/// @param k_weight [head_dim] those weights
 /// @throws std::invalid_argument on extents that do not fit, a position outside the buffer or given twice
 template <class Scalar>
 void kv_cache_update(const KvCodec<Scalar>& codec, View<const Scalar, 4> k, View<const Scalar, 4> v,
-                     std::span<const std::int32_t> positions, KvCacheView cache) {
+                     std::span<const float> k_weight, std::span<const std::int32_t> positions, KvCacheView cache) {
   const char* const who = "kv_cache_update";
   const CacheShape shape = detail::require_kv_cache(who, codec, cache);
   require_cache_update(who, k, v, positions, shape);
+  detail::require_k_weight(who, k_weight, shape.head_dim);
   const auto n_new = static_cast<std::int64_t>(positions.size());
   const auto store = [&](const KvVectorCodec<Scalar>& vectors, const Matrix<Scalar>& rows,
                          const View<std::uint8_t, 4>& codes_out, const View<KvNorm, 3>& norms_out, std::int64_t b,
@@ -245,19 +262,20 @@ void kv_cache_update(const KvCodec<Scalar>& codec, View<const Scalar, 4> k, View
   };
   for (std::int64_t b = 0; b < shape.batch; ++b) {
     for (std::int64_t h = 0; h < shape.n_head_kv; ++h) {
-      store(codec.v(), detail::kv_stored_rows(CacheSide::kValue, v, b, h), cache.v_codes, cache.v_norm, b, h);
-      store(codec.r(), detail::kv_stored_rows(CacheSide::kKey, k, b, h), cache.r_codes, cache.r_norm, b, h);
+      store(codec.v(), detail::kv_v_rows(v, b, h), cache.v_codes, cache.v_norm, b, h);
+      store(codec.r(), detail::kv_r_rows(k, k_weight, b, h), cache.r_codes, cache.r_norm, b, h);
     }
   }
 }
 
 /// The same without codes: V and R rounded to TStorage.
 template <class Scalar, class TStorage>
-void kv_cache_update(View<const Scalar, 4> k, View<const Scalar, 4> v, std::span<const std::int32_t> positions,
-                     KvPlainView<TStorage> cache) {
+void kv_cache_update(View<const Scalar, 4> k, View<const Scalar, 4> v, std::span<const float> k_weight,
+                     std::span<const std::int32_t> positions, KvPlainView<TStorage> cache) {
   const char* const who = "kv_cache_update";
   const CacheShape shape = detail::require_kv_plain(who, cache);
   require_cache_update(who, k, v, positions, shape);
+  detail::require_k_weight(who, k_weight, shape.head_dim);
   const auto store = [&](const Matrix<Scalar>& rows, const View<TStorage, 4>& to, std::int64_t b, std::int64_t h) {
     for (Eigen::Index t = 0; t < rows.rows(); ++t) {
       for (Eigen::Index j = 0; j < rows.cols(); ++j) {
@@ -267,8 +285,8 @@ void kv_cache_update(View<const Scalar, 4> k, View<const Scalar, 4> v, std::span
   };
   for (std::int64_t b = 0; b < shape.batch; ++b) {
     for (std::int64_t h = 0; h < shape.n_head_kv; ++h) {
-      store(detail::kv_stored_rows(CacheSide::kValue, v, b, h), cache.v, b, h);
-      store(detail::kv_stored_rows(CacheSide::kKey, k, b, h), cache.r, b, h);
+      store(detail::kv_v_rows(v, b, h), cache.v, b, h);
+      store(detail::kv_r_rows(k, k_weight, b, h), cache.r, b, h);
     }
   }
 }

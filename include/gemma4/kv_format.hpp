@@ -27,20 +27,24 @@
 /// w [head_dim] being the weight of k's norm. So K holds nothing that V does not, but for the position, which turns the
 /// pairs (i, i + D/2), i < D/8, a quarter of its values (D = head_dim). A token and head is stored as two vectors:
 ///   V   the D values,
-///   R   the D/4 values of K at the rotated places, as RoPE left them: R[j] = K[kv_rotated_place(D, j)];
+///   R   D/4 values: those of K at the rotated places, as RoPE left them, over the scale c of their pair, a power of
+///       two:   R[j] = K[kv_rotated_place(D, j)] / c[j],   c[j] = kv_rotated_scale(w, D, j);
 /// and is read as
-///   <q, K> = <w * q with zeros at the rotated places, V> + <q at the rotated places, R>,     out = sum_t p[t] V[t].
-/// That is exact, whatever the position; only the codes lose anything. The query is turned with the cache's rotations
-/// (H over D values, H' over D/4), not the cache: <H (w * q_rest), H V> + <H' q_rot, H' R>, out = H^T sum_t p[t] H
-/// V[t].
+///   <q, K> = <w * q with zeros at the rotated places, V> + <c * (q at the rotated places), R>,   out = sum p V.
+/// That is exact, whatever the position; only the codes lose anything. Not the cache is turned back, but the query is
+/// turned with the cache's rotations, H over D values and H' over D/4:
+///   <H (w * q_rest), H V> + <H' (c * q_rot), H' R>,   out = H^T sum p H V.
 ///
-/// Each vector x of n values (V: n = D; R: n = D/4) is stored as TQ4 does it (gemma4/tq4_format.hpp): a norm and n
-/// codes,
-///   y = rotation(x / ||x||) over n values, both of the same seed: with the signed Hadamard R takes the first D/4
-///   signs; code[i] = sign and magnitude: the sign bit is set where y[i] < 0, the magnitude m is the number of edges
-///   strictly
-///             below |y[i]| (a tie goes towards zero; NaN to +0), and stands for level[m] of KvCodebook;
-///   norm = f16(||x|| / ||level[code]||) when corrected, so that what is read has the length of x; f16(||x||) when raw.
+/// Why the scale: a model whose w is s times larger at a pair, and the weight of q's norm s times smaller, is the same
+/// model. Codes of K itself would spread the error of its large values over the small ones, which such a q weighs most;
+/// so TQ4 loses accuracy with the spread of w. V does not know w, and with the scale R does not either: for s a power
+/// of two the cache holds the same bits. Where w is nearly constant, only the exponent of R's norm is another.
+///
+/// Each vector x of n values (V: n = D; R: n = D/4) is stored as TQ4 does it (gemma4/tq4_format.hpp): a norm, n codes.
+///   y = rotation(x / ||x||) over n values; both rotations have one seed, so that R takes the first D/4 Hadamard signs.
+///   code[i] is a sign and a magnitude. The sign bit is set where y[i] < 0. The magnitude m is the number of edges
+///   strictly below |y[i]| (a tie goes towards zero, NaN to +0) and stands for level[m] of KvCodebook.
+///   norm = f16(||x|| / ||level[m]||) when corrected, so that what is read has the length of x; f16(||x||) when raw.
 /// Read, still rotated: +-norm * level[m]. The zero vector has norm 0.
 ///
 /// A row of n codes of b bits is b planes of n / 8 bytes, one after another; bit i % 8 of byte i / 8 of a plane belongs
@@ -83,6 +87,21 @@ using KvNorm = F16;
 /// Whether R holds the value of K at this place.
 [[nodiscard]] GEMMA4_HD constexpr bool kv_is_rotated(std::int64_t head_dim, std::int64_t place) {
   return place % (head_dim / 2) < head_dim / 8;
+}
+
+/// The scale of a rotated pair of places where the weights of k's norm are `a` and `b`: the power of two at or below
+/// the larger of |a| and |b|; 1 where neither is a normal number. Its inverse is exact, too.
+[[nodiscard]] GEMMA4_HD constexpr float kv_rotated_scale(float a, float b) {
+  constexpr std::uint32_t kExponent = 0x7F800000u, kOne = 0x3F800000u;
+  const std::uint32_t of_a = bit_cast<std::uint32_t>(a) & kExponent, of_b = bit_cast<std::uint32_t>(b) & kExponent;
+  const std::uint32_t larger = of_a > of_b ? of_a : of_b;
+  return bit_cast<float>(larger == 0 ? kOne : larger);
+}
+
+/// That of R's value j, w [head_dim] being the weight of k's norm.
+[[nodiscard]] GEMMA4_HD constexpr float kv_rotated_scale(const float* w, std::int64_t head_dim, std::int64_t j) {
+  const std::int64_t pair = j % (head_dim / 8);
+  return kv_rotated_scale(w[pair], w[pair + head_dim / 2]);
 }
 
 /// Bytes of the codes of a vector of n values.

@@ -40,11 +40,11 @@ class KvLayerCache {
     const auto to = make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_);
     const AttentionOptions options{.scale = ModelConfig::kAttentionScale};
     if (auto* const codes = std::get_if<KvCacheBuffer>(&cache_)) {
-      kv_cache_update<Scalar>(*codec_, k, v, positions, codes->view());
+      kv_cache_update<Scalar>(*codec_, k, v, qkv.k_norm, positions, codes->view());
       kv_attention<Scalar>(q, qkv.k_norm, std::as_const(*codes).view(), *codec_, options, position + n_token, to);
     } else {
       auto& plain = std::get<KvPlainBuffer<Bf16>>(cache_);
-      kv_cache_update<Scalar, Bf16>(k, v, positions, plain.view());
+      kv_cache_update<Scalar, Bf16>(k, v, qkv.k_norm, positions, plain.view());
       kv_attention<Scalar, Bf16>(q, qkv.k_norm, std::as_const(plain).view(), options, position + n_token, to);
     }
     return out;
