@@ -157,7 +157,7 @@ inline void require_kv_call(const KvAttentionCall& call, const KvAttentionPlan& 
 }  // namespace detail
 
 /// Attention of the last n_query tokens over a cache of one vector for K and V: the contract of gemma4/attention.hpp
-/// with V as decoded and K = w * V with R at the rotated places.
+/// with V as decoded and K = w * V with c * R at the rotated places.
 /// @param plan      of plan_kv_attention() for this shape and format
 /// @param workspace at least plan.workspace_bytes, 16-byte aligned; one call at a time may use it
 /// @param work_count counts the records (decode) or key tiles (prefill) that are visited, when given; for tests

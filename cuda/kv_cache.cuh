@@ -100,7 +100,7 @@ namespace detail {
 template <int kHeadDim, class TIn>
 __global__ void __launch_bounds__(32 * kKvStoreWarps)
     kv_update_kernel(const __grid_constant__ KvCodecParams codec, const __grid_constant__ View<const TIn, 4> k,
-                     const __grid_constant__ View<const TIn, 4> v, const std::int32_t* positions,
+                     const __grid_constant__ View<const TIn, 4> v, const float* k_weight, const std::int32_t* positions,
                      const __grid_constant__ KvRecords cache) {
   constexpr int kValues = kHeadDim / 32;
   const std::int64_t item = blockIdx.x * std::int64_t{kKvStoreWarps} + threadIdx.x / 32;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(32 * kKvStoreWarps)
   float x[kValues];
   load_values(&(is_k ? k : v)(b, t, h, static_cast<int>(threadIdx.x & 31) * kValues), x);
   if (position < 0 || position >= cache.buffer_len) return;  // of the whole warp
-  kv_store<kHeadDim>(codec, is_k, x, cache, b, h, position);
+  kv_store<kHeadDim>(codec, k_weight, is_k, x, cache, b, h, position);
 }
 
 }  // namespace detail
@@ -121,11 +121,13 @@ __global__ void __launch_bounds__(32 * kKvStoreWarps)
 /// of the cache, in one launch; every other token keeps its bits. k is K whole, as RoPE left it. The contract is that
 /// of gemma4/cache_update.hpp. Nothing waits for the host: the call can be captured, and a replay reads the positions
 /// and vectors of that moment. TIn is Bf16 or float; vectors begin at multiples of 16 bytes.
+/// @param k_weight [head_dim] on the device: w, the weight of k's norm
 /// @throws std::invalid_argument on extents that do not fit and, where the host knows the positions, on one outside the
 ///         buffer or given twice
 template <class TIn>
 void kv_cache_update(const KvCodec& codec, const View<const TIn, 4>& k, const View<const TIn, 4>& v,
-                     const DevicePositions& positions, const KvRecords& cache, cudaStream_t stream) {
+                     const float* k_weight, const DevicePositions& positions, const KvRecords& cache,
+                     cudaStream_t stream) {
   const char* const who = "kv_cache_update";
   codec.require_fits(who, cache);
   const std::int64_t extents[4] = {cache.batch, positions.count, cache.n_head_kv, cache.head_dim};
@@ -140,13 +142,14 @@ void kv_cache_update(const KvCodec& codec, const View<const TIn, 4>& k, const Vi
   }
   if (positions.count == 0) return;
   require(positions.device != nullptr, who, ": positions are null");
+  require(k_weight != nullptr, who, ": k_weight is null");
   const std::int64_t n_warp = 2 * cache.batch * positions.count * cache.n_head_kv;
   for_head_dim(who, cache.head_dim, [&](auto head_dim) {
     detail::Launch{.what = "kv_update_kernel",
                    .grid = static_cast<unsigned>((n_warp + detail::kKvStoreWarps - 1) / detail::kKvStoreWarps),
                    .block = 32 * detail::kKvStoreWarps,
                    .stream = stream}(detail::kv_update_kernel<decltype(head_dim)::value, TIn>, codec.params(), k, v,
-                                     positions.device, cache);
+                                     k_weight, positions.device, cache);
   });
 }
 
@@ -158,8 +161,9 @@ struct KvUnpacked {
   std::int64_t rows = 0;
 };
 
-/// K = w * V with R at the rotated places, and V, of the valid tokens of `n_head` KV heads of a sequence from head0 on,
-/// neither of them rotated by the codec any more; rows of the last record behind kv_len are whatever it holds.
+/// K = w * V with c * R at the rotated places, c being their scales, and V, of the valid tokens of `n_head` KV heads of
+/// a sequence from head0 on, neither of them rotated by the codec any more; rows of the last record behind kv_len are
+/// whatever it holds.
 /// @param k_weight [head_dim] on the device, 16-byte aligned: w, the weight of k's norm
 /// @param kv_len   valid tokens; absent: as many as `to` has rows
 /// @throws std::invalid_argument on a cache of another kind, or rows that are no whole records of it

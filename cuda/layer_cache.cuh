@@ -188,7 +188,8 @@ class LayerCaches {
     with_full([&]<class TCaches>(const TCaches& caches) {
       if (plan.fuses_prologue) prologue(caches.sink(index(layer), fresh));
       if (plan.fuses_prologue && TCaches::kSinkStores) return;
-      caches.store(index(layer), fresh.k, fresh.v, {.device = chunk.positions, .count = chunk.n_token}, stream);
+      caches.store(index(layer), fresh.k, fresh.v, norms.k, {.device = chunk.positions, .count = chunk.n_token},
+                   stream);
     });
   }
 

@@ -132,12 +132,13 @@ struct Tq4Sink {
 struct KvSink {
   KvCodecParams codec;
   KvRecords records;
+  const float* k_weight;
 
   template <int kHeadDim>
   __device__ __forceinline__ void store(bool is_k, std::int64_t /*token*/, std::int64_t head, std::int64_t position,
                                         float (&x)[kHeadDim / 32]) const {
     if (position < 0 || position >= records.buffer_len) return;
-    kv_store<kHeadDim>(codec, is_k, x, records, 0, head, position);
+    kv_store<kHeadDim>(codec, k_weight, is_k, x, records, 0, head, position);
   }
 };
 
@@ -274,7 +275,7 @@ template <class TIn>
   require(params.rope.n_pair == head_dim / 8, who, ": ", params.rope.n_pair, " pairs turn, the cache holds those of ",
           head_dim / 8);
   require_qkv_position(who, params, to.records.buffer_len);
-  return {to.codec.params(), to.records};
+  return {to.codec.params(), to.records, params.norms.k};
 }
 
 template <class TIn>

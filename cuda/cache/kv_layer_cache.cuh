@@ -64,9 +64,9 @@ class FullLayerCaches<KvFormat> {
   }
 
   [[nodiscard]] KvKv sink(std::int64_t index, const FreshKv& /*fresh*/) const { return {*codec_, records(index)}; }
-  void store(std::int64_t index, const View<const Bf16, 3>& k, const View<const Bf16, 3>& v,
+  void store(std::int64_t index, const View<const Bf16, 3>& k, const View<const Bf16, 3>& v, const float* k_weight,
              const DevicePositions& positions, cudaStream_t stream) const {
-    kv_cache_update<Bf16>(*codec_, with_batch(k), with_batch(v), positions, records(index), stream);
+    kv_cache_update<Bf16>(*codec_, with_batch(k), with_batch(v), k_weight, positions, records(index), stream);
   }
   void attend(std::int64_t index, const FullAttentionCall& call, const Plan& plan, cudaStream_t stream) const {
     kv_attention(

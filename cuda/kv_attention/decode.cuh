@@ -17,7 +17,7 @@
 /// (cuda/tq4_attention/decode.cuh) in everything but what a team of warps does with a record.
 ///
 ///   S [16 tokens, 8 rows] = norm_V V qv^T + norm_R R qr^T, fp16: qv = H (w * q with zeros at the rotated places), qr =
-///   H' (q at the rotated places); each warp of a team of four multiplies a quarter of the dims, and the parts are
+///   H' (c * q at the rotated places); each warp of a team of four multiplies a quarter of the dims, and the parts are
 ///   added through shared memory; p = 2^(S * scale - m), computed by all of them alike; O^T [head_dim, 8 rows] += V^T
 ///   (p * norm_V), bf16; each warp holds a quarter of the dims, those that it multiplied.
 ///

@@ -14,9 +14,8 @@
 #include "cuda/tq4_attention.cuh"
 
 /// How queries of kv_decode_kernel come into shared memory: a row becomes H (w * q with zeros at the rotated places)
-/// and H' (q at the rotated places), each scaled by a power of two to fp16, as B fragments: 16-byte piece U * 32 + 4 *
-/// slot
-/// + t holds dims 32 U + 2t + {0, 1, 8, 9, 16, 17, 24, 25}, the columns of R behind those of V.
+/// and H' (c * q at the rotated places), c being their scales, each scaled by a power of two to fp16, as B fragments:
+/// 16-byte piece 32 U + 4 slot + t holds dims 32 U + 2t + {0, 1, 8, 9, 16, 17, 24, 25}, R's columns behind those of V.
 namespace gemma4::cuda::detail {
 
 /// Rows that a block stages, and twice: one task a warp, the parts of V first.
@@ -89,6 +88,10 @@ __device__ __forceinline__ void stage_part(const KvDecodeParams& params, KvQuery
     up = kv_store_fragments<kHeadDim>(part.v, slot, q_smem);
     unit = params.levels.v_unit;
   } else {
+    float scale[kKvValues<kRotated>];
+    kv_load_scales<kHeadDim>(params.k_weight, scale);
+#pragma unroll
+    for (int i = 0; i < kKvValues<kRotated>; ++i) part.r[i] *= scale[i];
     kv_rotate_warp<kRotated, true>(params.r_rotation, part.r);
     up = kv_store_fragments<kRotated>(part.r, slot, q_smem + 16 * kHeadDim);
     unit = params.levels.r_unit;

@@ -19,7 +19,7 @@
 /// buffer, and the bf16 flash kernels read them as they read any cache. The cost of rebuilding grows with the context,
 /// that of attention with the context and the queries.
 ///
-///   V[j] = bf16(H^T code),  K[j] = bf16(w * V[j] with R[j] at the rotated places);  out = attention(q, K, V)
+///   V[j] = bf16(H^T code),  K[j] = bf16(w * V[j] with c * R[j] at the rotated places);  out = attention(q, K, V)
 ///
 /// Heads go through the scratch in groups that fit it. Roundings to bf16: K, V, the probabilities and the result.
 namespace gemma4::cuda {

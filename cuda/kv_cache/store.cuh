@@ -212,6 +212,17 @@ __device__ __forceinline__ void kv_store_vector(const KvSideParams& side, const 
   }
 }
 
+/// The scales c of a lane's values of R, from the weight w [head_dim] of k's norm.
+template <int kHeadDim>
+__device__ __forceinline__ void kv_load_scales(const float* k_weight, float (&scale)[kKvValues<kHeadDim / 4>]) {
+  constexpr int kN = kHeadDim / 4, kCount = kKvValues<kN>;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    scale[i] = kv_rotated_scale(k_weight, kHeadDim, (kN < 32 ? lane & (kN - 1) : lane * kCount) + i);
+  }
+}
+
 /// The rotated values of a K vector in a warp, in R's order and layout, through shared memory.
 template <int kHeadDim>
 __device__ __forceinline__ void kv_gather_rotated(const float (&x)[kHeadDim / 32], float* shared,
@@ -229,12 +240,12 @@ __device__ __forceinline__ void kv_gather_rotated(const float (&x)[kHeadDim / 32
   __syncwarp();
 }
 
-/// Stores a K or V vector of a warp at `position`, which lies in the buffer: V whole, of K what is rotated. x is used
-/// up. The block has kKvStoreWarps warps.
+/// Stores a K or V vector of a warp at `position`, which lies in the buffer: V whole, of K what is rotated, over its
+/// scales. x is used up. The block has kKvStoreWarps warps.
 template <int kHeadDim>
-__device__ __forceinline__ void kv_store(const KvCodecParams& codec, bool is_k, float (&x)[kHeadDim / 32],
-                                         const KvRecords& cache, std::int64_t b, std::int64_t h,
-                                         std::int64_t position) {
+__device__ __forceinline__ void kv_store(const KvCodecParams& codec, const float* k_weight, bool is_k,
+                                         float (&x)[kHeadDim / 32], const KvRecords& cache, std::int64_t b,
+                                         std::int64_t h, std::int64_t position) {
   constexpr int kRotated = kHeadDim / 4, kRValues = kKvValues<kRotated>;
   __shared__ __align__(16) unsigned char code_memory[kKvStoreWarps][kHeadDim];
   __shared__ float rotated_memory[kKvStoreWarps][kRotated];
@@ -242,7 +253,13 @@ __device__ __forceinline__ void kv_store(const KvCodecParams& codec, bool is_k, 
   std::byte* const record = cache.record(b, h, position / kKvRecordTokens);
   const int token = static_cast<int>(position % kKvRecordTokens);
   float r[kRValues];
-  if (is_k) kv_gather_rotated<kHeadDim>(x, rotated_memory[warp], r);
+  if (is_k) {
+    float scale[kRValues];
+    kv_load_scales<kHeadDim>(k_weight, scale);
+    kv_gather_rotated<kHeadDim>(x, rotated_memory[warp], r);
+#pragma unroll
+    for (int i = 0; i < kRValues; ++i) r[i] /= scale[i];
+  }
   if (!cache.has_codes()) {
     auto* const values = reinterpret_cast<Bf16*>(record + (is_k ? cache.r_offset() : 0));
     if (!is_k) {

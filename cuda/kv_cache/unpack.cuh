@@ -11,8 +11,8 @@
 #include "cuda/ptx/vector_io.cuh"
 #include "gemma4/float16.hpp"
 
-/// K and V rebuilt from the records of a cache of one vector for both: not rotated any more, w * V with R in its places
-/// and V, as rows that any attention can read.
+/// K and V rebuilt from the records of a cache of one vector for both: not rotated any more, w * V with c * R in its
+/// places and V, as rows that any attention can read.
 namespace gemma4::cuda::detail {
 
 template <class TOut>
@@ -66,6 +66,8 @@ __global__ void __launch_bounds__(32 * kKvUnpackWarps)
   const std::int64_t n_row = min(max(kv_len, std::int64_t{0}), params.rows), n_record = (n_row + 15) / 16;
   float weight[kValues];
   load_values(params.k_weight + lane * kValues, weight);
+  float scale[kRValues];
+  kv_load_scales<kHeadDim>(params.k_weight, scale);
   __syncthreads();
   for (std::int64_t item = blockIdx.x * std::int64_t{kKvUnpackWarps} + warp; item < n_record * kKvRecordTokens;
        item += std::int64_t{gridDim.x} * kKvUnpackWarps) {
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(32 * kKvUnpackWarps)
     store_values(params.v + row, v);
     if (kRotated >= 32 || lane < kRotated) {
 #pragma unroll
-      for (int i = 0; i < kRValues; ++i) rotated[warp][lane * kRValues + i] = r[i];
+      for (int i = 0; i < kRValues; ++i) rotated[warp][lane * kRValues + i] = r[i] * scale[i];
     }
     __syncwarp();
 #pragma unroll
