@@ -119,7 +119,7 @@ class LayerCaches {
     }
     if (full_) {
       const FullPlanWish wish{.n_query = n_token,
-                              .max_kv_len = max_kv_len,
+                              .max_kv_len = plan.masks ? context_ : max_kv_len,
                               .options = full_options(plan),
                               .device = device_,
                               .split_k = policy.split_k,

@@ -272,7 +272,7 @@ template <class TIn>
   require(to.records.batch == 1 && to.records.n_head_kv == params.k.extent[1] && to.records.head_dim == head_dim, who,
           ": the cache is of batch ", to.records.batch, ", n_head_kv ", to.records.n_head_kv, ", head_dim ",
           to.records.head_dim, ", need 1, ", params.k.extent[1], ", ", head_dim);
-  require(params.rope.n_pair == head_dim / 8, who, ": ", params.rope.n_pair, " pairs turn, the cache holds those of ",
+  require(params.rope.n_pair <= head_dim / 8, who, ": ", params.rope.n_pair, " pairs turn, the cache keeps ",
           head_dim / 8);
   require_qkv_position(who, params, to.records.buffer_len);
   return {to.codec.params(), to.records, params.norms.k};
