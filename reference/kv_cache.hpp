@@ -141,7 +141,7 @@ class KvCodec {
   /// @throws std::invalid_argument unless head_dim is a power of two from 64 to 512 and both widths are 3 to 6 bits
   KvCodec(std::int64_t head_dim, const KvOptions& options)
       : KvCodec(make(require_head_dim(head_dim), options.v_bits, options),
-                make(kv_rotated_size(head_dim), options.r_bits, options)) {}
+                make(kv_rotated_size(require_head_dim(head_dim)), options.r_bits, options)) {}
 
   /// From given parts, R's a quarter as long as V's.
   KvCodec(KvVectorCodec<Scalar> v, KvVectorCodec<Scalar> r) : v_(std::move(v)), r_(std::move(r)) {
