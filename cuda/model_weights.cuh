@@ -25,17 +25,20 @@ namespace gemma4::cuda {
 
 /// One layer; pointers and matrices are borrowed from the PackedModel. Norms are f32.
 struct PackedLayer {
-  const float* attn_norm = nullptr;            ///< [hidden]
-  PackedMatrix attn_q, attn_k, attn_v;         ///< one after another in memory; attn_v is empty on a full layer
-  const float* attn_q_norm = nullptr;          ///< [head_dim]
-  const float* attn_k_norm = nullptr;          ///< [head_dim]
-  PackedMatrix attn_output;                    ///< [hidden, n_head * head_dim]
+  const float* attn_norm = nullptr;     ///< [hidden]
+  PackedMatrix attn_q, attn_k, attn_v;  ///< one after another in memory; attn_v is empty where V is K's projection
+  const float* attn_q_norm = nullptr;   ///< [head_dim]
+  const float* attn_k_norm = nullptr;   ///< [head_dim]
+  PackedMatrix attn_output;             ///< [hidden, n_head * head_dim]
   const float* post_attention_norm = nullptr;  ///< [hidden]
   const float* ffn_norm = nullptr;             ///< [hidden]
   GateUpWeights gate_up;                       ///< one matrix where both have one packed type
   PackedMatrix ffn_down;                       ///< [hidden, ffn_hidden]
   const float* post_ffw_norm = nullptr;        ///< [hidden]
   float output_scale = 1.0f;
+
+  /// On a sliding layer; on a full one V is K's projection, as a rule.
+  [[nodiscard]] bool has_own_v() const { return attn_v.rows > 0; }
 };
 
 struct LoadOptions {
@@ -52,7 +55,8 @@ class PackedModel {
   /// @throws Error when the device has not enough memory; nothing stays allocated
   PackedModel(const gemma4::ModelWeights& weights, std::vector<ModelTensor> tensors, const LoadOptions& options = {})
       : config_(weights.config), tensors_(std::move(tensors)) {
-    arena_ = DeviceArena(plan_memory(config_, tensors_, {.context = 1, .chunk = 1}), is_weight_buffer);
+    arena_ = DeviceArena(plan_memory(config_, tensors_, {.context = 1, .chunk = 1, .cache = Bf16Format{}}),
+                         is_weight_buffer);
     Carver carver(arena_.all());
     std::vector<UploadTask> tasks;
     const auto vector = [&](const std::string& name, std::span<const float> values) {

@@ -10,6 +10,7 @@
 
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
+#include "gemma4/plan/cache_fit.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
 #include "reference/decoder_layer.hpp"
@@ -31,11 +32,14 @@ struct BackendOptions {
 template <class Scalar>
 class Backend {
  public:
-  /// @throws std::invalid_argument when the context or the chunk cannot be had
+  /// @throws std::invalid_argument when the context, the chunk or the cache cannot be had
   Backend(const ModelWeights& weights, const BackendOptions& options) : weights_(weights), options_(options) {
     require(options.context >= 1 && options.context <= config().context, "backend: context ", options.context,
             ", need 1 to the model's ", config().context);
     require(options.max_chunk >= 1, "backend: max_chunk ", options.max_chunk, ", need at least 1");
+    require_cache_suits(options.cache, config(), [&](std::int64_t layer) {
+      return !weights.layers[static_cast<std::size_t>(layer)].attn_v.empty();
+    });
     reset();
   }
 

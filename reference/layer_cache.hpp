@@ -11,6 +11,7 @@
 #include "gemma4/config.hpp"
 #include "reference/cache/flat_layer_cache.hpp"
 #include "reference/cache/full_layer_cache.hpp"
+#include "reference/cache/kv_layer_cache.hpp"
 #include "reference/cache/simulated_layer_cache.hpp"
 #include "reference/cache/sliding_layer_cache.hpp"
 #include "reference/cache/tq4_layer_cache.hpp"

@@ -80,12 +80,13 @@ cuda::BackendOptions small_options(const std::string& cache, std::int64_t contex
 }
 
 std::string any_cache() {
-  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-k3v2", "tq4-haar");
+  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-k3v2", "tq4-haar", "kv5r4", "kv4r4", "kv6r5");
 }
 
 /// The same and simulated ones, for what must hold to the bit. (How near they come is layer_cache_test's.)
 std::string any_format() {
-  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-haar", "sim-int8", "sim-q4_0", "sim-k4v4-had");
+  return *rc::gen::element<std::string>("tq4", "bf16", "tq4-haar", "sim-int8", "sim-q4_0", "sim-k4v4-had", "kv5r4",
+                                        "kv3r6", "kv16r16");
 }
 
 /// How far the worst row of the reference's logits goes where each layer's stream is moved by 1 % of its length.
@@ -436,7 +437,7 @@ TEST(CudaBackendMemory, PlannedIsAllocatedAndGivenBack) {
     cuda::Backend backend(warm, small_options("tq4"));
   }
   const std::int64_t before = cuda::device_bytes_in_use(), own_before = cuda::allocation_count().device_bytes;
-  for (const char* cache : {"tq4", "bf16", "tq4-haar"}) {
+  for (const char* cache : {"tq4", "bf16", "tq4-haar", "kv5r4", "kv5r4-haar", "kv16r16"}) {
     const cuda::PackedModel packed = cuda::load_model(*small.file);
     const cuda::BackendOptions options{.cache = parse_cache_spec(cache), .context = 65536, .max_chunk = 512};
     cuda::Backend backend(packed, options);
@@ -447,7 +448,7 @@ TEST(CudaBackendMemory, PlannedIsAllocatedAndGivenBack) {
       weights += buffer.name.starts_with("weights_") ? buffer.bytes : 0;
     }
     EXPECT_EQ(packed.bytes(), weights);
-    const std::int64_t rotation = std::string(cache) == "tq4-haar" ? backend.plan().bytes("rotation") : 0;
+    const std::int64_t rotation = std::string(cache).ends_with("-haar") ? backend.plan().bytes("rotation") : 0;
     EXPECT_EQ(packed.bytes() + backend.device_bytes() + rotation, planned);
     std::vector<std::int32_t> tokens(1000, 3);
     Model<cuda::Backend> model(backend);

@@ -32,7 +32,7 @@ class FullLayerCaches<Simulated<TQuantiser>> : public FlatFullLayers {
   }
   [[nodiscard]] FreshKv sink(std::int64_t /*index*/, const FreshKv& fresh) const { return fresh; }
   void store(std::int64_t index, const View<const Bf16, 3>& new_k, const View<const Bf16, 3>& new_v,
-             const DevicePositions& positions, cudaStream_t stream) const {
+             const float* /*k_weight*/, const DevicePositions& positions, cudaStream_t stream) const {
     simulated_cache_update<Bf16>(codec_, with_batch(new_k), with_batch(new_v), positions, k(index), v(index), stream);
   }
 

@@ -9,6 +9,7 @@
 
 #include "gemma4/cache_format.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/kv_format.hpp"
 #include "gemma4/quantisers.hpp"
 
 /// The one list of cache formats. The grammar of --cache, the memory plan, the caches of both backends and the tests
@@ -38,7 +39,7 @@ struct CacheFormatList {
   }
 };
 
-using CacheFormats = ShippedSimulatedFormats::AppendTo<CacheFormatList, Bf16Format, F32Format, Tq4Format>;
+using CacheFormats = ShippedSimulatedFormats::AppendTo<CacheFormatList, Bf16Format, F32Format, Tq4Format, KvFormat>;
 
 /// What the flat cache of the full-attention layers holds: one of the list.
 using CacheSpec = CacheFormats::Variant;

@@ -34,7 +34,7 @@ struct ModelConfig {
   float rms_epsilon = 1e-6f;
   float softcap = 30.0f;  ///< logits = softcap * tanh(raw / softcap)
   AttentionConfig sliding;
-  AttentionConfig full;                  ///< K and V come from one projection: there is no v_proj
+  AttentionConfig full;                  ///< K and V come from one projection, unless the file has a v_proj
   std::vector<std::uint8_t> is_sliding;  ///< [n_layer], 1 = sliding, 0 = full
   bool operator==(const ModelConfig&) const = default;
 

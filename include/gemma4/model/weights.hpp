@@ -20,7 +20,7 @@ struct LayerWeights {
   std::span<const float> attn_norm;            ///< [hidden]
   QuantizedMatrix attn_q;                      ///< [n_head * head_dim, hidden]
   QuantizedMatrix attn_k;                      ///< [n_head_kv * head_dim, hidden]
-  QuantizedMatrix attn_v;                      ///< the same; empty on a full layer, whose V is its K projection
+  QuantizedMatrix attn_v;                      ///< the same; empty on a full layer whose V is its K projection
   std::span<const float> attn_q_norm;          ///< [head_dim]
   std::span<const float> attn_k_norm;          ///< [head_dim]
   QuantizedMatrix attn_output;                 ///< [hidden, n_head * head_dim]
@@ -59,6 +59,8 @@ class TensorBinder {
     require_format(tensor.type == TensorType::kF32, where(name), "has type ", type_name(tensor.type), ", expected F32");
     return data_as<float>(tensor);
   }
+
+  [[nodiscard]] bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
 
   /// Every tensor of the file must have been bound or be `rope_freqs.weight`, which the config has read.
   void refuse_strangers() const {
@@ -100,7 +102,7 @@ inline LayerWeights bind_layer(TensorBinder& binder, const ModelConfig& config, 
   weights.attn_norm = binder.vector(prefix + "attn_norm.weight", config.hidden);
   weights.attn_q = binder.matrix(prefix + "attn_q.weight", q_dim, config.hidden);
   weights.attn_k = binder.matrix(prefix + "attn_k.weight", kv_dim, config.hidden);
-  if (config.sliding_layer(layer)) {
+  if (config.sliding_layer(layer) || binder.has(prefix + "attn_v.weight")) {
     weights.attn_v = binder.matrix(prefix + "attn_v.weight", kv_dim, config.hidden);
   }
   weights.attn_q_norm = binder.vector(prefix + "attn_q_norm.weight", attention.head_dim);
