@@ -174,8 +174,8 @@ class MemoryPlanner {
     require(options.chunk >= 1, "memory plan: chunk ", options.chunk, ", need at least 1");
     require(options.n_logit_row >= 1, "memory plan: n_logit_row ", options.n_logit_row, ", need at least 1");
     for (const ModelTensor& tensor : tensors) {
-      require(tensor.dims.size() == 1 || is_weight_type(tensor.type), "memory plan: tensor '", tensor.name, "' ",
-              unsupported_weight_type(tensor.type));
+      if (tensor.dims.size() == 1 || is_weight_type(tensor.type)) continue;
+      require(false, "memory plan: tensor '", tensor.name, "' ", unsupported_weight_type(tensor.type));
     }
     n_sliding_ = config.n_layer() - config.n_full_layer();
     const QkvWidths widths = qkv_widths(config);
