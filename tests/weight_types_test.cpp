@@ -11,6 +11,7 @@
 
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/model/model.hpp"
+#include "gemma4/plan/memory_plan.hpp"
 #include "reference/backend.hpp"
 #include "tests/support/model_logits.hpp"
 #include "tests/support/retyped_model.hpp"
@@ -91,6 +92,24 @@ TEST(WeightTypes, TheOthersAreRefusedByNameAfterTheFileWasRead) {
         << message;
     EXPECT_EQ(message.find("number"), std::string::npos) << message;
   }
+}
+
+TEST(WeightTypes, APlanOfMemoryNamesTheMatrixThatNothingRuns) {
+  const auto refusal = [](const std::string& name, TensorType type) -> std::string {
+    std::vector<ModelTensor> tensors = model_tensors(gemma4_tiny());
+    std::ranges::find(tensors, name, &ModelTensor::name)->type = type;
+    try {
+      (void)plan_memory(gemma4_tiny(), tensors, {});
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(refusal(kName, TensorType::kIq4Xs), "") << "control";
+  const std::string message = refusal(kName, TensorType{18});
+  EXPECT_NE(message.find("memory plan: tensor 'blk.0.ffn_up.weight' is IQ3_XXS, which is not supported"),
+            std::string::npos)
+      << message;
 }
 
 TEST(WeightTypes, EveryNumberOfGgmlHasAName) {

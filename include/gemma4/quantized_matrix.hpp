@@ -35,6 +35,11 @@ inline constexpr std::array kWeightTypes = {
   return names;
 }
 
+/// Why a tensor of this type is no weight matrix: "is IQ3_XXS, which is not supported; supported are ...".
+[[nodiscard]] inline std::string unsupported_weight_type(TensorType type) {
+  return concat("is ", type_name(type), ", which is not supported; supported are ", weight_type_names());
+}
+
 /// A borrowed weight matrix in its file format: `rows` outputs, `cols` inputs, each row a run of whole blocks.
 struct QuantizedMatrix {
   TensorType type = TensorType::kF32;

@@ -251,8 +251,10 @@ class GgufFile {
     const auto number = cursor.number<std::uint32_t>(thing);
     tensor.type = static_cast<TensorType>(number);
     const auto info = find_tensor_type(tensor.type);
-    cursor.check(info.has_value(), thing, offset, concat("a type of ggml (supported are ", weight_type_names(), ")"),
-                 concat("the unknown type ", number));
+    if (!info) {
+      cursor.check(false, thing, offset, concat("a type of ggml (supported are ", weight_type_names(), ")"),
+                   concat("the unknown type ", number));
+    }
     cursor.check(tensor.row_len() % info->block_size == 0, thing, offset,
                  concat("rows of a multiple of ", info->block_size, " values for ", info->name), tensor.row_len());
     std::int64_t bytes = 0;

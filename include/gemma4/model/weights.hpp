@@ -49,8 +49,7 @@ class TensorBinder {
 
   QuantizedMatrix matrix(const std::string& name, std::int64_t rows, std::int64_t cols) {
     const GgufTensor& tensor = bind(name, {cols, rows});
-    require_format(is_weight_type(tensor.type), where(name), "is ", type_name(tensor.type),
-                   ", which is not supported; supported are ", weight_type_names());
+    if (!is_weight_type(tensor.type)) require_format(false, where(name), unsupported_weight_type(tensor.type));
     return {tensor.type, rows, cols, tensor.data};
   }
 

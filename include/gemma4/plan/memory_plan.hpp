@@ -18,6 +18,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/plan/packed_rows.hpp"
+#include "gemma4/quantized_matrix.hpp"
 #include "gemma4/tq4_format.hpp"
 
 /// The bytes of every buffer of a run, from the config alone: no device is asked and nothing is allocated.
@@ -172,6 +173,10 @@ class MemoryPlanner {
     require(options.context >= 1, "memory plan: context ", options.context, ", need at least 1");
     require(options.chunk >= 1, "memory plan: chunk ", options.chunk, ", need at least 1");
     require(options.n_logit_row >= 1, "memory plan: n_logit_row ", options.n_logit_row, ", need at least 1");
+    for (const ModelTensor& tensor : tensors) {
+      if (tensor.dims.size() == 1 || is_weight_type(tensor.type)) continue;
+      require(false, "memory plan: tensor '", tensor.name, "' ", unsupported_weight_type(tensor.type));
+    }
     n_sliding_ = config.n_layer() - config.n_full_layer();
     const QkvWidths widths = qkv_widths(config);
     q_dim_ = widths.q, kv_dim_ = widths.kv, qkv_dim_ = widths.all;
@@ -326,7 +331,7 @@ class MemoryPlanner {
 /// The plan of a run of a model with these tensors: model_tensors(file), or model_tensors(config) for a model that is
 /// not at hand. The sliding rings of the reference hold `window` slots: a chunk attends before it is committed, so that
 /// more are not needed; those of a device ring_slots(window).
-/// @throws std::invalid_argument for a context or chunk below 1
+/// @throws std::invalid_argument for a context or chunk below 1, or naming a matrix whose type no backend can run
 [[nodiscard]] inline MemoryPlan plan_memory(const ModelConfig& config, const std::vector<ModelTensor>& tensors,
                                             const MemoryPlanOptions& options) {
   return detail::MemoryPlanner(config, tensors, options).plan();
