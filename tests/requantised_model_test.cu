@@ -31,7 +31,8 @@ const std::filesystem::path kData = GEMMA4_TEST_DATA;
 /// once more (0.53 % of normal weights, at random). An activation in 8 bits is off by s / sqrt(12), s = max / 127 of 32
 /// values: 0.6 % of normal ones, and 1.3 %, 2.4 times as much, in the worst of all blocks, whose maximum is its length.
 /// Six roundings to bf16 of 0.1 % on the way of a branch of three products add a tenth to that. The rest to 3 is for
-/// two draws of a few rows.
+/// two draws of a few rows. (A reference that rounds its activations so comes to 0.35 to 0.6 of the bound; the control
+/// to four times it.)
 constexpr double kRoundings = 3;
 
 /// All in Q4_0; or the mix of published files, whose embedding stays as it is, Q6_K.
