@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <numbers>
+#include <utility>
 #include <vector>
 
 #include "gemma4/gguf/block_quantise.hpp"
@@ -124,17 +125,23 @@ TEST(FusedMlpGpu, MixedPairsRunUnfused) {
   EXPECT_TRUE(gate_up_is_fused(TensorType::kQ6K, TensorType::kQ6K));
   EXPECT_FALSE(gate_up_is_fused(TensorType::kQ4K, TensorType::kQ6K));
   EXPECT_FALSE(gate_up_is_fused(TensorType::kBf16, TensorType::kBf16));
-  const OwnedMatrix gate = random_weights(TensorType::kQ4K, 70, 512, 1, 0.1f);
-  const OwnedMatrix up = random_weights(TensorType::kQ6K, 70, 512, 2, 0.1f);
-  const DeviceWeights gate_device(gate), up_device(up);
-  const GateUpWeights weights{.joined = {}, .gate = gate_device.view(), .up = up_device.view()};
-  EXPECT_FALSE(weights.is_fused());
   const std::vector<float> x = random_activations(3 * 512, 3);
-  reference::Matrix<double> expected(3, 70);
   const reference::Matrix<double> in = Eigen::Map<const reference::Matrix<float>>(x.data(), 3, 512).cast<double>();
-  reference::unfused_gate_up<double>(in, gate.view(), up.view(), expected);
-  EXPECT_TRUE(close(gated(x, weights), std::span(expected.data(), static_cast<std::size_t>(expected.size())),
-                    gated_bounds(x, gate, up)));
+  for (const auto& [gate_type, up_type] : {std::pair(TensorType::kQ4K, TensorType::kQ6K),
+                                           {TensorType::kQ4_0, TensorType::kQ6K},
+                                           {TensorType::kIq4Xs, TensorType::kQ2K},
+                                           {TensorType::kQ5_1, TensorType::kBf16}}) {
+    const OwnedMatrix gate = random_weights(gate_type, 70, 512, 1, 0.1f);
+    const OwnedMatrix up = random_weights(up_type, 70, 512, 2, 0.1f);
+    const DeviceWeights gate_device(gate), up_device(up);
+    const GateUpWeights weights{.joined = {}, .gate = gate_device.view(), .up = up_device.view()};
+    EXPECT_FALSE(weights.is_fused());
+    reference::Matrix<double> expected(3, 70);
+    reference::unfused_gate_up<double>(in, gate.view(), up.view(), expected);
+    EXPECT_TRUE(close(gated(x, weights), std::span(expected.data(), static_cast<std::size_t>(expected.size())),
+                      gated_bounds(x, gate, up)))
+        << type_name(gate_type) << " and " << type_name(up_type);
+  }
 }
 
 TEST(FusedMlpPlan, Refusals) {
