@@ -8,13 +8,12 @@
 
 #include "gemma4/config.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/text_model.hpp"
 
 /// Reads a ModelConfig from GGUF metadata (`gemma4.*`) and refuses, by the feature's name, what is not implemented.
 namespace gemma4 {
 
 namespace detail {
-
-inline constexpr std::string_view kArchitecture = "gemma4";
 
 inline void refuse_feature(const GgufFile& file, bool present, const char* feature, const std::string& evidence) {
   require_format(!present, file.path().string(), ": the model uses ", feature, " (", evidence,
@@ -33,14 +32,14 @@ inline void refuse_unimplemented(const GgufFile& file) {
                  concat("gemma4.expert_count = ", count("gemma4.expert_count")));
   for (const GgufTensor& tensor : file.tensors()) {
     const std::string_view name = tensor.name;
+    if (!is_text_tensor(name)) continue;
     const auto evidence = [&] { return concat("tensor '", tensor.name, "'"); };
     refuse_feature(file, name.starts_with("per_layer_") || name.find(".per_layer_") != name.npos,
                    "per-layer embeddings", evidence());
     refuse_feature(file, name.find("_exps.") != name.npos || name.find(".ffn_gate_inp") != name.npos, "experts",
                    evidence());
-    refuse_feature(file, name.starts_with("v.") || name.starts_with("mm.") || name.starts_with("a."),
-                   "vision or audio tensors", evidence());
-    refuse_feature(file, name == "output.weight", "an output matrix that is not tied to the embedding", evidence());
+    refuse_feature(file, name.ends_with(".scale") || name.ends_with(".input_scale"),
+                   "scales beside its weights, as NVFP4 has them", evidence());
   }
 }
 
@@ -70,8 +69,12 @@ inline std::int64_t read_n_head_kv(const GgufFile& file, const std::vector<std::
   return found;
 }
 
+/// Of a full layer's coordinates: a quarter is rotated, partial_rotary_factor = 0.25 in the published configurations.
+inline constexpr std::int64_t kFullRotaryDivisor = 4;
+
 /// Rotated pairs of the full layers: `rope_freqs.weight` divides each frequency, by 1 for a rotated pair and by a huge
-/// number (1e30) for one that stays.
+/// number (1e30) for one that stays. There must be as many as the architecture's partial rotary factor says: another
+/// number is the mark of a converter that took another model's.
 inline std::int64_t read_rope_pairs(const GgufFile& file, std::int64_t head_dim) {
   const GgufTensor& tensor = file.tensor("rope_freqs.weight");
   const auto factors = data_as<float>(tensor);
@@ -85,6 +88,9 @@ inline std::int64_t read_rope_pairs(const GgufFile& file, std::int64_t head_dim)
     require_format(factor >= 1e20f, file.path().string(), ": tensor 'rope_freqs.weight' has ", factor, " at ", pair,
                    ", expected 1 (rotated pairs first) or at least 1e20 (pairs that stay)");
   }
+  const std::int64_t expected = head_dim / 2 / kFullRotaryDivisor;
+  require_format(n_pair == expected, file.path().string(), ": tensor 'rope_freqs.weight' rotates ", n_pair, " of ",
+                 head_dim / 2, " pairs, expected ", expected, ", a partial rotary factor of 1/", kFullRotaryDivisor);
   return n_pair;
 }
 
@@ -108,11 +114,11 @@ inline AttentionConfig read_attention(const GgufFile& file, const std::vector<st
 
 }  // namespace detail
 
-/// @throws FormatError naming the key or tensor, what was found and what was expected
+/// `vocab` is the number of tokens: that of the tokenizer, where the embedding has more rows.
+/// @throws FormatError naming the kind of a file that is no text model, or the key or tensor, what was found and what
+///         was expected
 [[nodiscard]] inline ModelConfig config_from_gguf(const GgufFile& file) {
-  const auto architecture = file.get<std::string>("general.architecture");
-  require_format(architecture == detail::kArchitecture, file.path().string(), ": general.architecture is '",
-                 architecture, "', expected '", detail::kArchitecture, "'");
+  require_text_model(file);
   detail::refuse_unimplemented(file);
   ModelConfig config;
   const auto n_layer = file.get<std::int64_t>("gemma4.block_count");
@@ -131,7 +137,7 @@ inline AttentionConfig read_attention(const GgufFile& file, const std::vector<st
   const GgufTensor& embedding = file.tensor("token_embd.weight");
   require_format(embedding.dims.size() == 2, file.path().string(), ": tensor 'token_embd.weight' has ",
                  embedding.dims.size(), " dimensions, expected 2");
-  config.vocab = embedding.dims[1];
+  config.vocab = n_token_row(file, embedding.dims[1]);
   try {
     require_config(config);
   } catch (const std::invalid_argument& error) {
