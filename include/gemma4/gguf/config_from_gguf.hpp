@@ -43,6 +43,14 @@ inline void refuse_unimplemented(const GgufFile& file) {
   }
 }
 
+/// A size from the metadata; more than 2^24 is no size of a model, and products of sizes stay far from overflow.
+[[nodiscard]] inline std::int64_t read_size(const GgufFile& file, std::string_view key) {
+  constexpr std::int64_t kMaxSize = std::int64_t{1} << 24;
+  const auto size = file.get<std::int64_t>(key);
+  require_format(size <= kMaxSize, file.path().string(), ": ", key, " is ", size, ", expected at most ", kMaxSize);
+  return size;
+}
+
 /// The pattern as an array of bool, one a layer.
 inline std::vector<std::uint8_t> read_pattern(const GgufFile& file, std::int64_t n_layer) {
   const char* key = "gemma4.attention.sliding_window_pattern";
@@ -55,7 +63,7 @@ inline std::vector<std::uint8_t> read_pattern(const GgufFile& file, std::int64_t
 /// KV heads of the sliding or the full layers; head_count_kv is one number or an array with one a layer.
 inline std::int64_t read_n_head_kv(const GgufFile& file, const std::vector<std::uint8_t>& is_sliding, bool sliding) {
   const char* key = "gemma4.attention.head_count_kv";
-  if (!file.is_array(key)) return file.get<std::int64_t>(key);
+  if (!file.is_array(key)) return read_size(file, key);
   const std::vector<std::int64_t> counts = file.array<std::int64_t>(key);
   require_format(counts.size() == is_sliding.size(), file.path().string(), ": ", key, " has ", counts.size(),
                  " entries, expected gemma4.block_count = ", is_sliding.size());
@@ -99,7 +107,7 @@ inline AttentionConfig read_attention(const GgufFile& file, const std::vector<st
   const std::string key_length = "gemma4.attention.key_length" + suffix;
   const std::string value_length = "gemma4.attention.value_length" + suffix;
   AttentionConfig attention;
-  attention.head_dim = file.get<std::int64_t>(key_length);
+  attention.head_dim = read_size(file, key_length);
   require_format(file.get<std::int64_t>(value_length) == attention.head_dim, file.path().string(), ": ", value_length,
                  " is ", file.get<std::int64_t>(value_length), ", expected ", key_length, " = ", attention.head_dim);
   const std::string rope_dims = "gemma4.rope.dimension_count" + suffix;
@@ -125,11 +133,12 @@ inline AttentionConfig read_attention(const GgufFile& file, const std::vector<st
   require_format(n_layer >= 1 && n_layer <= 4096, file.path().string(), ": gemma4.block_count is ", n_layer,
                  ", expected 1 to 4096");
   config.is_sliding = detail::read_pattern(file, n_layer);
-  config.hidden = file.get<std::int64_t>("gemma4.embedding_length");
-  config.ffn_hidden = file.get<std::int64_t>("gemma4.feed_forward_length");
-  config.n_head = file.get<std::int64_t>("gemma4.attention.head_count");
-  config.window = file.get_or<std::int64_t>("gemma4.attention.sliding_window", 0);
-  config.context = file.get<std::int64_t>("gemma4.context_length");
+  config.hidden = detail::read_size(file, "gemma4.embedding_length");
+  config.ffn_hidden = detail::read_size(file, "gemma4.feed_forward_length");
+  config.n_head = detail::read_size(file, "gemma4.attention.head_count");
+  constexpr const char* kWindow = "gemma4.attention.sliding_window";
+  config.window = file.has(kWindow) ? detail::read_size(file, kWindow) : 0;
+  config.context = detail::read_size(file, "gemma4.context_length");
   config.rms_epsilon = file.get<float>("gemma4.attention.layer_norm_rms_epsilon");
   config.softcap = file.get<float>("gemma4.final_logit_softcapping");
   if (config.n_full_layer() < n_layer) config.sliding = detail::read_attention(file, config.is_sliding, true);
