@@ -19,6 +19,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/gguf_cursor.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/gguf_reader.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/gguf_split.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/gguf_split_writer.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/gguf_value.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/gguf_writer.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/mapped_file.hpp"

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/gguf_split_writer.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/model/weights.hpp"
 #include "tests/support/gguf_edit.hpp"
@@ -102,6 +103,15 @@ TEST(GgufSplit, AnyNumberOfPartsIsTheWholeFile) {
     EXPECT_EQ(weights_from_gguf(joined).config, weights_from_gguf(whole).config);
     EXPECT_EQ(joined.get<std::string>("general.name"), whole.get<std::string>("general.name"));
   }
+}
+
+TEST(GgufSplit, TheFirstPartMayHoldNothingButMetadata) {
+  Split split(2);
+  auto& first = split.parts[0].tensors();
+  split.parts[1].tensors().insert(split.parts[1].tensors().begin(), first.begin(), first.end());
+  first.clear();
+  EXPECT_EQ(split.refusal(), "");
+  EXPECT_TRUE(same_tensors(GgufFile::open(split.path(0)), GgufFile::open(split.folder.file("whole.gguf"))));
 }
 
 TEST(GgufSplit, AnotherPartThanTheFirstIsRefusedByItsNumber) {
@@ -267,6 +277,18 @@ TEST(GgufSplit, ASyntheticModelInPartsIsTheSameModel) {
       before = total_bytes(part);
     }
   }
+}
+
+TEST(GgufSplit, AWriterThatFailsLeavesNoPart) {
+  const TempDir folder;
+  const std::vector<ModelTensor> tensors = {{"a", TensorType::kF32, {4}}, {"b", TensorType::kF32, {4}}};
+  const std::vector<std::byte> data(16);
+  GgufSplitWriter writer(folder.file("m.gguf"), tensors, 16, [](GgufWriter& first) { first.set("key", true); });
+  ASSERT_EQ(writer.paths().size(), 2u);
+  writer.write_at(1, 0, data);  // and never the first
+  EXPECT_THROW(writer.finish(), std::invalid_argument);
+  EXPECT_TRUE(std::ranges::none_of(writer.paths(), [](const auto& path) { return std::filesystem::exists(path); }));
+  writer.write_at(0, 0, data);
 }
 
 }  // namespace

@@ -10,11 +10,13 @@
 
 #include "cuda/backend.cuh"
 #include "cuda/session.cuh"
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/model/weights.hpp"
 #include "reference/backend.hpp"
 #include "tests/support/micro_file.hpp"
 #include "tests/support/model_logits.hpp"
+#include "tests/support/small_model.hpp"
 
 /// Files as people have them on the device: loaded as the reference binds them, and the same logits as of the file that
 /// they stand for, to the bit. How near the two rooms are is backend_test's.
@@ -157,6 +159,34 @@ TEST(PublishedFilesGpu, OtherEncodersInTheFileAreLeftOut) {
   });
   EXPECT_TRUE(same_rows(device_logits(*more.file), device_logits(*plain.file)));
   EXPECT_EQ(cuda::load_model(*more.file).bytes(), cuda::load_model(*plain.file).bytes());
+}
+
+/// The attention of the 12B in a narrow model: sixteen heads of queries on one of keys at head_dim 512, K = V, and two
+/// on one in the sliding layers; by chunks and token by token, in every kind of cache.
+TEST(PublishedFilesGpu, TheAttentionOfThe12BIsThatOfTheReference) {
+  ModelConfig config = gemma4_12b();
+  config.vocab = 300, config.hidden = config.ffn_hidden = 256;
+  config.window = 32;
+  config.is_sliding = {1, 0, 0};
+  const testkit::SmallModel small(config, 12);
+  std::vector<std::int32_t> ids;
+  for (std::int32_t i = 0; i < 90; ++i) ids.push_back((i * 37 + 5) % 300);
+  for (const char* cache : {"bf16", "tq4", "tq4-haar"}) {
+    // What a TQ4 cache makes of the same roundings: backend_test.cu derives three and a half times as much.
+    const double bound = std::string(cache) == "bf16" ? kRounding : 3.5 * kRounding;
+    const cuda::PackedModel packed(small.weights, model_tensors(*small.file));
+    cuda::Backend device(packed,
+                         {.cache = parse_cache_spec(cache), .context = 128, .max_chunk = 90, .n_logit_row = 90});
+    reference::Backend<float> host(small.weights, {.cache = parse_cache_spec(cache), .context = 128, .max_chunk = 90});
+    const std::vector<float> expected = testkit::logits_of(host, ids, {90});
+    for (const std::int64_t chunk : {90, 40, 5, 1}) {
+      EXPECT_TRUE(rows_close(testkit::logits_of(device, ids, {chunk}), expected, 300, bound))
+          << cache << ", chunks of " << chunk;
+    }
+    std::vector<std::int32_t> other = ids;
+    other[0] = 77;
+    EXPECT_FALSE(rows_close(testkit::logits_of(device, other, {90}), expected, 300, bound)) << "the control, " << cache;
+  }
 }
 
 /// Parts are mappings of their own: nothing of the model may depend on where they lie.

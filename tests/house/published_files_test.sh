@@ -3,7 +3,7 @@
 # What the drivers make of files as people have them, and what they say of it on stderr.
 # Usage: published_files_test.sh BIN PUBLISHED_CASES
 set -uo pipefail
-bin=$1 cases=$2
+bin=$(realpath "$1") cases=$(realpath "$2")
 scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT
 "$cases" "$scratch" || { echo "published_cases failed"; exit 1; }
 cd "$scratch" || exit 1
