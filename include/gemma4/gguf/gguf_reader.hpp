@@ -11,7 +11,6 @@
 #include <iterator>
 #include <limits>
 #include <map>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -39,19 +38,13 @@ class GgufFile {
   /// @throws std::system_error naming the path when it cannot be opened
   [[nodiscard]] static GgufFile open(const std::filesystem::path& path) {
     GgufFile file = map(path);
-    const std::optional<SplitPlace> place = detail::split_place(file);
+    const auto place = detail::split_place(file);
     if (!place) return file;
-    std::string prefix;
-    if (place->count > 1) prefix = detail::require_first_part(path.string(), *place);
+    const std::string prefix = place->count > 1 ? detail::require_first_part(path.string(), *place) : "";
     std::vector<GgufFile> parts;
     parts.push_back(std::move(file));
-    for (std::int64_t no = 1; no < place->count; ++no) {
-      const SplitPlace next{no, place->count};
-      const std::filesystem::path name = split_name(prefix, next);
-      require_format(std::filesystem::exists(name), path.string(), ": ", next.text(), " is missing, there is no '",
-                     name.string(), "'");
-      parts.push_back(map(name));
-    }
+    for (std::int64_t no = 1; no < place->count; ++no)
+      parts.push_back(map(detail::find_part(prefix, {no, place->count})));
     return join(std::move(parts));
   }
 
@@ -147,8 +140,7 @@ class GgufFile {
   // Of everything a count can promise, the least that each item occupies in the file.
   static constexpr std::uint64_t kMinKeyBytes = 8 + 1 + 4 + 1;
   static constexpr std::uint64_t kMinTensorBytes = 8 + 1 + 4 + 8 + 4 + 8;
-  static constexpr std::uint64_t kMinAlignment = 8;
-  static constexpr std::uint64_t kMaxAlignment = 65536;
+  static constexpr std::uint64_t kMinAlignment = 8, kMaxAlignment = 65536;
 
   GgufFile() = default;
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <optional>
 #include <string>
@@ -97,6 +98,14 @@ template <class TFile>
   require_format(parsed.has_value(), name, ": is ", place.text(), ", but is not named '", split_name("NAME", place),
                  "', by which the others are found");
   return parsed->first;
+}
+
+/// The name of another part than the first, which must be there.
+[[nodiscard]] inline std::filesystem::path find_part(const std::string& prefix, const SplitPlace& place) {
+  const std::filesystem::path name = split_name(prefix, place);
+  require_format(std::filesystem::exists(name), split_name(prefix, {0, place.count}), ": ", place.text(),
+                 " is missing, there is no '", name.string(), "'");
+  return name;
 }
 
 /// Refuses parts that are not, one after another, the parts of one model.
