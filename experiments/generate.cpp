@@ -14,7 +14,9 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/cuda_model.hpp"
+#include "experiments/support/notes.hpp"
 #include "gemma4/gguf/config_from_gguf.hpp"
+#include "gemma4/gguf/text_model.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"
 #include "gemma4/text/chat_template.hpp"
@@ -131,6 +133,7 @@ void run_cuda(const Options& options, const Tokenizer& tokenizer, std::span<cons
 void run_reference(const Options& options, const GgufFile& gguf, const Tokenizer& tokenizer,
                    std::span<const std::int32_t> ids, const CudaSettings& settings) {
   const ModelWeights weights = weights_from_gguf(gguf);
+  show_notes(model_notes(gguf));
   reference::Backend<float> backend(
       weights, {.cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk});
   Model<reference::Backend<float>> model(backend);
@@ -191,6 +194,7 @@ int run(int argc, char** argv) {
 
   const GgufFile gguf = GgufFile::open(options.model);
   const Tokenizer tokenizer(gguf);
+  show_notes(tokenizer.vocabulary().notes());
   const std::vector<std::int32_t> ids = prompt_ids(options, tokenizer);
   require(!ids.empty(), "the prompt has no tokens: give --prompt, --file or --chat");
   CudaSettings settings{.cache = with_seed(parse_cache_spec(options.caches.front()), options.seed),

@@ -160,6 +160,7 @@ TEST(SyntheticVocabulary, AnySizeMakesATokenizerThatRoundTrips) {
   const TemporaryFolder folder;
   for (const std::int64_t size : {267, 300, 1024, 20000}) {
     gemma4::GgufWriter writer(folder / "v.gguf");
+    writer.set("general.architecture", "gemma4");
     gemma4::set_vocabulary_keys(writer, size);
     writer.finish();
     const GgufFile file = GgufFile::open(folder / "v.gguf");
@@ -185,7 +186,8 @@ TEST(SyntheticVocabulary, Of262144TokensAreUnique) {
 TEST(SyntheticModel, FileSaysWhatTheConfigSays) {
   const TemporaryFolder folder;
   ModelConfig config = gemma4::gemma4_tiny();
-  config.full.rope_pairs = 11;
+  config.full.head_dim = 256;
+  config.full.rope_pairs = 32;  // an eighth of the head, as all files have it
   config.softcap = 25;
   gemma4::write_synthetic_model(folder / "m.gguf", config);
   const GgufFile file = GgufFile::open(folder / "m.gguf");

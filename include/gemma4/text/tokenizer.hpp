@@ -24,7 +24,7 @@ struct EncodeOptions {
 };
 
 struct DecodeOptions {
-  bool skip_control = false;  ///< control tokens give nothing instead of their text
+  bool skip_control = false;  ///< control tokens, and ends of whatever type, give nothing instead of their text
 };
 
 namespace detail {
@@ -150,10 +150,8 @@ class Tokenizer {
 
   [[nodiscard]] const Vocabulary& vocabulary() const { return vocabulary_; }
 
-  /// Tokens that end an answer: the end of the sequence and the end of a turn.
-  [[nodiscard]] bool is_end(std::int32_t id) const {
-    return id == vocabulary_.eos_id() || (vocabulary_.find("<turn|>") == id && vocabulary_.is_control(id));
-  }
+  /// Whether an answer ends at this token: it is one of end_tokens().
+  [[nodiscard]] bool is_end(std::int32_t id) const { return vocabulary_.is_end(id); }
 
   /// @throws std::invalid_argument when a begin-of-sequence token is asked for and the vocabulary has none
   [[nodiscard]] std::vector<std::int32_t> encode(std::string_view text, const EncodeOptions& options = {}) const {
@@ -209,6 +207,7 @@ class Tokenizer {
     require(id >= 0 && id < vocabulary_.size(), "tokenizer: id ", id, ", the vocabulary has ", vocabulary_.size(),
             " tokens");
     if (vocabulary_.type(id) == TokenType::kByte) return {static_cast<char>(vocabulary_.byte_of(id))};
+    if (options.skip_control && vocabulary_.is_end(id)) return "";
     if (vocabulary_.is_control(id)) return std::string(options.skip_control ? "" : vocabulary_.text(id));
     return replaced(vocabulary_.text(id), kSpaceMark, " ");
   }
