@@ -147,6 +147,7 @@ class Backend {
   }
 
   void reset() {
+    caches_.clear();  // before the new ones are made: there may not be room for both
     caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context);
     not_finite_.reset();
   }

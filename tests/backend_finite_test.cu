@@ -99,7 +99,7 @@ TEST(BackendFinite, ANormThatIsNaNIsNamedByItsLayer) {
       {&LayerWeights::attn_k_norm, "attn_k_norm"}, {&LayerWeights::post_attention_norm, "post_attention_norm"},
       {&LayerWeights::ffn_norm, "ffn_norm"},       {&LayerWeights::post_ffw_norm, "post_ffw_norm"}};
   for (const auto& [norm, name] : norms) {
-    for (const std::size_t layer : {0u, 1u, 2u}) {
+    for (const std::size_t layer : {0u, 1u}) {  // sliding, full
       SpoiledModel model(config_to_spoil(), 3);
       model.spoil(model.weights.layers[layer].*norm);
       expect_like_reference(model, concat(name, " of layer ", layer), true);

@@ -92,7 +92,7 @@ std::optional<NotFinite> where_of(const ModelWeights& weights, std::span<const s
 
 void expect_everywhere(const ModelWeights& weights, std::span<const std::int32_t> tokens,
                        const std::optional<NotFinite>& expected, const char* what) {
-  for (const std::int64_t chunk : {1, 7, 32}) {
+  for (const std::int64_t chunk : {7, 32}) {
     EXPECT_EQ(where_of<Reference>(weights, tokens, chunk), expected) << what << ", reference, chunk " << chunk;
     EXPECT_EQ(where_of<Deferred>(weights, tokens, chunk), expected) << what << ", by running again, chunk " << chunk;
   }
@@ -104,9 +104,9 @@ TEST(Finite, AWeightThatIsNaNIsNamedByItsLayer) {
     SpoiledModel model(config_to_spoil(), 3);
     expect_everywhere(model.weights, tokens, std::nullopt, "control");
     model.spoil(model.weights.output_norm);
-    expect_everywhere(model.weights, tokens, NotFinite{0, 3}, "output_norm");
+    expect_everywhere(model.weights, tokens, NotFinite{19, 3}, "output_norm, of the first logits asked for");
   }
-  for (const std::int64_t layer : {0, 1, 2}) {
+  for (const std::int64_t layer : {0, 1}) {  // sliding, full
     const auto at = static_cast<std::size_t>(layer);
     const auto spoiled = [&](auto&& member, const char* what) {
       SpoiledModel model(config_to_spoil(), 3);
