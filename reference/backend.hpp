@@ -90,10 +90,7 @@ class Backend {
   /// What is pending on the last layer's output when no logits were asked for; the rest was looked at on the way.
   void watch(std::span<const std::int64_t> /*logit_rows*/) {
     if (pending_.value.size() == 0) return;
-    Matrix<Scalar> x = x_;
-    Pending<Scalar> pending = pending_;
-    finish_residual(x, pending, config().rms_epsilon);
-    note(x, config().n_layer() - 1);
+    note(finished_residual(), config().n_layer() - 1);
   }
 
   /// The first position since reset() whose residual stream or logits were not finite, and the layer behind which.
@@ -116,9 +113,7 @@ class Backend {
   void copy_residual(std::span<float> out) const {
     require(static_cast<Eigen::Index>(out.size()) == x_.size(), "backend: room for ", out.size(),
             " values of the residual stream, need ", x_.size());
-    Matrix<Scalar> x = x_;
-    Pending<Scalar> pending = pending_;
-    finish_residual(x, pending, config().rms_epsilon);
+    const Matrix<Scalar> x = finished_residual();
     std::transform(x.data(), x.data() + x.size(), out.begin(), [](Scalar value) { return static_cast<float>(value); });
   }
 
@@ -158,6 +153,14 @@ class Backend {
  private:
   [[nodiscard]] const LayerWeights& weights(std::int64_t layer) const {
     return weights_.layers[static_cast<std::size_t>(layer)];
+  }
+
+  /// With what is pending added, which stays pending.
+  [[nodiscard]] Matrix<Scalar> finished_residual() const {
+    Matrix<Scalar> x = x_;
+    Pending<Scalar> pending = pending_;
+    finish_residual(x, pending, config().rms_epsilon);
+    return x;
   }
 
   /// Notes the first row of x that is not finite behind a layer.

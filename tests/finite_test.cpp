@@ -166,11 +166,10 @@ TEST(Finite, ItIsFoundInTheChunksThatTheSequenceCameIn) {
   graph.forward(std::span(tokens).subspan(5, 8), {});
   graph.rewind(3);  // within the pass that had the token, and before it
   EXPECT_EQ(graph.position(), 10);
-  graph.advance(1);
-  graph.forward(std::span(tokens).subspan(11), {});
+  graph.advance(2);
   backend.n_pass = 0;
   EXPECT_EQ(graph.locate(tokens, 11), (NotFinite{11, -1}));
-  EXPECT_EQ(backend.n_pass, 4) << "5, 5, 1 and 9 tokens";
+  EXPECT_EQ(backend.n_pass, 4) << "5, 5, 1 and 1 tokens";
 }
 
 TEST(Finite, AMeasurementSaysWhichBackendItWas) {
