@@ -191,9 +191,9 @@ TEST(PartialFile, WhatADeadProcessLeftIsNamedAndRemoved) {
 
 TEST(PartialFile, WhatMayBeWrittenStays) {
   const std::string dead = std::to_string(dead_pid()), parent = std::to_string(::getppid());
-  for (const std::string& name :
-       {"a.txt.partial-" + parent, "a.txt.partial-", "a.txt.partial-x", "a.txt.partial-" + dead + "x",
-        "a.txt.partial--5", "a.txt.partial-0", "b.txt.partial-" + dead, "a.txt.partial-99999999999999999999"}) {
+  for (const std::string& name : std::vector<std::string>{
+           "a.txt.partial-" + parent, "a.txt.partial-", "a.txt.partial-x", "a.txt.partial-" + dead + "x",
+           "a.txt.partial--5", "a.txt.partial-0", "b.txt.partial-" + dead, "a.txt.partial-99999999999999999999"}) {
     const Removal removal = beside(name);
     EXPECT_TRUE(removal.is_there) << name;
     EXPECT_EQ(removal.said, "") << name;

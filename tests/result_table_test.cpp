@@ -15,6 +15,7 @@
 #include <clocale>
 #include <cmath>
 #include <csignal>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -88,7 +89,7 @@ RunInfo example_run() {
 std::string message_of(const std::function<void()>& action) {
   try {
     action();
-  } catch (const std::invalid_argument& error) {
+  } catch (const std::exception& error) {
     return error.what();
   }
   return "";
