@@ -6,7 +6,9 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -36,6 +38,9 @@ const std::vector<std::string> kParameters = {"model", "backend", "text",  "cach
 const std::vector<std::string> kMeasures = {"n_position", "nll",      "kl_mean",        "kl_p99",
                                             "kl_max",     "same_top", "dp_rms",         "cosine",
                                             "cosine_min", "seconds",  "recall_correct", "recall_total"};
+const std::vector<std::string> kShown = {"text",    "cache",          "context",     "range",  "nll",
+                                         "kl_mean", "kl_p99",         "same_top",    "dp_rms", "cosine",
+                                         "seconds", "recall_correct", "recall_total"};
 
 class Accuracy {
  public:
@@ -78,8 +83,9 @@ class Accuracy {
     for (const std::string& cache : options_.caches) {
       const auto backend = make_backend(cache, task.document_len, options_.chunk);
       Progress progress("recall " + cache, n_document * task.document_len, progress_options(options_, "tokens"));
-      const RecallResult result =
-          measure_recall(*backend, task, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+      const RecallResult result = or_failed(path.filename().string(), {cache}, task.document_len, [&] {
+        return measure_recall(*backend, task, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+      });
       progress.finish();
       row(path.filename().string(), cache, task.document_len, {0, task.document_len})
           .set("recall_correct", result.correct)
@@ -117,7 +123,9 @@ class Accuracy {
     }
     Progress progress("accuracy", longest * static_cast<std::int64_t>(caches.size()),
                       progress_options(options_, "tokens"));
-    const std::vector<AccuracyTrace> traces = measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
+    const std::vector<AccuracyTrace> traces = or_failed(text_name(options_), caches, longest, [&] {
+      return measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
+    });
     progress.finish();
     Traces wanted;
     for (std::size_t b = 0; b < caches.size(); ++b) {
@@ -126,6 +134,19 @@ class Accuracy {
       }
     }
     return wanted;
+  }
+
+  /// measure(); where that ends in what is no number, its cache has a row that says so.
+  template <class TMeasure>
+  [[nodiscard]] std::invoke_result_t<TMeasure&> or_failed(const std::string& text,
+                                                          const std::vector<std::string>& caches, std::int64_t context,
+                                                          TMeasure&& measure) {
+    try {
+      return measure();
+    } catch (const NotFiniteError& error) {
+      row(text, caches[error.backend], context, {0, context}).fail(error.what());
+      throw std::runtime_error(concat("cache ", caches[error.backend], ": ", error.what()));
+    }
   }
 
   [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const std::string& cache, std::int64_t context,
@@ -201,17 +222,12 @@ int run(int argc, char** argv) {
   add_contexts(app, options);
   add_ids(app, options);
   add_recall(app, options);
-  app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--depths", options.depths,
-                 "Look at the last --window positions before each of these depths and at no others; without --ids over "
-                 "random ids")
-      ->delimiter(',')
-      ->check(CLI::PositiveNumber);
-  app.add_option("--window", options.window, "Positions before a depth")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  add_tokens(app, "--chunk", options.chunk, "Tokens that go through the model at a time");
+  add_tokens(app, "--depths", options.depths,
+             "Look at the last --window positions before each of these depths and at no others; without --ids over "
+             "random ids")
+      ->delimiter(',');
+  add_tokens(app, "--window", options.window, "Positions before a depth");
   add_policy(app, options);
   add_seed(app, options);
   add_out(app, options);
@@ -223,16 +239,15 @@ int run(int argc, char** argv) {
   require(std::ranges::is_sorted(options.depths), "--depths: need increasing depths");
 
   const RunInfo info = backend_run_info(options, "accuracy", argc, argv);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Accuracy accuracy(options, table);
-  if (!options.depths.empty()) {
-    accuracy.run_depths();
-  } else if (!options.ids.empty()) {
-    accuracy.run_text();
-  }
-  for (const std::filesystem::path& path : options.recall) accuracy.run_recall(path);
-  table.print(std::cout, {"text", "cache", "context", "range", "nll", "kl_mean", "kl_p99", "same_top", "dp_rms",
-                          "cosine", "seconds", "recall_correct", "recall_total"});
+  run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) {
+    Accuracy accuracy(options, table);
+    if (!options.depths.empty()) {
+      accuracy.run_depths();
+    } else if (!options.ids.empty()) {
+      accuracy.run_text();
+    }
+    for (const std::filesystem::path& path : options.recall) accuracy.run_recall(path);
+  });
   return EXIT_SUCCESS;
 }
 

@@ -164,20 +164,12 @@ int run(int argc, char** argv) {
       ->excludes(prompt)
       ->excludes(file);
   file->excludes(prompt);
-  app.add_option("--temperature", options.sampler.temperature, "0: always the most likely token")
-      ->capture_default_str();
-  app.add_option("--top-k", options.sampler.top_k, "Only the k most likely tokens; 0: all")->capture_default_str();
-  app.add_option("--top-p", options.sampler.top_p, "Only the most likely tokens that reach p together; 1: all")
-      ->capture_default_str();
-  app.add_option("--max-tokens", options.max_tokens, "Tokens to generate at most")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--context", options.context, "Positions that the caches hold; 0: prompt and generated tokens")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Prompt tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  add_real(app, "--temperature", options.sampler.temperature, "0: always the most likely token", {});
+  add_whole(app, "--top-k", options.sampler.top_k, "Only the k most likely tokens; 0: all", {0, INT32_MAX});
+  add_real(app, "--top-p", options.sampler.top_p, "Only the most likely tokens that reach p together; 1: all", {0, 1});
+  add_tokens(app, "--max-tokens", options.max_tokens, "Tokens to generate at most", 0);
+  add_tokens(app, "--context", options.context, "Positions that the caches hold; 0: prompt and generated tokens", 0);
+  add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
   app.add_flag("--echo", options.echo, "Write the prompt before its continuation");
   app.add_flag("--profile", options.profile,
                "With --backend cuda: launch every step anew, without a graph, and say what each component took");

@@ -395,6 +395,12 @@ class Experiment {
   Progress& progress_;
 };
 
+const TableShape kShape = {{"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
+                           {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s",
+                            "of_copy", "step_us", "blas_bf16_us", "over_blas", "error_of_bound"},
+                           {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
+                            "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"}};
+
 void run(int argc, char** argv) {
   CLI::App app("How fast the matrices of a decode step of the 31B are read, one by one and as a whole step.");
   DriverOptions driver;
@@ -403,10 +409,7 @@ void run(int argc, char** argv) {
   add_seed(app, driver);
   add_out(app, driver);
   add_quiet(app, driver);
-  app.add_option("--tokens", tokens, "Tokens of a step, comma-separated")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 8))
-      ->capture_default_str();
+  add_whole(app, "--tokens", tokens, "Tokens of a step, comma-separated", {1, 8})->delimiter(',');
   app.add_option("--mix", mixes, "Types of the weights: a mix, or a block format for every matrix, comma-separated")
       ->delimiter(',')
       ->check(CLI::IsMember(mix_or_format_names()))
@@ -419,19 +422,16 @@ void run(int argc, char** argv) {
   formats = formats_beside(mixes, formats);
 
   const RunInfo info = gpu_run_info("linear", argc, argv, driver.seed);
-  Bench bench(driver.seed);
-  ResultTable table(result_path(driver, info), info,
-                    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
-                    {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy",
-                     "step_us", "blas_bf16_us", "over_blas", "error_of_bound"});
-  Progress progress("linear", static_cast<std::int64_t>((mixes.size() * kRowsPerStep + formats.size()) * tokens.size()),
-                    progress_options(driver, "row"));
-  Experiment experiment(bench, table, progress);
-  for (const std::string& mix : mixes) experiment.measure(mix, tokens);
-  for (const std::string& format : formats) experiment.measure_matrix(format, "gate_up", tokens);
-  progress.finish();
-  table.print(std::cout, {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
-                          "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"});
+  run_table(driver, info, kShape, [&](ResultTable& table) {
+    Bench bench(driver.seed);
+    Progress progress("linear",
+                      static_cast<std::int64_t>((mixes.size() * kRowsPerStep + formats.size()) * tokens.size()),
+                      progress_options(driver, "row"));
+    Experiment experiment(bench, table, progress);
+    for (const std::string& mix : mixes) experiment.measure(mix, tokens);
+    for (const std::string& format : formats) experiment.measure_matrix(format, "gate_up", tokens);
+    progress.finish();
+  });
 }
 
 }  // namespace

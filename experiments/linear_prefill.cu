@@ -349,6 +349,13 @@ void measure_gate_up(ResultTable& table, Bench& bench, const std::string& format
   }
 }
 
+const TableShape kShape = {
+    {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise"},
+    {"median_us", "p10_us", "p90_us", "n_repeat", "tflop", "tflops", "gemm_us", "gemm_tflops", "of_gemm",
+     "dequantise_us", "dequantise_gb_per_s", "copy_gb_per_s", "dequantise_of_copy", "error_of_bound"},
+    {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise", "median_us", "tflops",
+     "gemm_tflops", "of_gemm", "dequantise_of_copy", "error_of_bound", "status"}};
+
 void run(int argc, char** argv) {
   CLI::App app("How fast a chunk of tokens passes the matrices of the 31B's layers, one by one and all of them.");
   DriverOptions driver;
@@ -356,10 +363,7 @@ void run(int argc, char** argv) {
   std::vector<std::string> mixes = {"q4_k_m"}, formats = block_format_names();
   add_seed(app, driver);
   add_out(app, driver);
-  app.add_option("--tokens", tokens, "Tokens of a chunk, comma-separated")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 16384))
-      ->capture_default_str();
+  add_whole(app, "--tokens", tokens, "Tokens of a chunk, comma-separated", {1, 16384})->delimiter(',');
   app.add_option("--mix", mixes, "Types of the weights: a mix, or a block format for every matrix, comma-separated")
       ->delimiter(',')
       ->check(CLI::IsMember(mix_or_format_names()))
@@ -372,16 +376,11 @@ void run(int argc, char** argv) {
   formats = formats_beside(mixes, formats);
 
   const RunInfo info = gpu_run_info("linear_prefill", argc, argv, driver.seed);
-  Bench bench(driver.seed, std::ranges::max(tokens));
-  ResultTable table(
-      result_path(driver, info), info,
-      {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise"},
-      {"median_us", "p10_us", "p90_us", "n_repeat", "tflop", "tflops", "gemm_us", "gemm_tflops", "of_gemm",
-       "dequantise_us", "dequantise_gb_per_s", "copy_gb_per_s", "dequantise_of_copy", "error_of_bound"});
-  for (const std::string& mix : mixes) measure_mix(table, bench, mix, tokens);
-  for (const std::string& format : formats) measure_gate_up(table, bench, format, tokens);
-  table.print(std::cout, {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise", "median_us",
-                          "tflops", "gemm_tflops", "of_gemm", "dequantise_of_copy", "error_of_bound", "status"});
+  run_table(driver, info, kShape, [&](ResultTable& table) {
+    Bench bench(driver.seed, std::ranges::max(tokens));
+    for (const std::string& mix : mixes) measure_mix(table, bench, mix, tokens);
+    for (const std::string& format : formats) measure_gate_up(table, bench, format, tokens);
+  });
 }
 
 }  // namespace

@@ -73,14 +73,12 @@ void run(int argc, char** argv) {
       ->check(CLI::IsMember({"Q4_K_M", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
       ->excludes(add_mix)
       ->capture_default_str();
-  app.add_option("--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all")
-      ->check(CLI::Range(std::int64_t{0}, std::int64_t{4096}))
-      ->capture_default_str();
+  add_whole(app, "--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all", {0, 4096});
   app.add_option("--split-max-size", split,
                  "Bytes of tensors in a part, as in 5G or 500M, for a model of several files")
       ->check(CLI::Validator(check_split_size, "SIZE"));
   const auto add_number = [&](const char* name, double& value, double high, const char* text) {
-    app.add_option(name, value, text)->check(CLI::Range(0.0, high))->capture_default_str();
+    add_real(app, name, value, text, {0.0, high});
   };
   add_number("--score-deviation", options.score_deviation, 100,
              "|q| |k| / sqrt(head_dim): deviation of the scores of unrelated queries and keys");

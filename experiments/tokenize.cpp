@@ -80,8 +80,6 @@ void run(int argc, char** argv) {
   require_no_part(file);
   show_notes(tokenizer.vocabulary().notes());
   options.decode ? print_decoded(tokenizer, options) : print_encoded(tokenizer, options);
-  std::cout.flush();
-  require(std::cout.good(), "standard output: cannot be written");
 }
 
 }  // namespace
