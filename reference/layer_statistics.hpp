@@ -79,9 +79,9 @@ class LayerProbe {
   /// @param context     tokens that will be run at most
   LayerProbe(const ModelWeights& weights, const CacheSpec& base, const CacheSpec& test, std::int64_t context)
       : weights_(weights),
-        base_{make_layer_caches<float>(weights.config, base, context), {}},
-        test_{make_layer_caches<float>(weights.config, test, context), {}},
-        codes_(make_layer_caches<float>(weights.config, test, context)),
+        base_{make_layer_caches<float>(weights, base, context), {}},
+        test_{make_layer_caches<float>(weights, test, context), {}},
+        codes_(make_layer_caches<float>(weights, test, context)),
         keys_(static_cast<std::size_t>(weights.config.n_layer())) {}
 
   /// The next tokens of the text; statistics of the last `n_row` of them, a layer an entry. No rows: no statistics.
