@@ -11,7 +11,6 @@
 
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
-#include "gemma4/plan/cache_fit.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
 #include "reference/decoder_layer.hpp"
@@ -38,9 +37,6 @@ class Backend {
     require(options.context >= 1 && options.context <= config().context, "backend: context ", options.context,
             ", need 1 to the model's ", config().context);
     require(options.max_chunk >= 1, "backend: max_chunk ", options.max_chunk, ", need at least 1");
-    require_cache_suits(options.cache, config(), [&](std::int64_t layer) {
-      return !weights.layers[static_cast<std::size_t>(layer)].attn_v.empty();
-    });
     reset();
   }
 
@@ -147,7 +143,7 @@ class Backend {
 
   void reset() {
     caches_.clear();  // before the new ones are made: there may not be room for both
-    caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context);
+    caches_ = make_layer_caches<Scalar>(weights_, options_.cache, options_.context);
     not_finite_.reset();
   }
 
