@@ -96,7 +96,7 @@ __device__ __forceinline__ void stage_part(const KvDecodeParams& params, KvQuery
     up = kv_store_fragments<kRotated>(part.r, slot, q_smem + 16 * kHeadDim);
     unit = params.levels.r_unit;
   }
-  if (lane == 0) row_scale[(is_v ? 0 : kRowTile) + slot] = params.base.scale_log2 * unit * up;
+  if (lane == 0) row_scale[4 * (slot >> 1) + (is_v ? 0 : 2) + (slot & 1)] = params.base.scale_log2 * unit * up;
 }
 
 }  // namespace gemma4::cuda::detail

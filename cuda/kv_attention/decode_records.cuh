@@ -83,21 +83,19 @@ __device__ __forceinline__ void turn_tile(KvTile& tile, const KvIdentity& identi
   }
 }
 
-/// The warp's part of the products of V with the eight rows, c as in mma_f16; its dims of V stay behind in `tiles`,
-/// turned.
-template <class TTraits>
-__device__ __forceinline__ void score_values(float (&s)[4], KvTile (&tiles)[TTraits::kVWords],
-                                             const unsigned char* record, const unsigned char* q_smem,
-                                             const KvDecodeParams& params, const Tq4DecodeThread& at) {
-  constexpr int kWords = TTraits::kWords, kN = TTraits::kHeadDim;
+/// Up to four words of each of a lane's two tokens: tiles of 16 dims from `tiles` on, and their products with the rows.
+/// @param column of 32 dims, the first
+template <class TTraits, int kCount>
+__device__ __forceinline__ void score_columns(float (&chain)[2][4], KvTile* tiles, const unsigned char* record,
+                                              const unsigned char* q_smem, const KvDecodeParams& params, int column,
+                                              const Tq4DecodeThread& at) {
+  constexpr int kN = TTraits::kHeadDim;
   const auto* const words = reinterpret_cast<const std::uint32_t*>(record);
-  const int column = at.half * kWords;  // of 32 dims, the warp's first
   const int group = kN == 64 ? at.lane : 64 * (column >> 2) + at.lane, word = kN == 64 ? column : column & 3;
   constexpr int kSecondGroup = kN == 64 ? 0 : 32, kSecondWord = kN == 64 ? 2 : 0;  // of tokens g + 8
   const KvIdentity identity = KvIdentity::of(at);
-  float chain[2][4] = {};
   with_kv_bits<TTraits::kVBits>(params.v_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
-    KvGroupWords<kBits, kWords> first, second;
+    KvGroupWords<kBits, kCount> first, second;
     first.load(words, kN / 2, group, word);
     second.load(words, kN / 2, group + kSecondGroup, word + kSecondWord);
     const auto take = [&]<int kWord>() {
@@ -107,8 +105,7 @@ __device__ __forceinline__ void score_values(float (&s)[4], KvTile (&tiles)[TTra
                                    params.levels.shifts, a);
       decode_kv_word<kBits, kWord>(second.nibbles[kWord], second.signs, second.extra, params.levels.v,
                                    params.levels.shifts, b);
-      KvTile& low = tiles[2 * kWord];
-      KvTile& high = tiles[2 * kWord + 1];
+      KvTile &low = tiles[2 * kWord], &high = tiles[2 * kWord + 1];
       low = {{a[0], b[0], a[1], b[1]}};
       high = {{a[2], b[2], a[3], b[3]}};
       mma_f16(chain[0], low.a, q.x, q.y);
@@ -117,51 +114,72 @@ __device__ __forceinline__ void score_values(float (&s)[4], KvTile (&tiles)[TTra
       turn_tile<TTraits::kConfiguration.by_product>(high, identity);
     };
     take.template operator()<0>();
-    if constexpr (kWords > 1) take.template operator()<1>();
-    if constexpr (kWords > 2) take.template operator()<2>(), take.template operator()<3>();
+    if constexpr (kCount > 1) take.template operator()<1>();
+    if constexpr (kCount > 2) take.template operator()<2>(), take.template operator()<3>();
   });
+}
+
+/// The warp's part of the products of V with the eight rows, c as in mma_f16; its dims of V stay behind in `tiles`,
+/// turned.
+template <class TTraits>
+__device__ __forceinline__ void score_values(float (&s)[4], KvTile (&tiles)[TTraits::kVWords],
+                                             const unsigned char* record, const unsigned char* q_smem,
+                                             const KvDecodeParams& params, const Tq4DecodeThread& at) {
+  constexpr int kWords = TTraits::kWords, kCount = kWords < 4 ? kWords : 4;  // words of a group
+  float chain[2][4] = {};
+#pragma unroll
+  for (int run = 0; run < kWords / kCount; ++run) {
+    score_columns<TTraits, kCount>(chain, tiles + 2 * kCount * run, record, q_smem, params,
+                                   at.half * kWords + kCount * run, at);
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) s[i] = chain[0][i] + chain[1][i];
 }
 
-/// The warp's part of the products of R with the rows: one column of 32 dims, where it has one.
+/// The warp's part of the products of R with the rows: its columns of 32 dims, where it has one.
 template <class TTraits>
 __device__ __forceinline__ void score_rotated(float (&s)[4], const unsigned char* record, const unsigned char* q_smem,
                                               const KvDecodeParams& params, const Tq4DecodeThread& at) {
-  constexpr int kN = TTraits::kRotated;
+  constexpr int kN = TTraits::kRotated, kColumns = TTraits::kRWords;
   s[0] = s[1] = s[2] = s[3] = 0.0f;
-  if (TTraits::kRWords < TTraits::kTeamWarps && at.half >= TTraits::kRWords) return;
   const int v_bits = TTraits::kVBits != 0 ? TTraits::kVBits : params.v_bits;
   const auto* const words = reinterpret_cast<const std::uint32_t*>(record + kv_set_bytes(TTraits::kHeadDim, v_bits));
-  const uint4 q = reinterpret_cast<const uint4*>(q_smem)[(TTraits::kHeadDim / 32 + at.half) * 32 + at.lane];
-  const KvPlace place = kv_place(kN, at.g, 32 * at.half + 2 * at.t);
-  with_kv_bits<TTraits::kRBits>(params.r_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
-    const auto decode = [&](int group, int word, std::uint32_t(&out)[4]) {
-      KvGroupWords<kBits, 1> codes;
-      codes.load(words, kN / 2, group, word);
-      decode_kv_word<kBits, 0>(codes.nibbles[0], codes.signs, codes.extra, params.levels.r, params.levels.shifts, out);
-    };
-    std::uint32_t a[4];
-    decode(place.group, place.word, a);
-    if constexpr (kN == 16) {  // a word holds both tokens
-      mma_f16(s, {a[0], a[2], a[1], a[3]}, q.x, q.y);
-    } else {
-      std::uint32_t b[4];
-      const KvPlace other = kv_place(kN, at.g + 8, 32 * at.half + 2 * at.t);
-      decode(other.group, other.word, b);
-      mma_f16(s, {a[0], b[0], a[1], b[1]}, q.x, q.y);
-      mma_f16(s, {a[2], b[2], a[3], b[3]}, q.z, q.w);
-    }
-  });
+#pragma unroll
+  for (int run = 0; run < (kColumns + TTraits::kTeamWarps - 1) / TTraits::kTeamWarps; ++run) {
+    const int column = at.half + run * TTraits::kTeamWarps;
+    if (kColumns % TTraits::kTeamWarps != 0 && column >= kColumns) return;
+    const uint4 q = reinterpret_cast<const uint4*>(q_smem)[(TTraits::kHeadDim / 32 + column) * 32 + at.lane];
+    with_kv_bits<TTraits::kRBits>(params.r_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
+      const auto decode = [&](int token, std::uint32_t(&out)[4]) {
+        const KvPlace place = kv_place(kN, token, 32 * column + 2 * at.t);
+        KvGroupWords<kBits, 1> codes;
+        codes.load(words, kN / 2, place.group, place.word);
+        decode_kv_word<kBits, 0>(codes.nibbles[0], codes.signs, codes.extra, params.levels.r, params.levels.shifts,
+                                 out);
+      };
+      std::uint32_t a[4];
+      decode(at.g, a);
+      if constexpr (kN == 16) {  // a word holds both tokens
+        mma_f16(s, {a[0], a[2], a[1], a[3]}, q.x, q.y);
+      } else {
+        std::uint32_t b[4];
+        decode(at.g + 8, b);
+        mma_f16(s, {a[0], b[0], a[1], b[1]}, q.x, q.y);
+        mma_f16(s, {a[2], b[2], a[3], b[3]}, q.z, q.w);
+      }
+    });
+  }
 }
 
-/// Norms of the lane's tokens g and g + 8.
+/// Norms of V and of R of the lane's tokens g and g + 8.
 struct KvTokenNorms {
-  float value[2];
+  float v[2], r[2];
 
   [[nodiscard]] static __device__ __forceinline__ KvTokenNorms load(const unsigned char* norms, int g) {
-    const auto* tokens = reinterpret_cast<const KvNorm*>(norms) + g;
-    return {{widen_f16(tokens[0].bits), widen_f16(tokens[8].bits)}};
+    static_assert(kv_norm_place(true, 9) == 5 && kv_norm_place(false, 1) == 6);
+    const uint2 four = reinterpret_cast<const uint2*>(norms)[g];
+    const auto low = [](std::uint32_t pair) { return widen_f16(static_cast<std::uint16_t>(pair)); };
+    return {{low(four.x), low(four.x >> 16)}, {low(four.y), low(four.y >> 16)}};
   }
 };
 
@@ -179,9 +197,10 @@ template <class TTraits>
 __device__ __forceinline__ void take_parts(float (&s)[4], const unsigned char* scores, const Tq4DecodeThread& at,
                                            int index) {
   const auto* parts = reinterpret_cast<const float4*>(scores) + (index & 1) * TTraits::kTeamWarps * 32 + at.lane;
-  s[0] = s[1] = s[2] = s[3] = 0.0f;
+  const float4 own = parts[0];
+  s[0] = own.x, s[1] = own.y, s[2] = own.z, s[3] = own.w;
 #pragma unroll
-  for (int warp = 0; warp < TTraits::kTeamWarps; ++warp) {
+  for (int warp = 1; warp < TTraits::kTeamWarps; ++warp) {
     const float4 part = parts[32 * warp];
     s[0] += part.x, s[1] += part.y, s[2] += part.z, s[3] += part.w;
   }
@@ -196,7 +215,7 @@ __device__ __forceinline__ void absorb_kv_records(Tq4DecodeState<TTraits>& state
   const int begin = run.begin, end = run.end;
   const unsigned char* const q_smem = smem + TTraits::kQOffset;
   unsigned char* const scores = smem + TTraits::kScoreOffset + 2 * TTraits::kTeamWarps * 512 * at.pair;
-  const auto* const scales = reinterpret_cast<const float2*>(smem + TTraits::kScaleOffset) + at.t;
+  const auto* const scales = reinterpret_cast<const float4*>(smem + TTraits::kScaleOffset) + at.t;
   const int norms =
       static_cast<int>(TTraits::kVBits != 0 ? TTraits::kRecordBytes
                                             : kv_record_bytes(TTraits::kHeadDim, params.v_bits, params.r_bits)) -
@@ -208,14 +227,13 @@ __device__ __forceinline__ void absorb_kv_records(Tq4DecodeState<TTraits>& state
     score_values<TTraits>(s, tiles, record, q_smem, params, at);
     score_rotated<TTraits>(of_r, record, q_smem, params, at);
     // Read here, once a record: registers are what this loop has fewest of.
-    const float2 v_scale = scales[0], r_scale = scales[kRowTile / 2];
-    const auto v_norms = KvTokenNorms::load(record + norms, at.g);
-    const auto r_norms = KvTokenNorms::load(record + norms + 32, at.g);
+    const float4 scale = *scales;  // of V for rows 2t and 2t + 1, of R
+    const auto norm = KvTokenNorms::load(record + norms, at.g);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float v = v_norms.value[half], r = r_norms.value[half];
-      s[2 * half] = fmaf(of_r[2 * half], r * r_scale.x, s[2 * half] * (v * v_scale.x));
-      s[2 * half + 1] = fmaf(of_r[2 * half + 1], r * r_scale.y, s[2 * half + 1] * (v * v_scale.y));
+      const float v = norm.v[half], r = norm.r[half];
+      s[2 * half] = fmaf(of_r[2 * half], r * scale.z, s[2 * half] * (v * scale.x));
+      s[2 * half + 1] = fmaf(of_r[2 * half + 1], r * scale.w, s[2 * half + 1] * (v * scale.y));
     }
     post_part<TTraits>(s, scores, at, index);
     named_barrier_sync<32 * TTraits::kTeamWarps>(TTraits::kTeamBarrier + at.pair);
@@ -223,7 +241,7 @@ __device__ __forceinline__ void absorb_kv_records(Tq4DecodeState<TTraits>& state
     take_parts<TTraits>(s, scores, at, index);
     float v_norm[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v_norm[i] = v_norms.value[i >> 1] * params.levels.v_weight;
+    for (int i = 0; i < 4; ++i) v_norm[i] = norm.v[i >> 1] * params.levels.v_weight;
     const int first = index * kKvRecordTokens;
     if (first + kKvRecordTokens > run.seen_by_all) hide_tokens(s, v_norm, params.base, first, at);
     std::uint32_t weights[2];

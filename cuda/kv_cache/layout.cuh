@@ -17,8 +17,8 @@
 ///
 ///   [0, 2D v)             V codes, v bits each: a vector set of D values
 ///   [2D v, + D r / 2)     R codes, r bits each: a vector set of D / 4 values
-///   [.., + 32)            norms of V, 16 f16
-///   [.., + 64)            norms of R, 16 f16          D = head_dim; D (4 v + r) / 32 + 4 bytes a token, nothing added
+///   [.., + 64)            norms, f16: those of V of tokens g and g + 8, then those of R, g in [0, 8)
+///                                                   D = head_dim; D (4 v + r) / 32 + 4 bytes a token, nothing added
 ///
 /// A vector set of n values and 16 tokens is n / 2 groups of 32 codes: four words i of eight elements e. Codes lie
 /// where an mma A operand [16 tokens, dims] wants them: lane 4 g + t holds tokens g and g + 8 ("half" 0 and 1) and, of
@@ -90,6 +90,11 @@ struct KvSource {
   return {(lane >> 2) + 8 * half, 32 * column + 16 * (e >> 2) + within + 2 * (lane & 3)};
 }
 
+/// Place of a norm among those of a record.
+[[nodiscard]] GEMMA4_HD constexpr int kv_norm_place(bool is_v, int token) {
+  return 4 * (token & 7) + (token >> 3) + (is_v ? 0 : 2);
+}
+
 /// Bit of a sign, or of another bit that has a plane of its own.
 [[nodiscard]] GEMMA4_HD constexpr int kv_slot(const KvPlace& at) {
   return 8 * (at.element & 3) + 7 - (2 * at.word + (at.element >> 2));
@@ -148,8 +153,7 @@ struct BasicKvRecords {
     return kv_record_bytes(head_dim, v_bits, r_bits);
   }
   [[nodiscard]] GEMMA4_HD constexpr std::int64_t r_offset() const { return kv_set_bytes(head_dim, v_bits); }
-  [[nodiscard]] GEMMA4_HD constexpr std::int64_t v_norms_offset() const { return record_bytes() - 64; }
-  [[nodiscard]] GEMMA4_HD constexpr std::int64_t r_norms_offset() const { return record_bytes() - 32; }
+  [[nodiscard]] GEMMA4_HD constexpr std::int64_t norms_offset() const { return record_bytes() - 64; }
   [[nodiscard]] GEMMA4_HD constexpr std::int64_t n_record() const {
     return (buffer_len + kKvRecordTokens - 1) / kKvRecordTokens;
   }

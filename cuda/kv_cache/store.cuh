@@ -193,7 +193,7 @@ __device__ __forceinline__ void kv_store_codes(std::uint32_t* words, const KvSet
 template <int kN>
 __device__ __forceinline__ void kv_store_vector(const KvSideParams& side, const RotationParams& rotation,
                                                 bool corrected, float (&x)[kKvValues<kN>], std::byte* set_memory,
-                                                std::byte* norms, int token, unsigned char* codes) {
+                                                KvNorm* norm, int token, unsigned char* codes) {
   constexpr int kValues = kKvValues<kN>;
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const double length = normalize_warp < kN < 32 ? 32 : kN > (x);
@@ -207,9 +207,7 @@ __device__ __forceinline__ void kv_store_vector(const KvSideParams& side, const 
   __syncwarp();
   kv_store_codes<kN>(reinterpret_cast<std::uint32_t*>(set_memory), {kN, side.bits}, token, codes);
   __syncwarp();
-  if (lane == 0) {
-    reinterpret_cast<KvNorm*>(norms)[token] = to_f16(static_cast<float>(corrected ? length / levels : length));
-  }
+  if (lane == 0) *norm = to_f16(static_cast<float>(corrected ? length / levels : length));
 }
 
 /// The scales c of a lane's values of R, from the weight w [head_dim] of k's norm.
@@ -252,6 +250,7 @@ __device__ __forceinline__ void kv_store(const KvCodecParams& codec, const float
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) / 32;
   std::byte* const record = cache.record(b, h, position / kKvRecordTokens);
   const int token = static_cast<int>(position % kKvRecordTokens);
+  auto* const norms = reinterpret_cast<KvNorm*>(record + cache.norms_offset());
   float r[kRValues];
   if (is_k) {
     float scale[kRValues];
@@ -269,9 +268,9 @@ __device__ __forceinline__ void kv_store(const KvCodecParams& codec, const float
     }
   } else if (is_k) {
     kv_store_vector<kRotated>(codec.r, codec.r_rotation, codec.corrected, r, record + cache.r_offset(),
-                              record + cache.r_norms_offset(), token, code_memory[warp]);
+                              norms + kv_norm_place(false, token), token, code_memory[warp]);
   } else {
-    kv_store_vector<kHeadDim>(codec.v, codec.v_rotation, codec.corrected, x, record, record + cache.v_norms_offset(),
+    kv_store_vector<kHeadDim>(codec.v, codec.v_rotation, codec.corrected, x, record, norms + kv_norm_place(true, token),
                               token, code_memory[warp]);
   }
 }

@@ -45,8 +45,9 @@ __device__ __forceinline__ void kv_unpack_token(const KvUnpackParams<TOut>& para
     if (kRotated >= 32 || lane < kRotated) load_values(r_row + lane * kRValues, r);
     return;
   }
-  const float v_norm = to_float(reinterpret_cast<const KvNorm*>(record + cache.v_norms_offset())[token]);
-  const float r_norm = to_float(reinterpret_cast<const KvNorm*>(record + cache.r_norms_offset())[token]);
+  const auto* const norms = reinterpret_cast<const KvNorm*>(record + cache.norms_offset());
+  const float v_norm = to_float(norms[kv_norm_place(true, token)]);
+  const float r_norm = to_float(norms[kv_norm_place(false, token)]);
   kv_read_vector<kHeadDim>(record, {kHeadDim, cache.v_bits}, level[0], v_norm, token, v);
   kv_read_vector<kRotated>(record + cache.r_offset(), {kRotated, cache.r_bits}, level[1], r_norm, token, r);
   kv_rotate_warp<kHeadDim, false>(params.codec.v_rotation, v);
