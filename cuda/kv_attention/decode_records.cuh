@@ -19,19 +19,6 @@
 /// (cuda/kv_attention/decode.cuh). Decode, score, turn, hide, weigh, add.
 namespace gemma4::cuda::detail {
 
-/// Calls body(integral_constant<int, bits>) for a width that is known here, or told.
-template <int kBits, class TBody>
-__device__ __forceinline__ void with_kv_bits(int bits, TBody&& body) {
-  if constexpr (kBits != 0) {
-    body(std::integral_constant<int, kBits>{});
-  } else {
-    if (bits == 3) return body(std::integral_constant<int, 3>{});
-    if (bits == 4) return body(std::integral_constant<int, 4>{});
-    if (bits == 5) return body(std::integral_constant<int, 5>{});
-    body(std::integral_constant<int, 6>{});
-  }
-}
-
 /// kCount neighbouring words of a group, from number `first` on, as decode_kv_word() takes them: their number is then
 /// counted from `first`.
 template <int kBits, int kCount>

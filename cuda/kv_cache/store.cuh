@@ -39,6 +39,19 @@ static_assert(std::is_trivially_copyable_v<KvCodecParams>);
 
 namespace detail {
 
+/// Calls body(integral_constant<int, bits>) for a width that is known here, or told.
+template <int kBits, class TBody>
+__device__ __forceinline__ void with_kv_bits(int bits, TBody&& body) {
+  if constexpr (kBits != 0) {
+    body(std::integral_constant<int, kBits>{});
+  } else {
+    if (bits == 3) return body(std::integral_constant<int, 3>{});
+    if (bits == 4) return body(std::integral_constant<int, 4>{});
+    if (bits == 5) return body(std::integral_constant<int, 5>{});
+    body(std::integral_constant<int, 6>{});
+  }
+}
+
 inline constexpr int kKvStoreWarps = 4;  ///< of a block that stores
 
 /// Values that a lane holds of a vector of n.
@@ -205,7 +218,9 @@ __device__ __forceinline__ void kv_store_vector(const KvSideParams& side, const 
     for (int i = 0; i < kValues; ++i) codes[lane * kValues + i] = static_cast<unsigned char>(code[i]);
   }
   __syncwarp();
-  kv_store_codes<kN>(reinterpret_cast<std::uint32_t*>(set_memory), {kN, side.bits}, token, codes);
+  with_kv_bits<0>(side.bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
+    kv_store_codes<kN>(reinterpret_cast<std::uint32_t*>(set_memory), KvSet{kN, kBits}, token, codes);
+  });
   __syncwarp();
   if (lane == 0) *norm = to_f16(static_cast<float>(corrected ? length / levels : length));
 }
@@ -277,18 +292,21 @@ __device__ __forceinline__ void kv_store(const KvCodecParams& codec, const float
 
 /// Values of token `token` of a set, still rotated, times the norm. @param level [n_half] in shared memory
 template <int kN>
-__device__ __forceinline__ void kv_read_vector(const std::byte* set_memory, const KvSet& set, const float* level,
-                                               float norm, int token, float (&x)[kKvValues<kN>]) {
+__device__ __forceinline__ void kv_read_vector(const std::byte* set_memory, int bits, const float* level, float norm,
+                                               int token, float (&x)[kKvValues<kN>]) {
   const auto* const words = reinterpret_cast<const std::uint32_t*>(set_memory);
-  const int lane = static_cast<int>(threadIdx.x) & 31, magnitudes = (1 << (set.bits - 1)) - 1;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  with_kv_bits<0>(bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
+    constexpr KvSet kSet{kN, kBits};
 #pragma unroll
-  for (int i = 0; i < kKvValues<kN>; ++i) {
-    const int dim = (kN >= 32 ? lane : lane & (kN - 1)) * kKvValues<kN> + i;
-    const int code = set.code(words, kv_place(kN, token, dim));
-    const float value = norm * level[code & magnitudes];
-    x[i] = set.is_negative(code) ? -value : value;
-    if (kN < 32 && lane >= kN) x[i] = 0.0f;
-  }
+    for (int i = 0; i < kKvValues<kN>; ++i) {
+      const int dim = (kN >= 32 ? lane : lane & (kN - 1)) * kKvValues<kN> + i;
+      const int code = kSet.code(words, kv_place(kN, token, dim));
+      const float value = norm * level[code & ((1 << (kBits - 1)) - 1)];
+      x[i] = kSet.is_negative(code) ? -value : value;
+      if (kN < 32 && lane >= kN) x[i] = 0.0f;
+    }
+  });
 }
 
 }  // namespace detail
