@@ -29,10 +29,10 @@ struct Options : DriverOptions {
 };
 
 const std::vector<std::string> kParameters = {"model", "text", "cache", "base", "depth", "window", "layer", "kind"};
-const std::vector<std::string> kMeasures = {"score_norm",           "score_deviation", "n_key",          "output_rms",
-                                            "attention_ratio",      "mlp_ratio",       "stream_rms",     "common_share",
-                                            "code_error",           "attention_error", "attention_gain", "stream_error",
-                                            "attention_square_sum", "mlp_square_sum"};
+const std::vector<std::string> kMeasures = {
+    "score_norm",           "score_deviation", "n_key",      "output_rms",      "attention_ratio", "mlp_ratio",
+    "stream_rms",           "common_share",    "code_error", "attention_error", "attention_gain",  "stream_error",
+    "attention_square_sum", "mlp_square_sum",  "k_norm_min", "k_norm_max",      "k_norm_ratio",    "k_norm_near_zero"};
 
 class Statistics {
  public:
@@ -52,7 +52,10 @@ class Statistics {
       const bool sliding = weights_.config.sliding_layer(static_cast<std::int64_t>(layer));
       ResultTable::Row line = row(depth, cache, std::to_string(layer), sliding ? "sliding" : "full");
       write_layer(line, layers[layer]);
-      if (!sliding) line.set("code_error", layers[layer].code_error);
+      if (!sliding) {
+        line.set("code_error", layers[layer].code_error);
+        write_spread(line, reference::weight_spread(weights_.layers[layer].attn_k_norm));
+      }
       if (sliding && error_before > 0) line.set("attention_gain", layers[layer].attention_error / error_before);
       error_before = layers[layer].stream_error;
       line.commit();
@@ -85,6 +88,13 @@ class Statistics {
         .set("common_share", layer.common_share)
         .set("attention_error", layer.attention_error)
         .set("stream_error", layer.stream_error);
+  }
+
+  static void write_spread(ResultTable::Row& line, const reference::WeightSpread& spread) {
+    line.set("k_norm_min", spread.min)
+        .set("k_norm_max", spread.max)
+        .set("k_norm_ratio", spread.ratio)
+        .set("k_norm_near_zero", spread.near_zero);
   }
 
   /// Over all layers or over the full ones: RMS of what the scores have, geometric mean of the keys, means of the
@@ -129,7 +139,8 @@ int run(int argc, char** argv) {
   CLI::App app(
       "What goes on inside a model, by the reference: per layer the deviation of attention scores, the keys attended "
       "to, the weight of each branch in the residual stream, what the positions have in common, and the error that a "
-      "cache format brings. By these figures synthesize makes its random models.");
+      "cache format brings; of the full layers also how far the weights of k's norm are spread. By these figures "
+      "synthesize makes its random models.");
   Options options;
   add_model(app, options);
   add_caches(app, options);
@@ -160,9 +171,12 @@ int run(int argc, char** argv) {
   for (const std::int64_t depth : options.depths) {
     for (const std::string& cache : options.caches) statistics.run_depth(depth, cache);
   }
-  table.print(std::cout, {"cache", "depth", "layer", "kind", "score_norm", "score_deviation", "n_key", "output_rms",
-                          "attention_ratio", "mlp_ratio", "stream_rms", "common_share", "code_error", "attention_gain",
-                          "stream_error", "attention_square_sum", "mlp_square_sum"});
+  table.print(std::cout, {"cache",           "depth",           "layer",        "kind",
+                          "score_norm",      "score_deviation", "n_key",        "output_rms",
+                          "attention_ratio", "mlp_ratio",       "stream_rms",   "common_share",
+                          "code_error",      "attention_gain",  "stream_error", "attention_square_sum",
+                          "mlp_square_sum",  "k_norm_min",      "k_norm_max",   "k_norm_ratio",
+                          "k_norm_near_zero"});
   return EXIT_SUCCESS;
 }
 

@@ -10,7 +10,6 @@
 
 #include "gemma4/model/model.hpp"
 #include "gemma4/model/weights.hpp"
-#include "gemma4/plan/cache_fit.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
 #include "reference/decoder_layer.hpp"
@@ -37,9 +36,6 @@ class Backend {
     require(options.context >= 1 && options.context <= config().context, "backend: context ", options.context,
             ", need 1 to the model's ", config().context);
     require(options.max_chunk >= 1, "backend: max_chunk ", options.max_chunk, ", need at least 1");
-    require_cache_suits(options.cache, config(), [&](std::int64_t layer) {
-      return !weights.layers[static_cast<std::size_t>(layer)].attn_v.empty();
-    });
     reset();
   }
 
@@ -122,7 +118,7 @@ class Backend {
     return {plan("decode", 1), plan("prefill", options_.max_chunk)};
   }
 
-  void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context); }
+  void reset() { caches_ = make_layer_caches<Scalar>(weights_, options_.cache, options_.context); }
 
   /// The reference is not profiled.
   [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }

@@ -9,6 +9,8 @@
 
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
+#include "gemma4/model/weights.hpp"
+#include "gemma4/plan/cache_fit.hpp"
 #include "reference/cache/flat_layer_cache.hpp"
 #include "reference/cache/full_layer_cache.hpp"
 #include "reference/cache/kv_layer_cache.hpp"
@@ -58,6 +60,16 @@ template <class Scalar>
       },
       spec);
   return caches;
+}
+
+/// The same for a model at hand. @throws std::invalid_argument naming the layer that cannot have the format
+template <class Scalar>
+[[nodiscard]] std::vector<LayerCache<Scalar>> make_layer_caches(const ModelWeights& weights, const CacheSpec& spec,
+                                                                std::int64_t context) {
+  require_cache_suits(spec, weights.config, [&](std::int64_t layer) {
+    return !weights.layers[static_cast<std::size_t>(layer)].attn_v.empty();
+  });
+  return make_layer_caches<Scalar>(weights.config, spec, context);
 }
 
 }  // namespace gemma4::reference

@@ -56,25 +56,27 @@ template <class Scalar>
   return code >= sign ? -static_cast<double>(book.level[code - sign]) : static_cast<double>(book.level[code]);
 }
 
-/// Every vector of V or of R in double, rotated back by the sum that defines the signed Hadamard rotation:
-/// [n_row, n]. x[j] = s[j] sum_i H[i][j] y[i] / sqrt(n), H[i][j] = (-1)^popcount(i & j).
+/// Every vector of V or of R in double, still rotated: [n_row, n].
 /// @param codes [n_row, bits * n / 8] and norms [n_row], without gaps
-[[nodiscard]] inline reference::Matrix<double> decode_kv_vectors(std::int64_t n_row, std::int64_t n,
+[[nodiscard]] inline reference::Matrix<double> turned_kv_vectors(std::int64_t n_row, std::int64_t n,
                                                                  const std::uint8_t* codes, const KvNorm* norms,
-                                                                 const KvCodebook& book, std::uint64_t seed) {
-  reference::Matrix<double> turned(n_row, n), hadamard(n, n);
+                                                                 const KvCodebook& book) {
+  reference::Matrix<double> turned(n_row, n);
   for (std::int64_t row = 0; row < n_row; ++row) {
     for (std::int64_t i = 0; i < n; ++i) {
       turned(row, i) = to_float(norms[row]) * kv_level(codes + row * kv_code_bytes(n, book.bits), n, i, book);
     }
   }
-  for (std::int64_t i = 0; i < n; ++i) {
-    for (std::int64_t j = 0; j < n; ++j) {
-      const int sign = __builtin_popcountll(static_cast<unsigned long long>(i & j)) % 2 == 0 ? 1 : -1;
-      hadamard(i, j) = sign * hadamard_sign(seed, j) / std::sqrt(static_cast<double>(n));
-    }
-  }
-  return turned * hadamard;
+  return turned;
+}
+
+/// The same rotated back, by the reference's rotation, which has tests and an oracle of its own.
+[[nodiscard]] inline reference::Matrix<double> decode_kv_vectors(std::int64_t n_row, std::int64_t n,
+                                                                 const std::uint8_t* codes, const KvNorm* norms,
+                                                                 const KvCodebook& book, std::uint64_t seed) {
+  reference::Matrix<double> rows = turned_kv_vectors(n_row, n, codes, norms, book);
+  reference::Rotation<double>::signed_hadamard(n, seed).inverse(rows);
+  return rows;
 }
 
 /// Every format but the dense rotation, whose matrix takes long to draw.
