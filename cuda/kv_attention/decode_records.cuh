@@ -156,7 +156,8 @@ __device__ __forceinline__ void score_rotated(KvScores<TTraits>& s, const unsign
         decode_kv_word<kBits, 0>(codes.nibbles[0], codes.signs, codes.extra, params.levels.r, params.levels.shifts,
                                  out);
       };
-      std::uint32_t a[4], b[4] = {};
+      std::uint32_t a[4];
+      [[maybe_unused]] std::uint32_t b[4];  // of tokens g + 8
       decode(at.g, a);
       if constexpr (kN > 16) decode(at.g + 8, b);
       with_queries<TTraits>(q_smem, TTraits::kHeadDim / 32 + column, at, [&](int tile, const uint4& q) {
