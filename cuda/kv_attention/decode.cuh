@@ -46,12 +46,13 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) / 32;
   const Tq4DecodeThread at{warp / TTraits::kTeamWarps, warp % TTraits::kTeamWarps, lane, lane >> 2, lane & 3};
   const Tq4DecodeUnit unit = kv_unit<TTraits>(base, 0);
-  float weight[TTraits::kValues];
-  load_values(params.k_weight + lane * TTraits::kValues, weight);  // no kernel writes it
+  auto task = KvStageTask<TTraits>::of(warp);
+  float factor[TTraits::kValues];
+  load_factors<TTraits>(params.k_weight, task.is_v, factor);  // weights, which no kernel writes
   wait_for_previous_kernel();
   allow_next_kernel();
   KvQueryPart<TTraits> part;
-  if (warp < KvStageTask<TTraits>::kCount) part.load(base, KvStageTask<TTraits>::of(warp));  // beside that of kv_len
+  if (warp < KvStageTask<TTraits>::kCount) part.load(base, task);  // its latency runs beside that of kv_len
   const Tq4DecodeKeys keys = decode_keys(base);
   const auto block = static_cast<int>(blockIdx.x);
   if (block >= keys.n_active) return;  // the whole block; the merge knows
@@ -76,9 +77,12 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1)
                  (std::int64_t{unit.batch} * base.n_head_kv + unit.head_kv) * n_record * bytes.get(),
              begin, end, TTraits::kTeamBarrier + at.pair, bytes);
   for (int index = warp; index < KvStageTask<TTraits>::kCount; index += kWarps) {
-    const auto task = KvStageTask<TTraits>::of(index);
-    if (index != warp) part.load(base, task);
-    stage_part<TTraits>(params, part, weight, task, smem);
+    if (index != warp) {
+      task = KvStageTask<TTraits>::of(index);
+      part.load(base, task);
+      load_factors<TTraits>(params.k_weight, task.is_v, factor);
+    }
+    stage_part<TTraits>(params, part, factor, task, smem);
   }
   ring.start_rest(begin, end);  // not sooner: what the staging still has to fetch would queue behind the records
   __syncthreads();

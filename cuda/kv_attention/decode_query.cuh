@@ -95,10 +95,21 @@ template <int kN>
   return up;
 }
 
-/// Folds, rotates and stores one part of a row. @param weight the lane's values of w; for V's part
+/// What a lane's values are folded with: w for V's part, the scales of R for R's (the first few).
+template <class TTraits>
+__device__ __forceinline__ void load_factors(const float* k_weight, bool is_v, float (&factor)[TTraits::kValues]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  if (is_v) return load_values(k_weight + lane * TTraits::kValues, factor);
+  float scale[kKvValues<TTraits::kRotated>];
+  kv_load_scales<TTraits::kHeadDim>(k_weight, scale);
+#pragma unroll
+  for (int i = 0; i < kKvValues<TTraits::kRotated>; ++i) factor[i] = scale[i];
+}
+
+/// Folds, rotates and stores one part of a row.
 template <class TTraits>
 __device__ __forceinline__ void stage_part(const KvDecodeParams& params, KvQueryPart<TTraits>& part,
-                                           const float (&weight)[TTraits::kValues], const KvStageTask<TTraits>& task,
+                                           const float (&factor)[TTraits::kValues], const KvStageTask<TTraits>& task,
                                            unsigned char* smem) {
   constexpr int kHeadDim = TTraits::kHeadDim, kRotated = TTraits::kRotated;
   const int lane = static_cast<int>(threadIdx.x) & 31, slot = task.slot;
@@ -108,15 +119,13 @@ __device__ __forceinline__ void stage_part(const KvDecodeParams& params, KvQuery
   if (task.is_v) {
     const bool is_rotated = (lane & 15) < 4;  // all of the lane's places, or none
 #pragma unroll
-    for (int i = 0; i < TTraits::kValues; ++i) part.v[i] = is_rotated ? 0.0f : part.v[i] * weight[i];
+    for (int i = 0; i < TTraits::kValues; ++i) part.v[i] = is_rotated ? 0.0f : part.v[i] * factor[i];
     kv_rotate_warp<kHeadDim, true>(params.base.rotation, part.v);
     up = kv_store_fragments<kHeadDim>(part.v, slot, q_smem);
     unit = params.levels.v_unit;
   } else {
-    float scale[kKvValues<kRotated>];
-    kv_load_scales<kHeadDim>(params.k_weight, scale);
 #pragma unroll
-    for (int i = 0; i < kKvValues<kRotated>; ++i) part.r[i] *= scale[i];
+    for (int i = 0; i < kKvValues<kRotated>; ++i) part.r[i] *= factor[i];
     kv_rotate_warp<kRotated, true>(params.r_rotation, part.r);
     up = kv_store_fragments<kRotated>(part.r, slot, q_smem + 16 * kHeadDim);
     unit = params.levels.r_unit;
