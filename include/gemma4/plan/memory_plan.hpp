@@ -228,7 +228,7 @@ class MemoryPlanner {
                  concat(config_.n_full_layer(), " layers x ", full.n_head_kv, " heads x ", context,
                         context == options_.context ? " tokens"
                                                     : concat(" tokens (whole records of ", TFormat::kRecordTokens, ")"),
-                        " x (K ", k, " B + V ", v, " B)"));
+                        TFormat::kReadsKeysFromValues ? " x (turned quarter of K " : " x (K ", k, " B + V ", v, " B)"));
     }
     if (n_sliding_ > 0) {
       const AttentionConfig& sliding = config_.sliding;
