@@ -106,7 +106,7 @@ struct KvDecodeTraits {
   static constexpr int kMergeStride = kHeadDim + 4;  ///< floats; the pad spreads rows over the banks
   static constexpr int kTeamBarrier = 1;             ///< named barrier of the first team
   static_assert(kTeamBarrier + kPairs <= kNamedBarriers, "a team needs a named barrier");
-  static_assert(kWords == 1 || kWords == 2 || kWords % 4 == 0, "a team has too many warps, or too few");
+  static_assert(kWords == 1 || kWords % 2 == 0, "a team has too many warps");
   static_assert(kMergeStride * kRowTile * 4 <= kStages * kRecordBytes,
                 "the output of a team must fit into its own ring");
   static_assert(kScaleOffset + 64 * kRowTiles == kSmemBytes && kScaleOffset % 16 == 0);

@@ -84,8 +84,8 @@ __device__ __forceinline__ void with_queries(const unsigned char* q_smem, int co
   }
 }
 
-/// Up to four words of each of a lane's two tokens: tiles of 16 dims from `tiles` on, and their products with the rows,
-/// added to `s`.
+/// One or two words of each of a lane's two tokens (four at a time spill): tiles of 16 dims from `tiles` on, and their
+/// products with the rows, added to `s`.
 /// @param column of 32 dims, the first
 template <class TTraits, int kCount>
 __device__ __forceinline__ void score_columns(KvScores<TTraits>& s, KvTile* tiles, const unsigned char* record,
@@ -118,7 +118,6 @@ __device__ __forceinline__ void score_columns(KvScores<TTraits>& s, KvTile* tile
     };
     take.template operator()<0>();
     if constexpr (kCount > 1) take.template operator()<1>();
-    if constexpr (kCount > 2) take.template operator()<2>(), take.template operator()<3>();
   });
 }
 
@@ -128,7 +127,7 @@ template <class TTraits>
 __device__ __forceinline__ void score_values(KvScores<TTraits>& s, KvTile (&tiles)[TTraits::kVWords],
                                              const unsigned char* record, const unsigned char* q_smem,
                                              const KvDecodeParams& params, const Tq4DecodeThread& at) {
-  constexpr int kWords = TTraits::kWords, kCount = kWords < 4 ? kWords : 4;  // words of a group
+  constexpr int kWords = TTraits::kWords, kCount = kWords < 2 ? kWords : 2;
 #pragma unroll
   for (int run = 0; run < kWords / kCount; ++run) {
     score_columns<TTraits, kCount>(s, tiles + 2 * kCount * run, record, q_smem, params, at.half * kWords + kCount * run,
