@@ -33,7 +33,7 @@ struct KvGroupWords {
         nibbles[i] = (words[2 * group + (word >> 1)] >> (2 * (word & 1))) & 0x33333333u;
       }
     } else {
-      load_words(words + 4 * group + first, nibbles);
+      load_words(words + (first & 2) * n_group + 2 * group + (first & 1), nibbles);
     }
     if constexpr (kBits != 4) signs = words[(kBits == 3 ? 2 : 4) * n_group + group] << (2 * first);
     if constexpr (kBits == 6) extra = words[5 * n_group + group] << (2 * first);

@@ -31,10 +31,11 @@
 ///
 /// Planes of a set, each over all groups, one after another; m is the magnitude's number, and "slot k of e" is bit
 /// 8 (e & 3) + 7 - k with k = 2 i + (e >> 2), where one shift by k brings four bits to four byte tops:
-///   3 bits   two words a group: m of word i at bit 4 e + 2 (i & 1) of word i >> 1;                   signs, slots
-///   4 bits   four words, as TQ4 has them: m at bits 4 e .. 4 e + 2, the sign in the slots of cuda/tq4_cache/layout.cuh
-///   5 bits   four words, nibble m >> 1 | (m & 1) << 3 at bit 4 e;                                    signs, slots
-///   6 bits   four words, nibble m >> 2 | (m & 1) << 3 at bit 4 e;    signs, slots;    bit 1 of m, slots
+///   3 bits   two words a group: m of word i at bit 4 e + 2 (i & 1) of word i >> 1;    signs, slots
+///   4 bits   words 0 and 1 of every group, then 2 and 3, as TQ4 has them: m at bits 4 e .. 4 e + 2, the sign in the
+///            slots of cuda/tq4_cache/layout.cuh
+///   5 bits   words 0 and 1, then 2 and 3: nibble m >> 1 | (m & 1) << 3 at bit 4 e;    signs, slots
+///   6 bits   the same: nibble m >> 2 | (m & 1) << 3;    signs, slots;    bit 1 of m, slots
 /// Magnitudes are split so because three bits are the selector of one byte permutation, and the fourth one tells
 /// whether it selects or replicates a sign: decode_kv_word().
 ///
@@ -112,7 +113,7 @@ struct KvSet {
 
   /// The word that holds the nibble of a place, and its first bit there.
   [[nodiscard]] GEMMA4_HD constexpr int nibble_word(const KvPlace& at) const {
-    return bits == 3 ? 2 * at.group + (at.word >> 1) : 4 * at.group + at.word;
+    return bits == 3 ? 2 * at.group + (at.word >> 1) : (at.word & 2) * n_group() + 2 * at.group + (at.word & 1);
   }
   [[nodiscard]] GEMMA4_HD constexpr int nibble_bit(const KvPlace& at) const {
     return 4 * at.element + (bits == 3 ? 2 * (at.word & 1) : 0);

@@ -66,7 +66,9 @@ static __global__ void kv_to_records_kernel(const KvSetRows from, const KvRecord
       if ((code & 2) != 0) extra |= 1u << kv_slot(at);
     }
     auto* const words = reinterpret_cast<std::uint32_t*>(record + from.offset);
-    for (int i = 0; i < from.set.nibble_words(); ++i) words[from.set.nibble_words() * group + i] = nibbles[i];
+    for (int i = 0; i < from.set.nibble_words(); ++i) {
+      words[from.set.nibble_word({group, from.set.bits == 3 ? 2 * i : i, 0})] = nibbles[i];
+    }
     if (from.set.has_sign_plane()) words[from.set.sign_word(group)] = signs;
     if (from.set.bits == 6) words[from.set.extra_word(group)] = extra;
   }
