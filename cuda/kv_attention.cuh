@@ -142,8 +142,9 @@ inline void require_kv_call(const KvAttentionCall& call, const KvAttentionPlan& 
   base.n_split = plan.decode.n_split;
   base.n_row_tile = plan.decode.n_row_tile;
   base.partial_o = reinterpret_cast<float*>(workspace.data());
-  base.partial_ml = reinterpret_cast<float2*>(base.partial_o + std::int64_t{plan.decode.grid.x} * plan.decode.grid.y *
-                                                                   plan.decode.grid.z * kRowTile * shape.head_dim);
+  base.partial_ml =
+      reinterpret_cast<float2*>(base.partial_o + std::int64_t{plan.decode.grid.x} * plan.decode.grid.y *
+                                                     plan.decode.combine_grid.z * kRowTile * shape.head_dim);
   base.record_count = work_count;
   params.records = call.cache.data;
   params.v_bits = call.cache.v_bits;

@@ -80,7 +80,9 @@ class KvCodec {
 
  private:
   [[nodiscard]] static KvSideParams side_params(const KvCodebook& codebook) {
-    KvSideParams side{.bits = codebook.bits, .n_half = codebook.n_half};
+    KvSideParams side{};
+    side.bits = codebook.bits;
+    side.n_half = codebook.n_half;
     std::copy_n(codebook.level, KvCodebook::kMaxHalf, side.level);
     std::copy_n(codebook.edge, KvCodebook::kMaxHalf - 1, side.edge);
     return side;

@@ -295,12 +295,14 @@ class KvCaches {
 };
 
 /// One attention over one vector for K and V. kv_len is read from the device; compared with the reference first.
-Measurement measure_kv_attention(const Case& c, KvCaches& caches, std::uint32_t seed, cudaStream_t stream) {
+Measurement measure_kv_attention(const Case& c, KvCaches& caches, int tile, std::uint32_t seed, cudaStream_t stream) {
   const AttentionShape& s = c.shape;
   const KvOptions& format = caches.format().options;
   const AttentionOptions options{.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim))};
   cuda::KvAttentionChoice choice;
   choice.max_kv_len = c.context;  // the host of a prefill knows
+  const cuda::KvDecodeTile& wanted = cuda::kKvDecodeTiles[static_cast<std::size_t>(std::max(tile, 0))];
+  if (tile >= 0 && wanted.takes(format.v_bits, format.r_bits)) choice.decode.tile = wanted;
   const cuda::KvAttentionPlan plan = cuda::plan_kv_attention(s, format, options, cuda::current_device(), choice);
   cuda::DeviceBuffer<Bf16> q(s.n_query * s.n_head * s.head_dim), out(q.size());
   cuda::DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
@@ -511,6 +513,7 @@ Measurement measure_sliding_step(const Case& c, std::uint32_t seed, cudaStream_t
 struct Options {
   DriverOptions driver;
   std::vector<std::string> one_vector = {"kv5r4", "kv4r4"};
+  int tile = -1;  ///< of kKvDecodeTiles, where it takes the format; -1: as planned
   std::vector<std::int64_t> n_queries = {1, 4, 8, 2048};
   std::int64_t buffer_len = 131072;
   std::int64_t n_head = 32, n_head_kv = 4, head_dim = 512;
@@ -592,7 +595,8 @@ void measure(const Options& options, ResultTable& table) {
     const auto kv = one_vector.find(c.kind);
     const bool is_update = c.phase == "update";
     const Measurement m = kv != one_vector.end()
-                              ? (is_update ? measure_kv_update : measure_kv_attention)(c, kv->second, seed, stream)
+                              ? (is_update ? measure_kv_update(c, kv->second, seed, stream)
+                                           : measure_kv_attention(c, kv->second, options.tile, seed, stream))
                           : c.phase == "step"   ? measure_sliding_step(c, seed, stream)
                           : c.kind == "sliding" ? measure_sliding_attention(c, seed, stream)
                           : c.kind == "bf16"    ? measure_bf16_attention(c, seed, stream)
@@ -614,6 +618,8 @@ void run(int argc, char** argv) {
   app.add_option("--one-vector", options.one_vector, "Formats of one vector for K and V, comma-separated")
       ->delimiter(',')
       ->capture_default_str();
+  add_whole(app, "--one-vector-tile", options.tile, "Compiled configuration of their decode, by number; -1: as planned",
+            {-1, static_cast<std::int64_t>(cuda::kKvDecodeTiles.size()) - 1});
   add_whole(app, "--buffer", options.buffer_len, "Tokens that a cache holds", {4096, std::int64_t{1} << 20});
   add_seed(app, options.driver);
   add_out(app, options.driver);

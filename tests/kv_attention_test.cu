@@ -323,9 +323,10 @@ AttentionCase example(std::int64_t head_dim, std::int64_t group, std::int64_t n_
 }
 
 std::string name_of(const KvDecodeTile& tile, const KvOptions& format) {
-  return concat("tile d", tile.head_dim, " of ", tile.v_bits, "/", tile.r_bits, " bits, teams ", tile.teams,
-                ", stages ", tile.n_stage, tile.by_product ? ", turned by products" : ", turned by movmatrix", "; kv",
-                format.v_bits, "r", format.r_bits);
+  return concat("tile d", tile.head_dim, " of ", tile.v_bits, "/", tile.r_bits, " bits, warps ", tile.team_warps, " x ",
+                tile.teams, ", stages ", tile.n_stage,
+                tile.by_product ? ", turned by products" : ", turned by movmatrix", "; kv", format.v_bits, "r",
+                format.r_bits);
 }
 
 /// Every compiled configuration, and each width of either side in those that take any.

@@ -57,7 +57,7 @@ class FullLayerCaches<KvFormat> {
     const KvDecodeTile& tile = plan.decode.tile;
     return {.component = "attention_full",
             .path = concat(format_.name(), " decode"),
-            .tile = concat("d", tile.head_dim, " teams ", tile.teams, " stages ", tile.n_stage,
+            .tile = concat("d", tile.head_dim, " warps ", tile.team_warps, " x ", tile.teams, " stages ", tile.n_stage,
                            tile.v_bits == 0 ? ", any width" : "", plan.decode.overlap ? "" : ", no PDL"),
             .n_split = plan.decode.n_split,
             .bytes = plan.workspace_bytes};

@@ -43,6 +43,8 @@ struct KvDecodePlan {
 [[nodiscard]] inline KvDecodePlan plan_kv_decode(const char* who, const AttentionShape& shape, const KvOptions& format,
                                                  const DeviceInfo& device, const KvDecodeChoice& choice = {}) {
   KvDecodePlan plan;
+  const std::int64_t rows = shape.n_query * shape.group(),
+                     n_row_tile = (rows + detail::kRowTile - 1) / detail::kRowTile;
   const auto fits = [&](const KvDecodeTile& tile) {
     return tile.head_dim == shape.head_dim && tile.takes(format.v_bits, format.r_bits) &&
            tile.smem_bytes() <= device.smem_limit_bytes;
@@ -54,25 +56,26 @@ struct KvDecodePlan {
             " bits and at most ", device.smem_limit_bytes, " B");
     plan.tile = *choice.tile;
   } else {
-    const auto found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), fits);
+    const auto suits = [&](const KvDecodeTile& tile) { return fits(tile) && (tile.row_tiles > 1) == (n_row_tile > 1); };
+    auto found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), suits);
+    if (found == kKvDecodeTiles.end()) found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), fits);
     require(found != kKvDecodeTiles.end(), who, ": no tile for head_dim ", shape.head_dim, " and ", format.v_bits,
             " and ", format.r_bits, " bits fits ", device.smem_limit_bytes, " B of shared memory a block");
     plan.tile = *found;
   }
-  const std::int64_t rows = shape.n_query * shape.group(),
-                     n_row_tile = (rows + detail::kRowTile - 1) / detail::kRowTile;
+  const std::int64_t n_group = (n_row_tile + plan.tile.row_tiles - 1) / plan.tile.row_tiles;
   const std::int64_t n_unit = shape.batch * shape.n_head_kv * n_row_tile;
   require(shape.n_head_kv <= 65535 && shape.batch * n_row_tile <= 65535, who, ": n_head_kv ", shape.n_head_kv,
           " and batch * n_query * group / 8 = ", shape.batch * n_row_tile, ", need at most 65535 of each");
-  plan.n_split = choice.n_split.value_or(
-      static_cast<int>(std::clamp<std::int64_t>(std::int64_t{device.sm_count} / n_unit, 1, detail::kTq4MaxSplit)));
+  plan.n_split = choice.n_split.value_or(static_cast<int>(std::clamp<std::int64_t>(
+      std::int64_t{device.sm_count} / (shape.batch * shape.n_head_kv * n_group), 1, detail::kTq4MaxSplit)));
   require(plan.n_split >= 1 && plan.n_split <= detail::kTq4MaxSplit, who, ": n_split ", plan.n_split, ", need 1 to ",
           detail::kTq4MaxSplit);
   plan.n_row_tile = static_cast<int>(n_row_tile);
   plan.grid = dim3(static_cast<unsigned>(plan.n_split), static_cast<unsigned>(shape.n_head_kv),
-                   static_cast<unsigned>(shape.batch * n_row_tile));
-  plan.combine_grid =
-      dim3(static_cast<unsigned>(std::min<std::int64_t>(rows, detail::kRowTile)), plan.grid.y, plan.grid.z);
+                   static_cast<unsigned>(shape.batch * n_group));
+  plan.combine_grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(rows, detail::kRowTile)), plan.grid.y,
+                           static_cast<unsigned>(shape.batch * n_row_tile));
   plan.smem_bytes = plan.tile.smem_bytes();
   plan.workspace_bytes =
       n_unit * plan.n_split * detail::kRowTile * (shape.head_dim + 2) * static_cast<std::int64_t>(sizeof(float));

@@ -18,8 +18,29 @@
 /// 16-byte piece 32 U + 4 slot + t holds dims 32 U + 2t + {0, 1, 8, 9, 16, 17, 24, 25}, R's columns behind those of V.
 namespace gemma4::cuda::detail {
 
-/// Rows that a block stages, and twice: one task a warp, the parts of V first.
-inline constexpr int kKvStageTasks = 2 * kRowTile;
+/// What a block works on: kRowTiles tiles of eight rows of a KV head. grid: y = KV head, z = batch * groups of tiles.
+/// @param tile of the group; it may lie behind the last one
+template <class TTraits>
+[[nodiscard]] __device__ __forceinline__ Tq4DecodeUnit kv_unit(const Tq4DecodeParams& params, int tile) {
+  if constexpr (TTraits::kRowTiles == 1) return Tq4DecodeUnit::here(params);
+  const auto head = static_cast<int>(blockIdx.y), z = static_cast<int>(blockIdx.z);
+  const int n_group = (params.n_row_tile + TTraits::kRowTiles - 1) / TTraits::kRowTiles, batch = z / n_group;
+  const int index = (z - batch * n_group) * TTraits::kRowTiles + tile;
+  return {batch, head, kRowTile * index, params.n_query * params.group,
+          ((std::int64_t{batch} * params.n_row_tile + index) * params.n_head_kv + head) * params.n_split};
+}
+
+/// A row that a block stages, its part of V or of R: one task a warp, the parts of V first.
+template <class TTraits>
+struct KvStageTask {
+  static constexpr int kRows = kRowTile * TTraits::kRowTiles, kCount = 2 * kRows;
+  int tile, slot;
+  bool is_v;
+
+  [[nodiscard]] static __device__ __forceinline__ KvStageTask of(int task) {
+    return {task % kRows / kRowTile, task % kRowTile, task < kRows};
+  }
+};
 
 /// A lane's part of a row, of V or of R as its task says; the other is not touched.
 template <class TTraits>
@@ -28,8 +49,10 @@ struct KvQueryPart {
   float r[kKvValues<TTraits::kRotated>];
 
   /// Reads row `slot` of the unit, zeros beyond the last.
-  __device__ __forceinline__ void load(const Tq4DecodeParams& params, const Tq4DecodeUnit& unit, int slot, bool is_v) {
-    if (is_v) return load_query<TTraits>(params, unit, slot, v);
+  __device__ __forceinline__ void load(const Tq4DecodeParams& params, const KvStageTask<TTraits>& task) {
+    const Tq4DecodeUnit unit = kv_unit<TTraits>(params, task.tile);
+    const int slot = task.slot;
+    if (task.is_v) return load_query<TTraits>(params, unit, slot, v);
     constexpr int kN = TTraits::kRotated, kCount = kKvValues<kN>, kPairs = kN / 2;
     const int row = unit.row0 + slot, lane = static_cast<int>(threadIdx.x) & 31, first = lane * kCount;
 #pragma unroll
@@ -72,31 +95,42 @@ template <int kN>
   return up;
 }
 
-/// Folds, rotates and stores one part of row `slot`. @param weight the lane's values of w; for V's part
+/// What a lane's values are folded with: w for V's part, the scales of R for R's (the first few).
+template <class TTraits>
+__device__ __forceinline__ void load_factors(const float* k_weight, bool is_v, float (&factor)[TTraits::kValues]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  if (is_v) return load_values(k_weight + lane * TTraits::kValues, factor);
+  float scale[kKvValues<TTraits::kRotated>];
+  kv_load_scales<TTraits::kHeadDim>(k_weight, scale);
+#pragma unroll
+  for (int i = 0; i < kKvValues<TTraits::kRotated>; ++i) factor[i] = scale[i];
+}
+
+/// Folds, rotates and stores one part of a row.
 template <class TTraits>
 __device__ __forceinline__ void stage_part(const KvDecodeParams& params, KvQueryPart<TTraits>& part,
-                                           const float (&weight)[TTraits::kValues], int slot, bool is_v,
-                                           unsigned char* q_smem, float* row_scale) {
+                                           const float (&factor)[TTraits::kValues], const KvStageTask<TTraits>& task,
+                                           unsigned char* smem) {
   constexpr int kHeadDim = TTraits::kHeadDim, kRotated = TTraits::kRotated;
-  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int lane = static_cast<int>(threadIdx.x) & 31, slot = task.slot;
+  unsigned char* const q_smem = smem + TTraits::kQOffset + task.tile * TTraits::kQTileBytes;
+  auto* const row_scale = reinterpret_cast<float*>(smem + TTraits::kScaleOffset + 64 * task.tile);
   float up, unit;
-  if (is_v) {
+  if (task.is_v) {
     const bool is_rotated = (lane & 15) < 4;  // all of the lane's places, or none
 #pragma unroll
-    for (int i = 0; i < TTraits::kValues; ++i) part.v[i] = is_rotated ? 0.0f : part.v[i] * weight[i];
+    for (int i = 0; i < TTraits::kValues; ++i) part.v[i] = is_rotated ? 0.0f : part.v[i] * factor[i];
     kv_rotate_warp<kHeadDim, true>(params.base.rotation, part.v);
     up = kv_store_fragments<kHeadDim>(part.v, slot, q_smem);
     unit = params.levels.v_unit;
   } else {
-    float scale[kKvValues<kRotated>];
-    kv_load_scales<kHeadDim>(params.k_weight, scale);
 #pragma unroll
-    for (int i = 0; i < kKvValues<kRotated>; ++i) part.r[i] *= scale[i];
+    for (int i = 0; i < kKvValues<kRotated>; ++i) part.r[i] *= factor[i];
     kv_rotate_warp<kRotated, true>(params.r_rotation, part.r);
     up = kv_store_fragments<kRotated>(part.r, slot, q_smem + 16 * kHeadDim);
     unit = params.levels.r_unit;
   }
-  if (lane == 0) row_scale[(is_v ? 0 : kRowTile) + slot] = params.base.scale_log2 * unit * up;
+  if (lane == 0) row_scale[4 * (slot >> 1) + (task.is_v ? 0 : 2) + (slot & 1)] = params.base.scale_log2 * unit * up;
 }
 
 }  // namespace gemma4::cuda::detail

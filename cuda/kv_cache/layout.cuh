@@ -17,8 +17,8 @@
 ///
 ///   [0, 2D v)             V codes, v bits each: a vector set of D values
 ///   [2D v, + D r / 2)     R codes, r bits each: a vector set of D / 4 values
-///   [.., + 32)            norms of V, 16 f16
-///   [.., + 64)            norms of R, 16 f16          D = head_dim; D (4 v + r) / 32 + 4 bytes a token, nothing added
+///   [.., + 64)            norms, f16: those of V of tokens g and g + 8, then those of R, g in [0, 8)
+///                                                   D = head_dim; D (4 v + r) / 32 + 4 bytes a token, nothing added
 ///
 /// A vector set of n values and 16 tokens is n / 2 groups of 32 codes: four words i of eight elements e. Codes lie
 /// where an mma A operand [16 tokens, dims] wants them: lane 4 g + t holds tokens g and g + 8 ("half" 0 and 1) and, of
@@ -31,10 +31,11 @@
 ///
 /// Planes of a set, each over all groups, one after another; m is the magnitude's number, and "slot k of e" is bit
 /// 8 (e & 3) + 7 - k with k = 2 i + (e >> 2), where one shift by k brings four bits to four byte tops:
-///   3 bits   two words a group: m of word i at bit 4 e + 2 (i & 1) of word i >> 1;                   signs, slots
-///   4 bits   four words, as TQ4 has them: m at bits 4 e .. 4 e + 2, the sign in the slots of cuda/tq4_cache/layout.cuh
-///   5 bits   four words, nibble m >> 1 | (m & 1) << 3 at bit 4 e;                                    signs, slots
-///   6 bits   four words, nibble m >> 2 | (m & 1) << 3 at bit 4 e;    signs, slots;    bit 1 of m, slots
+///   3 bits   two words a group: m of word i at bit 4 e + 2 (i & 1) of word i >> 1;    signs, slots
+///   4 bits   words 0 and 1 of every group, then 2 and 3, as TQ4 has them: m at bits 4 e .. 4 e + 2, the sign in the
+///            slots of cuda/tq4_cache/layout.cuh
+///   5 bits   words 0 and 1, then 2 and 3: nibble m >> 1 | (m & 1) << 3 at bit 4 e;    signs, slots
+///   6 bits   the same: nibble m >> 2 | (m & 1) << 3;    signs, slots;    bit 1 of m, slots
 /// Magnitudes are split so because three bits are the selector of one byte permutation, and the fourth one tells
 /// whether it selects or replicates a sign: decode_kv_word().
 ///
@@ -90,6 +91,11 @@ struct KvSource {
   return {(lane >> 2) + 8 * half, 32 * column + 16 * (e >> 2) + within + 2 * (lane & 3)};
 }
 
+/// Place of a norm among those of a record.
+[[nodiscard]] GEMMA4_HD constexpr int kv_norm_place(bool is_v, int token) {
+  return 4 * (token & 7) + (token >> 3) + (is_v ? 0 : 2);
+}
+
 /// Bit of a sign, or of another bit that has a plane of its own.
 [[nodiscard]] GEMMA4_HD constexpr int kv_slot(const KvPlace& at) {
   return 8 * (at.element & 3) + 7 - (2 * at.word + (at.element >> 2));
@@ -107,7 +113,7 @@ struct KvSet {
 
   /// The word that holds the nibble of a place, and its first bit there.
   [[nodiscard]] GEMMA4_HD constexpr int nibble_word(const KvPlace& at) const {
-    return bits == 3 ? 2 * at.group + (at.word >> 1) : 4 * at.group + at.word;
+    return bits == 3 ? 2 * at.group + (at.word >> 1) : (at.word & 2) * n_group() + 2 * at.group + (at.word & 1);
   }
   [[nodiscard]] GEMMA4_HD constexpr int nibble_bit(const KvPlace& at) const {
     return 4 * at.element + (bits == 3 ? 2 * (at.word & 1) : 0);
@@ -148,8 +154,7 @@ struct BasicKvRecords {
     return kv_record_bytes(head_dim, v_bits, r_bits);
   }
   [[nodiscard]] GEMMA4_HD constexpr std::int64_t r_offset() const { return kv_set_bytes(head_dim, v_bits); }
-  [[nodiscard]] GEMMA4_HD constexpr std::int64_t v_norms_offset() const { return record_bytes() - 64; }
-  [[nodiscard]] GEMMA4_HD constexpr std::int64_t r_norms_offset() const { return record_bytes() - 32; }
+  [[nodiscard]] GEMMA4_HD constexpr std::int64_t norms_offset() const { return record_bytes() - 64; }
   [[nodiscard]] GEMMA4_HD constexpr std::int64_t n_record() const {
     return (buffer_len + kKvRecordTokens - 1) / kKvRecordTokens;
   }

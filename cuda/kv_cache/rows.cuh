@@ -31,7 +31,8 @@ struct KvSetRows {
   KvSet set;
   View<const std::uint8_t, 4> codes;
   View<const KvNorm, 3> norms;
-  std::int64_t offset, norms_offset;
+  std::int64_t offset;
+  bool is_v;
 };
 
 /// One thread a group of a set; those of the last group convert the norms.
@@ -45,9 +46,10 @@ static __global__ void kv_to_records_kernel(const KvSetRows from, const KvRecord
     const std::int64_t b = head / records.n_head_kv, h = head % records.n_head_kv, row0 = r * kKvRecordTokens;
     std::byte* const record = records.record(b, h, r);
     if (group == from.set.n_group()) {
-      auto* const norms = reinterpret_cast<KvNorm*>(record + from.norms_offset);
+      auto* const norms = reinterpret_cast<KvNorm*>(record + records.norms_offset());
       for (int token = 0; token < kKvRecordTokens; ++token) {
-        norms[token] = row0 + token < records.buffer_len ? from.norms(b, h, row0 + token) : KvNorm{};
+        norms[kv_norm_place(from.is_v, token)] =
+            row0 + token < records.buffer_len ? from.norms(b, h, row0 + token) : KvNorm{};
       }
       continue;
     }
@@ -64,16 +66,17 @@ static __global__ void kv_to_records_kernel(const KvSetRows from, const KvRecord
       if ((code & 2) != 0) extra |= 1u << kv_slot(at);
     }
     auto* const words = reinterpret_cast<std::uint32_t*>(record + from.offset);
-    for (int i = 0; i < from.set.nibble_words(); ++i) words[from.set.nibble_words() * group + i] = nibbles[i];
+    for (int i = 0; i < from.set.nibble_words(); ++i) {
+      words[from.set.nibble_word({group, from.set.bits == 3 ? 2 * i : i, 0})] = nibbles[i];
+    }
     if (from.set.has_sign_plane()) words[from.set.sign_word(group)] = signs;
     if (from.set.bits == 6) words[from.set.extra_word(group)] = extra;
   }
 }
 
 /// One thread a row of a set.
-static __global__ void kv_to_rows_kernel(const ConstKvRecords records, const KvSet set, std::int64_t offset,
-                                         std::int64_t norms_offset, const View<std::uint8_t, 4> codes,
-                                         const View<KvNorm, 3> norms) {
+static __global__ void kv_to_rows_kernel(const ConstKvRecords records, const KvSet set, std::int64_t offset, bool is_v,
+                                         const View<std::uint8_t, 4> codes, const View<KvNorm, 3> norms) {
   const std::int64_t total = records.batch * records.n_head_kv * records.buffer_len;
   for (std::int64_t item = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; item < total;
        item += std::int64_t{gridDim.x} * blockDim.x) {
@@ -81,7 +84,7 @@ static __global__ void kv_to_rows_kernel(const ConstKvRecords records, const KvS
     const std::int64_t b = head / records.n_head_kv, h = head % records.n_head_kv;
     const std::byte* const record = records.record(b, h, row / kKvRecordTokens);
     const int token = static_cast<int>(row % kKvRecordTokens);
-    norms(b, h, row) = reinterpret_cast<const KvNorm*>(record + norms_offset)[token];
+    norms(b, h, row) = reinterpret_cast<const KvNorm*>(record + records.norms_offset())[kv_norm_place(is_v, token)];
     const auto* const words = reinterpret_cast<const std::uint32_t*>(record + offset);
     std::uint8_t* const planes = &codes(b, h, row, 0);
     for (int byte = 0; byte < set.bits * set.n / 8; ++byte) planes[byte] = 0;
@@ -118,9 +121,8 @@ void require_kv_rows_fit(const char* who, const BasicKvCacheView<kConst>& rows, 
 inline void kv_rows_to_records(const ConstKvCacheView& rows, const KvRecords& records, cudaStream_t stream) {
   detail::require_kv_rows_fit("kv_rows_to_records", rows, records);
   const auto n = static_cast<int>(records.head_dim), n_r = n / 4;
-  const detail::KvSetRows sets[2] = {
-      {{n, records.v_bits}, rows.v_codes, rows.v_norm, 0, records.v_norms_offset()},
-      {{n_r, records.r_bits}, rows.r_codes, rows.r_norm, records.r_offset(), records.r_norms_offset()}};
+  const detail::KvSetRows sets[2] = {{{n, records.v_bits}, rows.v_codes, rows.v_norm, 0, true},
+                                     {{n_r, records.r_bits}, rows.r_codes, rows.r_norm, records.r_offset(), false}};
   for (const detail::KvSetRows& set : sets) {
     detail::Launch{.what = "kv_to_records_kernel",
                    .grid = detail::kv_conversion_grid(records.bytes() / 16),
@@ -139,10 +141,10 @@ inline void kv_records_to_rows(const ConstKvRecords& records, const KvCacheView&
       .grid = detail::kv_conversion_grid(records.batch * records.n_head_kv * records.buffer_len),
       .block = 128,
       .stream = stream};
-  launch(detail::kv_to_rows_kernel, records, KvSet{n, records.v_bits}, std::int64_t{0}, records.v_norms_offset(),
-         rows.v_codes, rows.v_norm);
-  launch(detail::kv_to_rows_kernel, records, KvSet{n_r, records.r_bits}, records.r_offset(), records.r_norms_offset(),
-         rows.r_codes, rows.r_norm);
+  launch(detail::kv_to_rows_kernel, records, KvSet{n, records.v_bits}, std::int64_t{0}, true, rows.v_codes,
+         rows.v_norm);
+  launch(detail::kv_to_rows_kernel, records, KvSet{n_r, records.r_bits}, records.r_offset(), false, rows.r_codes,
+         rows.r_norm);
 }
 
 }  // namespace gemma4::cuda

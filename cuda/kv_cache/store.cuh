@@ -39,6 +39,19 @@ static_assert(std::is_trivially_copyable_v<KvCodecParams>);
 
 namespace detail {
 
+/// Calls body(integral_constant<int, bits>) for a width that is known here, or told.
+template <int kBits, class TBody>
+__device__ __forceinline__ void with_kv_bits(int bits, TBody&& body) {
+  if constexpr (kBits != 0) {
+    body(std::integral_constant<int, kBits>{});
+  } else {
+    if (bits == 3) return body(std::integral_constant<int, 3>{});
+    if (bits == 4) return body(std::integral_constant<int, 4>{});
+    if (bits == 5) return body(std::integral_constant<int, 5>{});
+    body(std::integral_constant<int, 6>{});
+  }
+}
+
 inline constexpr int kKvStoreWarps = 4;  ///< of a block that stores
 
 /// Values that a lane holds of a vector of n.
@@ -193,7 +206,7 @@ __device__ __forceinline__ void kv_store_codes(std::uint32_t* words, const KvSet
 template <int kN>
 __device__ __forceinline__ void kv_store_vector(const KvSideParams& side, const RotationParams& rotation,
                                                 bool corrected, float (&x)[kKvValues<kN>], std::byte* set_memory,
-                                                std::byte* norms, int token, unsigned char* codes) {
+                                                KvNorm* norm, int token, unsigned char* codes) {
   constexpr int kValues = kKvValues<kN>;
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const double length = normalize_warp < kN < 32 ? 32 : kN > (x);
@@ -205,11 +218,11 @@ __device__ __forceinline__ void kv_store_vector(const KvSideParams& side, const 
     for (int i = 0; i < kValues; ++i) codes[lane * kValues + i] = static_cast<unsigned char>(code[i]);
   }
   __syncwarp();
-  kv_store_codes<kN>(reinterpret_cast<std::uint32_t*>(set_memory), {kN, side.bits}, token, codes);
+  with_kv_bits<0>(side.bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
+    kv_store_codes<kN>(reinterpret_cast<std::uint32_t*>(set_memory), KvSet{kN, kBits}, token, codes);
+  });
   __syncwarp();
-  if (lane == 0) {
-    reinterpret_cast<KvNorm*>(norms)[token] = to_f16(static_cast<float>(corrected ? length / levels : length));
-  }
+  if (lane == 0) *norm = to_f16(static_cast<float>(corrected ? length / levels : length));
 }
 
 /// The scales c of a lane's values of R, from the weight w [head_dim] of k's norm.
@@ -252,6 +265,7 @@ __device__ __forceinline__ void kv_store(const KvCodecParams& codec, const float
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) / 32;
   std::byte* const record = cache.record(b, h, position / kKvRecordTokens);
   const int token = static_cast<int>(position % kKvRecordTokens);
+  auto* const norms = reinterpret_cast<KvNorm*>(record + cache.norms_offset());
   float r[kRValues];
   if (is_k) {
     float scale[kRValues];
@@ -269,27 +283,30 @@ __device__ __forceinline__ void kv_store(const KvCodecParams& codec, const float
     }
   } else if (is_k) {
     kv_store_vector<kRotated>(codec.r, codec.r_rotation, codec.corrected, r, record + cache.r_offset(),
-                              record + cache.r_norms_offset(), token, code_memory[warp]);
+                              norms + kv_norm_place(false, token), token, code_memory[warp]);
   } else {
-    kv_store_vector<kHeadDim>(codec.v, codec.v_rotation, codec.corrected, x, record, record + cache.v_norms_offset(),
+    kv_store_vector<kHeadDim>(codec.v, codec.v_rotation, codec.corrected, x, record, norms + kv_norm_place(true, token),
                               token, code_memory[warp]);
   }
 }
 
 /// Values of token `token` of a set, still rotated, times the norm. @param level [n_half] in shared memory
 template <int kN>
-__device__ __forceinline__ void kv_read_vector(const std::byte* set_memory, const KvSet& set, const float* level,
-                                               float norm, int token, float (&x)[kKvValues<kN>]) {
+__device__ __forceinline__ void kv_read_vector(const std::byte* set_memory, int bits, const float* level, float norm,
+                                               int token, float (&x)[kKvValues<kN>]) {
   const auto* const words = reinterpret_cast<const std::uint32_t*>(set_memory);
-  const int lane = static_cast<int>(threadIdx.x) & 31, magnitudes = (1 << (set.bits - 1)) - 1;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  with_kv_bits<0>(bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
+    constexpr KvSet kSet{kN, kBits};
 #pragma unroll
-  for (int i = 0; i < kKvValues<kN>; ++i) {
-    const int dim = (kN >= 32 ? lane : lane & (kN - 1)) * kKvValues<kN> + i;
-    const int code = set.code(words, kv_place(kN, token, dim));
-    const float value = norm * level[code & magnitudes];
-    x[i] = set.is_negative(code) ? -value : value;
-    if (kN < 32 && lane >= kN) x[i] = 0.0f;
-  }
+    for (int i = 0; i < kKvValues<kN>; ++i) {
+      const int dim = (kN >= 32 ? lane : lane & (kN - 1)) * kKvValues<kN> + i;
+      const int code = kSet.code(words, kv_place(kN, token, dim));
+      const float value = norm * level[code & ((1 << (kBits - 1)) - 1)];
+      x[i] = kSet.is_negative(code) ? -value : value;
+      if (kN < 32 && lane >= kN) x[i] = 0.0f;
+    }
+  });
 }
 
 }  // namespace detail

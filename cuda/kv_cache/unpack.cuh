@@ -45,17 +45,18 @@ __device__ __forceinline__ void kv_unpack_token(const KvUnpackParams<TOut>& para
     if (kRotated >= 32 || lane < kRotated) load_values(r_row + lane * kRValues, r);
     return;
   }
-  const float v_norm = to_float(reinterpret_cast<const KvNorm*>(record + cache.v_norms_offset())[token]);
-  const float r_norm = to_float(reinterpret_cast<const KvNorm*>(record + cache.r_norms_offset())[token]);
-  kv_read_vector<kHeadDim>(record, {kHeadDim, cache.v_bits}, level[0], v_norm, token, v);
-  kv_read_vector<kRotated>(record + cache.r_offset(), {kRotated, cache.r_bits}, level[1], r_norm, token, r);
+  const auto* const norms = reinterpret_cast<const KvNorm*>(record + cache.norms_offset());
+  const float v_norm = to_float(norms[kv_norm_place(true, token)]);
+  const float r_norm = to_float(norms[kv_norm_place(false, token)]);
+  kv_read_vector<kHeadDim>(record, cache.v_bits, level[0], v_norm, token, v);
+  kv_read_vector<kRotated>(record + cache.r_offset(), cache.r_bits, level[1], r_norm, token, r);
   kv_rotate_warp<kHeadDim, false>(params.codec.v_rotation, v);
   kv_rotate_warp<kRotated, false>(params.codec.r_rotation, r);
 }
 
 /// One warp a token. grid: x over records, y = head.
 template <int kHeadDim, class TOut>
-__global__ void __launch_bounds__(32 * kKvUnpackWarps)
+__global__ void __launch_bounds__(32 * kKvUnpackWarps, 3)
     kv_unpack_kernel(const __grid_constant__ KvUnpackParams<TOut> params) {
   constexpr int kValues = kHeadDim / 32, kRotated = kHeadDim / 4, kRValues = kKvValues<kRotated>;
   __shared__ float level[2][KvCodebook::kMaxHalf];
