@@ -63,6 +63,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/id_file.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/id_list.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/markers.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/text/sampling_defaults.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/text_escapes.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/tokenizer.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/vocabulary.hpp"
