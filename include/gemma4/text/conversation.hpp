@@ -62,10 +62,14 @@ class Conversation {
     prompt_ = can_go_on() ? going_on() : encode_chat(tokenizer_, messages_, options_);
   }
 
-  /// What was said last never was. Only between say() and answer().
+  /// Whether somebody spoke, here, and was not answered.
+  [[nodiscard]] bool can_take_back() const {
+    return messages_.size() > start_.size() && messages_.back().role == "user";
+  }
+
+  /// What was said last never was.
   void take_back() {
-    require(!messages_.empty() && messages_.back().role == "user" && messages_.size() > start_.size(),
-            "conversation: nothing was said that could be taken back");
+    require(can_take_back(), "conversation: nothing was said that could be taken back");
     messages_.pop_back();
     prompt_ = read_;
   }
