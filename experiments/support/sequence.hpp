@@ -118,7 +118,6 @@ class ReferenceSequence final : public Sequence {
     const auto settle = [&] {
       held_.resize(held_.size() - static_cast<std::size_t>(n_late));
       hold(std::span(all).first(static_cast<std::size_t>(model_.position() - n_held())));
-      farthest_ = std::max(farthest_, model_.position());
     };
     try {
       model_.prefill(all, chunk, [&](std::int64_t done) {
@@ -140,7 +139,6 @@ class ReferenceSequence final : public Sequence {
     for (std::int64_t n = 0; n < n_token; ++n) {
       if (model_.position() < n_held()) {
         model_.decode(held_.back());
-        farthest_ = std::max(farthest_, model_.position());
         ++took.n_token;
       }
       backend_.copy_logits(0, logits_);
@@ -151,20 +149,15 @@ class ReferenceSequence final : public Sequence {
     return took;
   }
 
-  /// A ring has exactly the window's slots: once it has gone round, a token more has overwritten one that is needed.
-  [[nodiscard]] std::int64_t max_back() const override {
-    if (farthest_ <= backend_.config().window) return n_held();
-    return n_held() - model_.position() + std::max<std::int64_t>(0, 1 - (farthest_ - model_.position()));
-  }
+  /// A token that went through the model is in the rings, which do not go back.
+  [[nodiscard]] std::int64_t max_back() const override { return n_held() - model_.position(); }
   void take_back(std::int64_t n_token) override {
     require(n_token >= 0 && n_token <= max_back(), "generate: take back ", n_token, " tokens, at most ", max_back());
     held_.resize(held_.size() - static_cast<std::size_t>(n_token));
-    if (model_.position() > n_held()) model_.rewind(model_.position() - n_held());
   }
   void reset() override {
     model_.reset();
     held_.clear();
-    farthest_ = 0;
   }
   [[nodiscard]] std::int64_t context() const override { return backend_.context(); }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }
@@ -183,7 +176,6 @@ class ReferenceSequence final : public Sequence {
   reference::Backend<float> backend_;
   Model<reference::Backend<float>> model_;
   std::vector<float> logits_;
-  std::int64_t farthest_ = 0;  ///< tokens that went through the model at most
 };
 
 }  // namespace gemma4::experiment
