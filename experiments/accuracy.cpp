@@ -36,6 +36,9 @@ const std::vector<std::string> kParameters = {"model", "backend", "text",  "cach
 const std::vector<std::string> kMeasures = {"n_position", "nll",      "kl_mean",        "kl_p99",
                                             "kl_max",     "same_top", "dp_rms",         "cosine",
                                             "cosine_min", "seconds",  "recall_correct", "recall_total"};
+const std::vector<std::string> kShown = {"text",    "cache",          "context",     "range",  "nll",
+                                         "kl_mean", "kl_p99",         "same_top",    "dp_rms", "cosine",
+                                         "seconds", "recall_correct", "recall_total"};
 
 class Accuracy {
  public:
@@ -201,17 +204,12 @@ int run(int argc, char** argv) {
   add_contexts(app, options);
   add_ids(app, options);
   add_recall(app, options);
-  app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--depths", options.depths,
-                 "Look at the last --window positions before each of these depths and at no others; without --ids over "
-                 "random ids")
-      ->delimiter(',')
-      ->check(CLI::PositiveNumber);
-  app.add_option("--window", options.window, "Positions before a depth")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  add_tokens(app, "--chunk", options.chunk, "Tokens that go through the model at a time");
+  add_tokens(app, "--depths", options.depths,
+             "Look at the last --window positions before each of these depths and at no others; without --ids over "
+             "random ids")
+      ->delimiter(',');
+  add_tokens(app, "--window", options.window, "Positions before a depth");
   add_policy(app, options);
   add_seed(app, options);
   add_out(app, options);
@@ -223,16 +221,15 @@ int run(int argc, char** argv) {
   require(std::ranges::is_sorted(options.depths), "--depths: need increasing depths");
 
   const RunInfo info = backend_run_info(options, "accuracy", argc, argv);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Accuracy accuracy(options, table);
-  if (!options.depths.empty()) {
-    accuracy.run_depths();
-  } else if (!options.ids.empty()) {
-    accuracy.run_text();
-  }
-  for (const std::filesystem::path& path : options.recall) accuracy.run_recall(path);
-  table.print(std::cout, {"text", "cache", "context", "range", "nll", "kl_mean", "kl_p99", "same_top", "dp_rms",
-                          "cosine", "seconds", "recall_correct", "recall_total"});
+  run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) {
+    Accuracy accuracy(options, table);
+    if (!options.depths.empty()) {
+      accuracy.run_depths();
+    } else if (!options.ids.empty()) {
+      accuracy.run_text();
+    }
+    for (const std::filesystem::path& path : options.recall) accuracy.run_recall(path);
+  });
   return EXIT_SUCCESS;
 }
 

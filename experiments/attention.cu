@@ -410,28 +410,13 @@ void write_row(ResultTable& table, const Case& c, const Measurement& m, double c
   }
 }
 
-void run(int argc, char** argv) {
-  CLI::App app("How fast attention and the cache update are, against the memory's and the matrix units' rates.");
-  Options options;
-  options.driver.contexts = {512, 2048, 8192, 32768, 131072};
-  add_contexts(app, options.driver);
-  app.add_option("--n-query", options.n_queries, "Queries of a call, and new tokens of an update, comma-separated")
-      ->delimiter(',')
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{4096}))
-      ->capture_default_str();
-  app.add_option("--buffer", options.buffer_len, "Tokens that a cache holds")
-      ->check(CLI::Range(std::int64_t{4096}, std::int64_t{1} << 20))
-      ->capture_default_str();
-  add_seed(app, options.driver);
-  add_out(app, options.driver);
-  add_quiet(app, options.driver);
-  parse(app, argc, argv);
+const TableShape kShape = {{"kind", "phase", "n_query", "context", "n_head", "n_head_kv", "head_dim", "buffer_len"},
+                           {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "tflop_per_s",
+                            "ratio_to_copy", "ratio_to_gemm", "copy_gb_per_s", "gemm_tflop_per_s", "cosine"},
+                           {"kind", "phase", "n_query", "context", "median_us", "p10_us", "p90_us", "gb_per_s",
+                            "ratio_to_copy", "tflop_per_s", "cosine", "status"}};
 
-  const RunInfo info = gpu_run_info("attention", argc, argv, options.driver.seed);
-  ResultTable table(result_path(options.driver, info), info,
-                    {"kind", "phase", "n_query", "context", "n_head", "n_head_kv", "head_dim", "buffer_len"},
-                    {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "tflop_per_s", "ratio_to_copy",
-                     "ratio_to_gemm", "copy_gb_per_s", "gemm_tflop_per_s", "cosine"});
+void measure(const Options& options, ResultTable& table) {
   const cuda::Stream stream;
   const auto seed = static_cast<std::uint32_t>(options.driver.seed);
   const double copy_rate = copy_gb_per_s(stream), gemm_rate = gemm_tflops(stream);
@@ -447,8 +432,24 @@ void run(int argc, char** argv) {
     write_row(table, c, m, copy_rate, gemm_rate);
     bar.advance();
   }
-  table.print(std::cout, {"kind", "phase", "n_query", "context", "median_us", "p10_us", "p90_us", "gb_per_s",
-                          "ratio_to_copy", "tflop_per_s", "cosine", "status"});
+}
+
+void run(int argc, char** argv) {
+  CLI::App app("How fast attention and the cache update are, against the memory's and the matrix units' rates.");
+  Options options;
+  options.driver.contexts = {512, 2048, 8192, 32768, 131072};
+  add_contexts(app, options.driver);
+  add_whole(app, "--n-query", options.n_queries, "Queries of a call, and new tokens of an update, comma-separated",
+            {1, 4096})
+      ->delimiter(',');
+  add_whole(app, "--buffer", options.buffer_len, "Tokens that a cache holds", {4096, std::int64_t{1} << 20});
+  add_seed(app, options.driver);
+  add_out(app, options.driver);
+  add_quiet(app, options.driver);
+  parse(app, argc, argv);
+
+  const RunInfo info = gpu_run_info("attention", argc, argv, options.driver.seed);
+  run_table(options.driver, info, kShape, [&](ResultTable& table) { measure(options, table); });
 }
 
 }  // namespace

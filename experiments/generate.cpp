@@ -98,24 +98,18 @@ void add_text(CLI::App& app, Options& options, Seen& seen) {
 }
 
 void add_sampling(CLI::App& app, Options& options, Seen& seen) {
-  seen.temperature = app.add_option("--temperature", options.sampler.temperature,
-                                    "0: always the most likely token; default as the file says, else 0");
-  seen.top_k = app.add_option("--top-k", options.sampler.top_k,
-                              "Only the k most likely tokens; 0: all; default as the file says, else 0");
+  seen.temperature = add_real(app, "--temperature", options.sampler.temperature,
+                              "0: always the most likely token; where not given, as the file says", {});
+  seen.top_k = add_whole(app, "--top-k", options.sampler.top_k,
+                         "Only the k most likely tokens; 0: all; where not given, as the file says", {0, INT32_MAX});
   seen.top_p =
-      app.add_option("--top-p", options.sampler.top_p,
-                     "Only the most likely tokens that reach p together; 1: all; default as the file says, else 1");
-  seen.max_tokens = app.add_option("--max-tokens", options.max_tokens,
-                                   "Tokens to generate at most; a chat on a terminal has no such limit by itself")
-                        ->check(CLI::NonNegativeNumber)
-                        ->capture_default_str();
-  app.add_option("--context", options.context,
-                 "Positions that the caches hold; 0: prompt and generated tokens, in a chat that goes on 16384")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Prompt tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+      add_real(app, "--top-p", options.sampler.top_p,
+               "Only the most likely tokens that reach p together; 1: all; where not given, as the file says", {0, 1});
+  seen.max_tokens = add_tokens(app, "--max-tokens", options.max_tokens,
+                               "Tokens to generate at most; an interactive chat has no limit but the context's", 0);
+  add_tokens(app, "--context", options.context,
+             "Positions that the caches hold; 0: prompt and generated tokens, in an interactive chat 16384", 0);
+  add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
 }
 
 /// Whether a --chat on the command line has no text, not even an empty one.

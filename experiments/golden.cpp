@@ -125,25 +125,26 @@ int run(int argc, char** argv) {
   add_policy(app, options);
   add_cache(app, options);
   add_backend(app, options);
-  app.add_option("--bound", options.bound,
-                 "Largest difference of a logit; the bounds of a TQ4 case follow from its data")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  add_real(app, "--bound", options.bound,
+           "Largest difference of a logit; the bounds of a TQ4 case follow from its data", {});
+  add_tokens(app, "--chunk", options.chunk, "Tokens that go through the model at a time");
   add_out(app, options);
   add_quiet(app, options);
   parse(app, argc, argv);
   require(!options.logits.empty() || !options.tq4.empty(), "nothing to compare: give --logits with --model, or --tq4");
 
   const RunInfo info = backend_run_info(options, "golden", argc, argv);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Golden golden(options, table);
-  for (const std::filesystem::path& path : options.logits) golden.run_logits(path);
-  for (const std::filesystem::path& path : options.tq4) golden.run_tq4(path);
-  table.print(std::cout, {"golden_case", "what", "cache", "n_compared", "n_same", "max_err", "bound", "status"});
-  return golden.passed() ? EXIT_SUCCESS : EXIT_FAILURE;
+  bool passed = true;
+  run_table(
+      options, info,
+      {kParameters, kMeasures, {"golden_case", "what", "cache", "n_compared", "n_same", "max_err", "bound", "status"}},
+      [&](ResultTable& table) {
+        Golden golden(options, table);
+        for (const std::filesystem::path& path : options.logits) golden.run_logits(path);
+        for (const std::filesystem::path& path : options.tq4) golden.run_tq4(path);
+        passed = golden.passed();
+      });
+  return passed ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
 }  // namespace

@@ -15,8 +15,8 @@
 #include "cuda/fused_mlp.cuh"
 #include "cuda/lm_head.cuh"
 #include "cuda/quantized_linear.cuh"
-#include "cuda/weights/repack.cuh"
 #include "cuda/residual_norm.cuh"
+#include "cuda/weights/repack.cuh"
 #include "experiments/benchmark.cuh"
 #include "experiments/bf16_product.cuh"
 #include "experiments/driver.hpp"
@@ -389,6 +389,12 @@ class Experiment {
   Progress& progress_;
 };
 
+const TableShape kShape = {{"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
+                           {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s",
+                            "of_copy", "step_us", "blas_bf16_us", "over_blas", "error_of_bound"},
+                           {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
+                            "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"}};
+
 void run(int argc, char** argv) {
   CLI::App app("How fast the matrices of a decode step of the 31B are read, one by one and as a whole step.");
   DriverOptions driver;
@@ -397,10 +403,7 @@ void run(int argc, char** argv) {
   add_seed(app, driver);
   add_out(app, driver);
   add_quiet(app, driver);
-  app.add_option("--tokens", tokens, "Tokens of a step, comma-separated")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 8))
-      ->capture_default_str();
+  add_whole(app, "--tokens", tokens, "Tokens of a step, comma-separated", {1, 8})->delimiter(',');
   app.add_option("--mix", mixes, "Types of the weights: q4_k_m (the usual mix), q4_k, q6_k or q8_0 (all alike)")
       ->delimiter(',')
       ->check(CLI::IsMember({"q4_k_m", "q4_k", "q6_k", "q8_0"}))
@@ -408,20 +411,16 @@ void run(int argc, char** argv) {
   parse(app, argc, argv);
 
   const RunInfo info = gpu_run_info("linear", argc, argv, driver.seed);
-  Bench bench(driver.seed);
-  ResultTable table(result_path(driver, info), info,
-                    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
-                    {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy",
-                     "step_us", "blas_bf16_us", "over_blas", "error_of_bound"});
-  Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * kRowsPerStep),
-                    progress_options(driver, "row"));
-  Experiment experiment(bench, table, progress);
-  const std::map<std::string, std::optional<TensorType>> types = {
-      {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
-  for (const std::string& mix : mixes) experiment.measure({mix, types.at(mix)}, tokens);
-  progress.finish();
-  table.print(std::cout, {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
-                          "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"});
+  run_table(driver, info, kShape, [&](ResultTable& table) {
+    Bench bench(driver.seed);
+    Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * kRowsPerStep),
+                      progress_options(driver, "row"));
+    Experiment experiment(bench, table, progress);
+    const std::map<std::string, std::optional<TensorType>> types = {
+        {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
+    for (const std::string& mix : mixes) experiment.measure({mix, types.at(mix)}, tokens);
+    progress.finish();
+  });
 }
 
 }  // namespace

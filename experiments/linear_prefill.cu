@@ -336,6 +336,13 @@ void measure_mix(ResultTable& table, Bench& bench, const std::string& mix, std::
   }
 }
 
+const TableShape kShape = {
+    {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise"},
+    {"median_us", "p10_us", "p90_us", "n_repeat", "tflop", "tflops", "gemm_us", "gemm_tflops", "of_gemm",
+     "dequantise_us", "dequantise_gb_per_s", "copy_gb_per_s", "dequantise_of_copy", "error_of_bound"},
+    {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise", "median_us", "tflops",
+     "gemm_tflops", "of_gemm", "dequantise_of_copy", "error_of_bound", "status"}};
+
 void run(int argc, char** argv) {
   CLI::App app("How fast a chunk of tokens passes the matrices of the 31B's layers, one by one and all of them.");
   DriverOptions driver;
@@ -343,10 +350,7 @@ void run(int argc, char** argv) {
   std::vector<std::string> mixes = {"q4_k_m"};
   add_seed(app, driver);
   add_out(app, driver);
-  app.add_option("--tokens", tokens, "Tokens of a chunk, comma-separated")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 16384))
-      ->capture_default_str();
+  add_whole(app, "--tokens", tokens, "Tokens of a chunk, comma-separated", {1, 16384})->delimiter(',');
   app.add_option("--mix", mixes, "Types of the weights: q4_k_m (the usual mix), q4_k, q6_k or q8_0 (all alike)")
       ->delimiter(',')
       ->check(CLI::IsMember({"q4_k_m", "q4_k", "q6_k", "q8_0"}))
@@ -354,17 +358,12 @@ void run(int argc, char** argv) {
   parse(app, argc, argv);
 
   const RunInfo info = gpu_run_info("linear_prefill", argc, argv, driver.seed);
-  Bench bench(driver.seed, std::ranges::max(tokens));
-  ResultTable table(
-      result_path(driver, info), info,
-      {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise"},
-      {"median_us", "p10_us", "p90_us", "n_repeat", "tflop", "tflops", "gemm_us", "gemm_tflops", "of_gemm",
-       "dequantise_us", "dequantise_gb_per_s", "copy_gb_per_s", "dequantise_of_copy", "error_of_bound"});
-  const std::map<std::string, std::optional<TensorType>> types = {
-      {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
-  for (const std::string& mix : mixes) measure_mix(table, bench, mix, types.at(mix), tokens);
-  table.print(std::cout, {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise", "median_us",
-                          "tflops", "gemm_tflops", "of_gemm", "dequantise_of_copy", "error_of_bound", "status"});
+  run_table(driver, info, kShape, [&](ResultTable& table) {
+    Bench bench(driver.seed, std::ranges::max(tokens));
+    const std::map<std::string, std::optional<TensorType>> types = {
+        {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
+    for (const std::string& mix : mixes) measure_mix(table, bench, mix, types.at(mix), tokens);
+  });
 }
 
 }  // namespace

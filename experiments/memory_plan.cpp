@@ -67,10 +67,8 @@ void explain_limit(const Model& model, const MemoryPlanOptions& options, const M
   if (!context && !chunk) std::cout << "no context and no chunk fits; a smaller model or cache format is needed\n";
 }
 
-void write_rows(const DriverOptions& driver, const RunInfo& info, const std::string& model,
+void write_rows(ResultTable& table, const DriverOptions& driver, const std::string& model,
                 const MemoryPlanOptions& options, const MemoryPlan& plan, std::optional<std::int64_t> limit) {
-  ResultTable table(result_path(driver, info), info, {"model", "backend", "context", "chunk", "cache", "buffer"},
-                    {"bytes", "formula", "limit_bytes", "is_within_limit"});
   const auto row = [&](const std::string& buffer, std::int64_t bytes, const std::string& formula) {
     auto cells = table.row();
     cells.set("model", model).set("backend", driver.backend).set("context", options.context);
@@ -83,6 +81,10 @@ void write_rows(const DriverOptions& driver, const RunInfo& info, const std::str
   row("total", plan.total_bytes(), "");
 }
 
+const TableShape kShape = {{"model", "backend", "context", "chunk", "cache", "buffer"},
+                           {"bytes", "formula", "limit_bytes", "is_within_limit"},
+                           {}};  // the plan is printed in words
+
 int run(int argc, char** argv) {
   CLI::App app("The bytes of every buffer of a run, before it runs and without a GPU.");
   DriverOptions driver;
@@ -93,12 +95,8 @@ int run(int argc, char** argv) {
   MemoryPlanOptions options;
   app.add_option("--model", model_name, "GGUF file; or 31b, nano, tiny or a .json file of dimensions")->required();
   add_backend(app, driver);
-  app.add_option("--context", options.context, "Positions that the caches hold")
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Tokens of the longest prefill chunk")
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 20))
-      ->capture_default_str();
+  add_tokens(app, "--context", options.context, "Positions that the caches hold");
+  add_whole(app, "--chunk", options.chunk, "Tokens of the longest prefill chunk", {1, std::int64_t{1} << 20});
   add_cache(app, driver);
   app.add_option("--limit", limit_text,
                  "Memory that there is, as in 23GiB or 24GB; exit code 1 when the plan exceeds it");
@@ -110,9 +108,11 @@ int run(int argc, char** argv) {
   const std::optional<std::int64_t> limit = limit_text.empty() ? std::nullopt : std::optional(parse_bytes(limit_text));
   const Model model = load_model(model_name);
   const MemoryPlan plan = plan_memory(model.config, model.tensors, options);
-  print_memory_plan(std::cout, plan);
-  if (limit) explain_limit(model, options, plan, *limit);
-  write_rows(driver, run_info("memory_plan", argc, argv, 0, build_info()), model_name, options, plan, limit);
+  run_table(driver, run_info("memory_plan", argc, argv, 0, build_info()), kShape, [&](ResultTable& table) {
+    print_memory_plan(std::cout, plan);
+    if (limit) explain_limit(model, options, plan, *limit);
+    write_rows(table, driver, model_name, options, plan, limit);
+  });
   return limit && !plan.fits(*limit) ? 1 : 0;
 }
 

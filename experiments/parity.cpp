@@ -153,12 +153,9 @@ void run(int argc, char** argv) {
   Options options;
   add_model(app, options);
   add_caches(app, options);
-  app.add_option("--prompt-tokens", options.n_prompt, "Tokens of the first pass: more than 8 take the path of prefill")
-      ->check(CLI::Range(1, 4096))
-      ->capture_default_str();
-  app.add_option("--decode-tokens", options.n_decode, "Tokens that follow one by one")
-      ->check(CLI::Range(0, 4096))
-      ->capture_default_str();
+  add_whole(app, "--prompt-tokens", options.n_prompt, "Tokens of the first pass: more than 8 take the path of prefill",
+            {1, 4096});
+  add_whole(app, "--decode-tokens", options.n_decode, "Tokens that follow one by one", {0, 4096});
   add_ids(app, options);
   add_policy(app, options);
   add_seed(app, options);
@@ -167,11 +164,14 @@ void run(int argc, char** argv) {
   parse(app, argc, argv);
 
   const RunInfo info = device_run_info("parity", argc, argv, options.seed);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Parity parity(options, table);
-  for (const std::string& cache : options.caches) parity.run(cache);
-  table.print(std::cout,
-              {"cache", "phase", "what", "layer", "n_token", "cosine_min", "max_rel_err", "kl_max", "same_top"});
+  run_table(options, info,
+            {kParameters,
+             kMeasures,
+             {"cache", "phase", "what", "layer", "n_token", "cosine_min", "max_rel_err", "kl_max", "same_top"}},
+            [&](ResultTable& table) {
+              Parity parity(options, table);
+              for (const std::string& cache : options.caches) parity.run(cache);
+            });
 }
 
 }  // namespace

@@ -137,16 +137,10 @@ int run(int argc, char** argv) {
       ->check(CLI::Validator(check_cache_name, "CACHE"))
       ->capture_default_str();
   add_ids(app, options)->description("Token ids: little-endian uint16 (*.u16) or int32 (*.i32); without: random ids");
-  app.add_option("--depths", options.depths, "Lengths of the text; the last --window positions of each are looked at")
-      ->delimiter(',')
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--window", options.window, "Positions before a depth")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  add_tokens(app, "--depths", options.depths, "Lengths of the text; the last --window positions of each are looked at")
+      ->delimiter(',');
+  add_tokens(app, "--window", options.window, "Positions before a depth");
+  add_tokens(app, "--chunk", options.chunk, "Tokens that go through the model at a time");
   add_seed(app, options);
   add_out(app, options);
   add_quiet(app, options);
@@ -155,14 +149,18 @@ int run(int argc, char** argv) {
   const GgufFile file = GgufFile::open(options.model);
   const ModelWeights weights = weights_from_gguf(file);
   const RunInfo info = run_info("statistics", argc, argv, options.seed, build_info());
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Statistics statistics(options, weights, table);
-  for (const std::int64_t depth : options.depths) {
-    for (const std::string& cache : options.caches) statistics.run_depth(depth, cache);
-  }
-  table.print(std::cout, {"cache", "depth", "layer", "kind", "score_norm", "score_deviation", "n_key", "output_rms",
-                          "attention_ratio", "mlp_ratio", "stream_rms", "common_share", "code_error", "attention_gain",
-                          "stream_error", "attention_square_sum", "mlp_square_sum"});
+  run_table(options, info,
+            {kParameters,
+             kMeasures,
+             {"cache", "depth", "layer", "kind", "score_norm", "score_deviation", "n_key", "output_rms",
+              "attention_ratio", "mlp_ratio", "stream_rms", "common_share", "code_error", "attention_gain",
+              "stream_error", "attention_square_sum", "mlp_square_sum"}},
+            [&](ResultTable& table) {
+              Statistics statistics(options, weights, table);
+              for (const std::int64_t depth : options.depths) {
+                for (const std::string& cache : options.caches) statistics.run_depth(depth, cache);
+              }
+            });
   return EXIT_SUCCESS;
 }
 

@@ -36,11 +36,9 @@ void run(int argc, char** argv) {
   app.add_option("--type", type, "Types of the matrices")
       ->check(CLI::IsMember({"Q4_K_M", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
       ->capture_default_str();
-  app.add_option("--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all")
-      ->check(CLI::Range(std::int64_t{0}, std::int64_t{4096}))
-      ->capture_default_str();
+  add_whole(app, "--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all", {0, 4096});
   const auto add_number = [&](const char* name, double& value, double high, const char* text) {
-    app.add_option(name, value, text)->check(CLI::Range(0.0, high))->capture_default_str();
+    add_real(app, name, value, text, {0.0, high});
   };
   add_number("--score-deviation", options.score_deviation, 100,
              "|q| |k| / sqrt(head_dim): deviation of the scores of unrelated queries and keys");

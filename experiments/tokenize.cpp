@@ -75,8 +75,6 @@ void run(int argc, char** argv) {
   parse(app, argc, argv);
   const Tokenizer tokenizer(GgufFile::open(options.model));
   options.decode ? print_decoded(tokenizer, options) : print_encoded(tokenizer, options);
-  std::cout.flush();
-  require(std::cout.good(), "standard output: cannot be written");
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ const SmallModel& any_small() {
 }
 
 reference::BackendOptions small_options() {
-  return {.cache = Tq4Format{}, .context = 200, .max_chunk = 8};
+  return {.cache = parse_cache_spec("bf16"), .context = 200, .max_chunk = 8};
 }
 
 SamplerSettings any_settings() {

@@ -23,7 +23,7 @@ inline std::atomic<bool> is_interrupted = false;
 /// What a shell gives for a program that SIGINT ended.
 inline constexpr int kInterruptedExit = 128 + SIGINT;
 
-/// While one lives, SIGINT is noted, and nothing else. One at a time.
+/// While one lives, SIGINT is noted, and nothing else; one that the parent has had ignored stays so. One at a time.
 class Interruptions {
  public:
   Interruptions() {
@@ -31,7 +31,8 @@ class Interruptions {
     struct sigaction action = {};
     action.sa_handler = [](int) { detail::is_interrupted = true; };  // no SA_RESTART: reading a line returns
     sigemptyset(&action.sa_mask);
-    ::sigaction(SIGINT, &action, &before_);
+    ::sigaction(SIGINT, nullptr, &before_);
+    if (before_.sa_handler != SIG_IGN) ::sigaction(SIGINT, &action, nullptr);
   }
   Interruptions(const Interruptions&) = delete;
   Interruptions& operator=(const Interruptions&) = delete;
