@@ -177,8 +177,8 @@ class Device : public testing::Environment {
     if (backend() != "cuda") return;
     Program device("device", {}, false);
     if (device.end() == 0) return;
-    if (::getenv("GEMMA4_REQUIRE_GPU") != nullptr) FAIL() << "no device: " << device.messages();
-    GTEST_SKIP() << "no device: " << device.messages();
+    if (::getenv("GEMMA4_REQUIRE_GPU") != nullptr) FAIL() << "no device: " << device.output() << device.messages();
+    GTEST_SKIP() << "no device: " << device.output() << device.messages();
   }
 };
 [[maybe_unused]] const auto* const kDevice = testing::AddGlobalTestEnvironment(new Device);
