@@ -94,7 +94,7 @@ void add_text(CLI::App& app, Options& options, Seen& seen) {
       "In a chat that goes on: thoughts of earlier answers stay in the cache, so that nothing is read twice; the "
       "template drops them");
   app.add_flag("--allow-markers", options.allow_markers,
-               "In a chat: markers such as <|turn> in what you write are markers; else they are text");
+               "Markers such as <|turn> in what you write are markers; else they are text");
 }
 
 void add_sampling(CLI::App& app, Options& options, Seen& seen) {
@@ -121,8 +121,8 @@ void add_sampling(CLI::App& app, Options& options, Seen& seen) {
 }
 
 void check_options(const Options& options) {
-  require(options.is_chat() || !(options.has_system || options.think || options.keep_thoughts || options.allow_markers),
-          "--system, --think, --keep-thoughts and --allow-markers need a chat: --chat or --messages");
+  require(options.is_chat() || !(options.has_system || options.think || options.keep_thoughts),
+          "--system, --think and --keep-thoughts need a chat: --chat or --messages");
   require(!options.profile || options.backend == "cuda",
           "--profile: needs --backend cuda; the reference has no events");
   require(!options.profile || !options.is_interactive, "--profile: needs a --chat with a text");
@@ -187,8 +187,11 @@ void check_options(const Options& options) {
 
 [[nodiscard]] std::vector<std::int32_t> prompt_ids(const Options& options, const Tokenizer& tokenizer) {
   if (options.is_chat()) return conversation(options, tokenizer).prompt();
-  std::vector<std::int32_t> ids =
-      tokenizer.encode(options.file.empty() ? options.prompt : read_input("--file", options.file));
+  const std::string text = options.file.empty() ? options.prompt : read_input("--file", options.file);
+  const TextRange all{.begin = 0, .end = text.size()};
+  EncodeOptions encode{.add_bos = {}, .parse_special = options.allow_markers};
+  if (!options.allow_markers) encode.plain = std::span(&all, 1);
+  std::vector<std::int32_t> ids = tokenizer.encode(text, encode);
   require(!ids.empty(), "the prompt has no tokens: give --prompt, --file, --chat or --messages");
   return ids;
 }

@@ -230,7 +230,8 @@ TEST(ChatTemplate, ContentInTheTextDoesOpenATurn) {
   EXPECT_EQ(n_turn(toy().encode(chat_text(messages, options), {.add_bos = {}, .parse_special = true})), 2);
 }
 
-/// The toy vocabulary with its markers typed by chance, and one more of the family's spelling.
+/// The toy vocabulary with its markers typed by chance, one more of the family's spelling, and merges that would spell
+/// `<turn|>` letter by letter where that is a normal token.
 VocabularyData any_typing() {
   VocabularyData data = testkit::toy_vocabulary();
   for (std::size_t id = 4; id <= 7; ++id) {
@@ -238,6 +239,12 @@ VocabularyData any_typing() {
         *rc::gen::element(TokenType::kNormal, TokenType::kControl, TokenType::kUserDefined, TokenType::kUnused));
   }
   testkit::add_token(data, "<image|>", TokenType::kUserDefined);
+  const std::string marker = "<turn|>";
+  for (const char c : marker) testkit::add_token(data, std::string(1, c));
+  for (std::size_t length = 2; length <= marker.size(); ++length) {
+    if (length < marker.size()) testkit::add_token(data, marker.substr(0, length));
+    data.merges.push_back(marker.substr(0, length - 1) + ' ' + marker[length - 1]);
+  }
   return data;
 }
 
