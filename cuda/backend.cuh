@@ -102,7 +102,7 @@ class Backend {
     const LinearOptions products = few_tokens_->products(pass);
     plan.rows.push_back(
         {.component = "lm_head",
-         .path = concat("int8, ", type_name(model_.token_embd().type)),
+         .path = concat("int8, ", type_name(model_.output().type)),
          .tile = concat(products.tickets ? "dynamic rows" : "equal rows", products.overlap ? "" : ", no PDL")});
     return plan;
   }
@@ -187,8 +187,8 @@ class Backend {
       const std::int64_t some = std::min(kMaxDecodeTokens, count - first);
       cuda::lm_head<Bf16>(
           make_view(static_cast<const Bf16*>(logit_rows_ + first * config().hidden), some, config().hidden),
-          model_.token_embd(), config().softcap, make_view(logits_ + first * config().vocab, some, config().vocab),
-          device_, stream_, few_tokens_->products(pass_));
+          model_.output(), config().softcap, make_view(logits_ + first * config().vocab, some, config().vocab), device_,
+          stream_, few_tokens_->products(pass_));
     }
     n_logit_ = count;
   }

@@ -59,7 +59,7 @@ class PackedModel {
       const auto count = static_cast<std::int64_t>(values.size());
       float* const to = carver.take<float>(count);
       const QuantizedMatrix row{TensorType::kF32, 1, count, std::as_bytes(values)};
-      tasks.push_back({name, row, reinterpret_cast<std::byte*>(to), 1});
+      tasks.push_back({.name = name, .from = row, .to = reinterpret_cast<std::byte*>(to), .is_mapped = false});
       return static_cast<const float*>(to);
     };
     const auto matrix = [&](const std::string& name, const QuantizedMatrix& from) {
@@ -69,6 +69,7 @@ class PackedModel {
       return PackedMatrix{from.type, from.rows, from.cols, to};
     };
     token_embd_ = matrix("token_embd.weight", weights.token_embd);
+    output_ = weights.is_tied() ? token_embd_ : matrix("output.weight", weights.output);
     for (std::size_t i = 0; i < weights.layers.size(); ++i) {
       const gemma4::LayerWeights& from = weights.layers[i];
       const std::string prefix = "blk." + std::to_string(i) + ".";
@@ -104,6 +105,8 @@ class PackedModel {
   [[nodiscard]] const ModelConfig& config() const { return config_; }
   [[nodiscard]] const std::vector<ModelTensor>& tensors() const { return tensors_; }
   [[nodiscard]] const PackedMatrix& token_embd() const { return token_embd_; }
+  /// [vocab, hidden], of the logits; the embedding itself where the two are tied.
+  [[nodiscard]] const PackedMatrix& output() const { return output_; }
   [[nodiscard]] const PackedLayer& layer(std::int64_t index) const { return layers_[static_cast<std::size_t>(index)]; }
   [[nodiscard]] const float* output_norm() const { return output_norm_; }  ///< [hidden]
   /// What is allocated on the device, as memory_plan has it.
@@ -117,6 +120,7 @@ class PackedModel {
   std::vector<ModelTensor> tensors_;
   DeviceArena arena_;
   PackedMatrix token_embd_;
+  PackedMatrix output_;
   std::vector<PackedLayer> layers_;
   const float* output_norm_ = nullptr;
   double load_seconds_ = 0;

@@ -76,7 +76,7 @@ class Accuracy {
   }
 
   void run_recall(const std::filesystem::path& path) {
-    const RecallTask task = read_recall_task(path);
+    const RecallTask task = read_recall_task(path, source_.config().vocab);
     const auto n_document = static_cast<std::int64_t>(task.documents.size());
     for (const std::string& cache : options_.caches) {
       const auto backend = make_backend(cache, task.document_len, options_.chunk);

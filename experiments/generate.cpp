@@ -18,8 +18,10 @@
 #include "experiments/support/cuda_model.hpp"
 #include "experiments/support/input_text.hpp"
 #include "experiments/support/interruptions.hpp"
+#include "experiments/support/notes.hpp"
 #include "experiments/support/sequence.hpp"
 #include "gemma4/gguf/config_from_gguf.hpp"
+#include "gemma4/gguf/text_model.hpp"
 #include "gemma4/json.hpp"
 #include "gemma4/sampler.hpp"
 #include "gemma4/text/chat_message.hpp"
@@ -126,6 +128,7 @@ void check_options(const Options& options) {
   require(!options.profile || options.backend == "cuda",
           "--profile: needs --backend cuda; the reference has no events");
   require(!options.profile || !options.is_interactive, "--profile: needs a --chat with a text");
+  require(!options.echo || !options.is_interactive, "--echo: needs a --chat with a text");
   require(!options.is_interactive || options.messages != "-",
           "--messages -: standard input is what --chat without a text reads; give --chat a text, or a file");
 }
@@ -201,7 +204,7 @@ void check_options(const Options& options) {
   SamplerSettings settings = options.sampler;
   const SamplingDefaults defaults = sampling_defaults(gguf);
   const std::string taken = apply_sampling_defaults(settings, defaults, options.given);
-  for (const std::string& note : defaults.notes) std::cerr << note << '\n';
+  show_notes(defaults.notes);
   if (!taken.empty()) std::cerr << taken << '\n';
   validate(settings);
   return settings;
@@ -228,6 +231,7 @@ struct Loaded {
     loaded.sequence = std::make_unique<DeviceSequence>(*loaded.device, settings);
   } else {
     loaded.weights.emplace(weights_from_gguf(gguf));
+    show_notes(model_notes(gguf));
     loaded.sequence = std::make_unique<ReferenceSequence>(
         *loaded.weights, reference::BackendOptions{
                              .cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk});
@@ -297,7 +301,7 @@ int run(int argc, char** argv) {
   const Options options = parse_options(argc, argv);
   const GgufFile gguf = GgufFile::open(options.model);
   const Tokenizer tokenizer(gguf);
-  for (const std::string& note : tokenizer.vocabulary().notes()) std::cerr << note << '\n';
+  show_notes(tokenizer.vocabulary().notes());
   const SamplerSettings sampler = sampler_settings(options, gguf);
   return options.is_interactive ? run_chat(options, gguf, tokenizer, sampler)
                                 : run_once(options, gguf, tokenizer, sampler);

@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/notes.hpp"
 #include "experiments/support/run_text.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/text_model.hpp"
 #include "gemma4/model/weights.hpp"
 #include "reference/layer_statistics.hpp"
 
@@ -148,6 +150,7 @@ int run(int argc, char** argv) {
 
   const GgufFile file = GgufFile::open(options.model);
   const ModelWeights weights = weights_from_gguf(file);
+  show_notes(model_notes(file));
   const RunInfo info = run_info("statistics", argc, argv, options.seed, build_info());
   run_table(options, info,
             {kParameters,

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <filesystem>
 #include <iostream>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "experiments/driver.hpp"
 #include "gemma4/config_json.hpp"
@@ -25,18 +27,39 @@ std::optional<TensorType> parse_weight_type(const std::string& name) {
   return std::nullopt;
 }
 
+/// Bytes from a number with a unit of gguf-split's kind: 5G, 500M, 1000000; 0 for anything else.
+std::int64_t parse_split_size(const std::string& text) {
+  std::int64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  const std::string unit(end, text.data() + text.size());
+  std::int64_t factor = 0;
+  for (const auto& [name, bytes] : {std::pair("", 1), {"K", 1000}, {"M", 1'000'000}, {"G", 1'000'000'000}}) {
+    if (unit == name) factor = bytes;
+  }
+  if (error != std::errc() || number < 1 || __builtin_mul_overflow(number, factor, &number)) return 0;
+  return number;
+}
+
+std::string check_split_size(const std::string& text) {
+  return parse_split_size(text) > 0 ? ""
+                                    : "'" + text + "': expected a number of bytes, K, M or G, at least 1, as in 5G";
+}
+
 void run(int argc, char** argv) {
   CLI::App app("Writes a GGUF model of any shape with random weights, for measuring speed and memory.");
   DriverOptions driver;
   SyntheticOptions options;
-  std::string shape, type = "Q4_K_M";
+  std::string shape, type = "Q4_K_M", split;
   std::int64_t n_layer = 0;
-  app.add_option("--shape", shape, "31b, nano, tiny or a .json file of dimensions")->required();
+  app.add_option("--shape", shape, "31b, 12b, nano, tiny or a .json file of dimensions")->required();
   app.add_option("--out", driver.out, "GGUF file to write")->required();
   app.add_option("--type", type, "Types of the matrices")
       ->check(CLI::IsMember({"Q4_K_M", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
       ->capture_default_str();
   add_whole(app, "--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all", {0, 4096});
+  app.add_option("--split-max-size", split,
+                 "Bytes of tensors in a part, as in 5G or 500M, for a model of several files")
+      ->check(CLI::Validator(check_split_size, "SIZE"));
   const auto add_number = [&](const char* name, double& value, double high, const char* text) {
     add_real(app, name, value, text, {0.0, high});
   };
@@ -56,13 +79,18 @@ void run(int argc, char** argv) {
   if (n_layer > 0) config.is_sliding.resize(static_cast<std::size_t>(n_layer));
   options.seed = driver.seed;
   options.only = parse_weight_type(type);
+  if (!split.empty()) options.split_max_bytes = parse_split_size(split);
   const std::int64_t n_byte = total_bytes(model_tensors(config, options.only));
   Progress progress("synthesize", n_byte, progress_options(driver, "B"));
-  write_synthetic_model(driver.out, config, options, [&](std::int64_t done) { progress.update(done); });
+  const auto files =
+      write_synthetic_model(driver.out, config, options, [&](std::int64_t done) { progress.update(done); });
   progress.finish();
-  std::cout << driver.out.string() << ": " << config.n_layer() << " layers, "
-            << static_cast<double>(std::filesystem::file_size(driver.out)) / 1e9 << " GB, seed " << options.seed
-            << "\n";
+  double size = 0;
+  for (const std::filesystem::path& file : files) size += static_cast<double>(std::filesystem::file_size(file));
+  std::cout << files.front().string() << ": " << config.n_layer() << " layers, " << size / 1e9 << " GB, seed "
+            << options.seed;
+  if (files.size() > 1) std::cout << ", " << files.size() << " parts";
+  std::cout << "\n";
 }
 
 }  // namespace

@@ -70,7 +70,7 @@ class Backend {
     Matrix<Scalar> wanted(static_cast<Eigen::Index>(rows.size()), h.cols());
     for (std::size_t i = 0; i < rows.size(); ++i) wanted.row(static_cast<Eigen::Index>(i)) = h.row(rows[i]);
     logits_.resize(wanted.rows(), config().vocab);
-    reference::lm_head<Scalar>(wanted, weights_.token_embd, config().softcap, logits_);
+    reference::lm_head<Scalar>(wanted, weights_.output, config().softcap, logits_);
   }
 
   /// [n_rows, vocab] of the last lm_head.

@@ -66,7 +66,7 @@ class NanoAccuracy : public testing::Test {
   static AccuracySummary summary(const std::string& cache) { return summary(cache, 0, kContext); }
 
   static RecallResult recall(const std::string& cache) {
-    const RecallTask task = read_recall_task(kNano / "recall-public-8192.gguf");
+    const RecallTask task = read_recall_task(kNano / "recall-public-8192.gguf", gemma4_nano().vocab);
     return measure_recall(*make_backend(cache), task, 512, [](std::int64_t) {});
   }
 
@@ -103,7 +103,7 @@ TEST_F(NanoAccuracy, EveryKeyIsRecalledWithBothCaches) {
 }
 
 TEST_F(NanoAccuracy, AModelThatCannotSeeTheKeysRecallsNone) {  // the control: the answers are not guessed
-  RecallTask task = read_recall_task(kNano / "recall-public-8192.gguf");
+  RecallTask task = read_recall_task(kNano / "recall-public-8192.gguf", gemma4_nano().vocab);
   task.questions.resize(16);
   task.documents.resize(1);  // the questions of the first document
   const std::int64_t begin = task.questions.front().position - 400;

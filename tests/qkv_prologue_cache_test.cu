@@ -133,12 +133,16 @@ RC_GTEST_PROP(QkvPrologueCacheGpu, RingHasTheBitsOfTheComponents, ()) {
   rc_require(same_as_unfused_ring(QkvInputs(c), window + c.n_token - 1 + spare, window));
 }
 
-/// The 31B's layers: one token far out, and a chunk; the last token of the longest context.
+/// The 31B's layers, and full ones of the 12B, whose one head of keys serves sixteen of queries: one token far out, and
+/// a chunk; the last token of the longest context.
 TEST(QkvPrologueCacheGpu, RealShapesHaveTheBitsOfTheComponents) {
   EXPECT_TRUE(same_as_unfused_tq4(QkvInputs(real_qkv_case(false, 1, 131071)), {}, 131072));
   EXPECT_TRUE(same_as_unfused_tq4(QkvInputs(real_qkv_case(false, 2048, 2048 - 5)), {}, 4096));
   EXPECT_TRUE(same_as_unfused_flat(QkvInputs(real_qkv_case(false, 1, 8191)), 8192));
   EXPECT_TRUE(same_as_unfused_flat(QkvInputs(real_qkv_case(false, 600, 77)), 700));
+  EXPECT_TRUE(same_as_unfused_tq4(QkvInputs(real_qkv_case(false, 1, 131071, gemma4_12b())), {}, 131072));
+  EXPECT_TRUE(same_as_unfused_tq4(QkvInputs(real_qkv_case(false, 600, 77, gemma4_12b())), {}, 700));
+  EXPECT_TRUE(same_as_unfused_flat(QkvInputs(real_qkv_case(false, 9, 8000, gemma4_12b())), 8192));
   EXPECT_TRUE(same_as_unfused_ring(QkvInputs(real_qkv_case(true, 1, 262143)), 1024, 1024));
   EXPECT_TRUE(same_as_unfused_ring(QkvInputs(real_qkv_case(true, 1025, 262143 - 1025)), 2048, 1024));
 }

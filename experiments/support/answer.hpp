@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <iostream>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -91,7 +92,7 @@ inline void write_answer(Sequence& sequence, const Tokenizer& tokenizer, std::in
   printer.end();
 }
 
-/// "<turn|>, a token that ends an answer", "--max-tokens 128", ...
+/// The end token as the vocabulary spells it, or what else it was.
 [[nodiscard]] inline std::string end_text(const Answer& answer, const Tokenizer& tokenizer, std::int64_t max_tokens,
                                           std::int64_t context) {
   switch (answer.end) {
@@ -100,7 +101,7 @@ inline void write_answer(Sequence& sequence, const Tokenizer& tokenizer, std::in
     case AnswerEnd::kLimit:
       return concat("token limit, --max-tokens ", max_tokens);
     case AnswerEnd::kFull:
-      return concat("context full, all ", context, " positions are taken; --context N makes more");
+      return concat("context full, all ", context, " positions are taken");
     case AnswerEnd::kInterrupted:
       break;
   }

@@ -79,6 +79,22 @@ struct ModelConfig {
           .is_sliding = five_to_one_pattern(60)};
 }
 
+/// Gemma 4 12B: the same architecture; one head of keys and values on the full layers, for sixteen of queries. Source:
+/// the GGUF metadata of published files of google/gemma-4-12B-it.
+[[nodiscard]] inline ModelConfig gemma4_12b() {
+  return {.vocab = 262144,
+          .hidden = 3840,
+          .ffn_hidden = 15360,
+          .n_head = 16,
+          .window = 1024,
+          .context = 262144,
+          .rms_epsilon = 1e-6f,
+          .softcap = 30.0f,
+          .sliding = {.head_dim = 256, .n_head_kv = 8, .rope_theta = 1e4, .rope_pairs = 128},
+          .full = {.head_dim = 512, .n_head_kv = 1, .rope_theta = 1e6, .rope_pairs = 64},
+          .is_sliding = five_to_one_pattern(48)};
+}
+
 /// The trained nano model of this project: the same architecture with 28.6 M parameters.
 [[nodiscard]] inline ModelConfig gemma4_nano() {
   return {.vocab = 4096,

@@ -12,6 +12,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "gemma4/config.hpp"
@@ -67,6 +68,12 @@ class GgufEdit {
     return *this;
   }
 
+  /// A value of any type, its bytes as they are to stand in the file.
+  GgufEdit& set_raw(const std::string& key, Key value) {
+    keys_[key] = std::move(value);
+    return *this;
+  }
+
   GgufEdit& drop_key(const std::string& key) {
     if (keys_.erase(key) != 1) throw std::logic_error("no key '" + key + "'");
     return *this;
@@ -75,6 +82,8 @@ class GgufEdit {
     keys_.clear();
     return *this;
   }
+
+  [[nodiscard]] bool has_key(const std::string& key) const { return keys_.contains(key); }
 
   [[nodiscard]] std::vector<Tensor>& tensors() { return tensors_; }
   [[nodiscard]] Tensor& tensor(std::string_view name) {
@@ -151,7 +160,8 @@ class GgufEdit {
     } else {
       const std::string_view text(value);
       put<std::uint64_t>(to, text.size());
-      for (const char c : text) to.push_back(static_cast<std::byte>(c));
+      const auto bytes = std::as_bytes(std::span(text));
+      to.insert(to.end(), bytes.begin(), bytes.end());
     }
   }
 

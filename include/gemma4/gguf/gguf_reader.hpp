@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
 #include <limits>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -20,6 +22,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/gguf.hpp"
 #include "gemma4/gguf/gguf_cursor.hpp"
+#include "gemma4/gguf/gguf_split.hpp"
 #include "gemma4/gguf/gguf_value.hpp"
 #include "gemma4/gguf/mapped_file.hpp"
 
@@ -30,14 +33,43 @@ namespace gemma4 {
 /// tensors' data stays where it is. Nothing is allocated for a count before the bytes it promises have been seen.
 class GgufFile {
  public:
-  /// Maps and checks a file.
-  /// @throws FormatError naming the key or tensor, its offset in the file, what was expected and what was found
+  /// Maps and checks a file; with the first part of a split model, all parts of it, which lie in the same folder.
+  /// @throws FormatError naming the key or tensor, its offset in the file, what was expected and what was found; naming
+  ///         the part that is missing, in another's place, or no first one
   /// @throws std::system_error naming the path when it cannot be opened
   [[nodiscard]] static GgufFile open(const std::filesystem::path& path) {
-    MappedFile mapped(path);
-    GgufFile file = parse(mapped.bytes(), path.string());
-    file.mapped_ = std::move(mapped);
-    return file;
+    GgufFile file = map(path);
+    const std::optional<SplitPlace> place = detail::split_place(file);
+    if (!place) return file;
+    std::string prefix;
+    if (place->count > 1) prefix = detail::require_first_part(path.string(), *place);
+    std::vector<GgufFile> parts;
+    parts.push_back(std::move(file));
+    for (std::int64_t no = 1; no < place->count; ++no) {
+      const SplitPlace next{no, place->count};
+      const std::filesystem::path name = split_name(prefix, next);
+      require_format(std::filesystem::exists(name), path.string(), ": ", next.text(), " is missing, there is no '",
+                     name.string(), "'");
+      parts.push_back(map(name));
+    }
+    return join(std::move(parts));
+  }
+
+  /// One file from the parts of a split model, in order. Keys are those of the first part, tensors those of all.
+  /// @throws FormatError naming the part that is not of the same model, or not in its place
+  [[nodiscard]] static GgufFile join(std::vector<GgufFile> parts) {
+    require(!parts.empty(), "join: no parts");
+    detail::require_parts(parts);
+    GgufFile whole = std::move(parts.front());
+    for (GgufFile& part : std::span(parts).subspan(1)) {
+      std::ranges::move(part.mapped_, std::back_inserter(whole.mapped_));
+      for (GgufTensor& tensor : part.tensors_) {
+        whole.tensor_index_.emplace(tensor.name, whole.tensors_.size());
+        whole.tensors_.push_back(std::move(tensor));
+      }
+    }
+    whole.n_part_ = static_cast<std::int64_t>(parts.size());
+    return whole;
   }
 
   /// Checks a file image in memory, which must outlive the result. `name` is what messages call it.
@@ -51,6 +83,7 @@ class GgufFile {
 
   [[nodiscard]] std::filesystem::path path() const { return name_; }
   [[nodiscard]] std::uint64_t alignment() const { return alignment_; }
+  [[nodiscard]] std::int64_t n_part() const { return n_part_; }  ///< files that it is made of
 
   /// All keys with their values, sorted by name.
   [[nodiscard]] const std::map<std::string, GgufValue, std::less<>>& values() const { return values_; }
@@ -94,7 +127,7 @@ class GgufFile {
     return items;
   }
 
-  /// In the order of the file.
+  /// In the order of the file, part after part.
   [[nodiscard]] std::span<const GgufTensor> tensors() const { return tensors_; }
 
   /// The tensor, or nullptr.
@@ -118,6 +151,14 @@ class GgufFile {
   static constexpr std::uint64_t kMaxAlignment = 65536;
 
   GgufFile() = default;
+
+  /// A single file, part of a model or not.
+  [[nodiscard]] static GgufFile map(const std::filesystem::path& path) {
+    MappedFile mapped(path);
+    GgufFile file = parse(mapped.bytes(), path.string());
+    file.mapped_.push_back(std::move(mapped));
+    return file;
+  }
 
   void read(detail::GgufCursor& cursor, std::span<const std::byte> bytes) {
     const auto magic = cursor.take(kGgufMagic.size(), "magic");
@@ -355,7 +396,8 @@ class GgufFile {
   }
 
   std::string name_;
-  MappedFile mapped_;
+  std::vector<MappedFile> mapped_;  ///< one a part
+  std::int64_t n_part_ = 1;
   std::uint64_t alignment_ = kGgufDefaultAlignment;
   std::map<std::string, GgufValue, std::less<>> values_;
   std::vector<GgufTensor> tensors_;

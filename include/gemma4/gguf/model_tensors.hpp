@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "gemma4/config.hpp"
 #include "gemma4/gguf/gguf.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/text_model.hpp"
 
 /// The tensors of a model file: names, types and shapes, without data. What a writer of models writes and a memory plan
 /// counts.
@@ -110,10 +112,21 @@ class TensorLister {
   return detail::TensorLister(config, only).list();
 }
 
-/// The tensors of a file.
+/// Whether the rows of a tensor are those of the vocabulary.
+[[nodiscard]] inline bool is_token_matrix(std::string_view name) {
+  return name == "token_embd.weight" || name == "output.weight";
+}
+
+/// The tensors of a file that are the text model's, with the rows that stand for tokens: what is loaded of it.
 [[nodiscard]] inline std::vector<ModelTensor> model_tensors(const GgufFile& file) {
   std::vector<ModelTensor> tensors;
-  for (const GgufTensor& tensor : file.tensors()) tensors.push_back({tensor.name, tensor.type, tensor.dims});
+  for (const GgufTensor& tensor : file.tensors()) {
+    if (!is_text_tensor(tensor.name)) continue;
+    tensors.push_back({tensor.name, tensor.type, tensor.dims});
+    std::vector<std::int64_t>& dims = tensors.back().dims;
+    if (is_token_matrix(tensor.name) && dims.size() == 2)
+      dims[1] = std::min(dims[1], n_tokenizer_token(file).value_or(dims[1]));
+  }
   return tensors;
 }
 

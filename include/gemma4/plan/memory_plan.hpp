@@ -201,16 +201,20 @@ class MemoryPlanner {
   }
 
   [[nodiscard]] static bool is_embedding(const ModelTensor& tensor) { return tensor.name == "token_embd.weight"; }
+  [[nodiscard]] static bool is_output(const ModelTensor& tensor) { return tensor.name == "output.weight"; }
 
   /// Rows are repacked losslessly; those of Q4_K need no padding, Q6_K rows of 5376 values grow from 4410 to 4416 B.
   void add_cuda_weights() {
     for (const TensorTypeInfo& info : kTensorTypes) {
       const std::int64_t bytes = sum_device_bytes([&](const ModelTensor& tensor) {
-        return tensor.type == info.type && tensor.dims.size() > 1 && !is_embedding(tensor);
+        return tensor.type == info.type && tensor.dims.size() > 1 && !is_token_matrix(tensor.name);
       });
       add(concat("weights_", info.name), bytes, "matrices of the layers, rows repacked");
     }
-    add("weights_token_embd", sum_device_bytes(is_embedding), "embedding and output matrix, one copy");
+    const std::int64_t output_bytes = sum_device_bytes(is_output);
+    add("weights_token_embd", sum_device_bytes(is_embedding),
+        output_bytes > 0 ? "embedding" : "embedding and output matrix, one copy");
+    add("weights_output", output_bytes, "output matrix, which is not the embedding");
     add("weights_vectors", sum_device_bytes([](const ModelTensor& tensor) { return tensor.dims.size() == 1; }),
         "norms, f32");
   }
@@ -281,7 +285,7 @@ class MemoryPlanner {
   [[nodiscard]] std::int64_t largest_matrix() const {
     std::int64_t largest = 0;
     for (const ModelTensor& tensor : tensors_) {
-      if (!is_embedding(tensor)) largest = std::max(largest, tensor.size());
+      if (!is_token_matrix(tensor.name)) largest = std::max(largest, tensor.size());
     }
     return largest;
   }

@@ -9,6 +9,7 @@
 #include <exception>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -18,6 +19,7 @@
 
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/gguf/gguf_split.hpp"
 #include "gemma4/gguf/gguf_writer.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/synthetic/synthetic_vocabulary.hpp"
@@ -70,6 +72,7 @@ struct SyntheticOptions {
   double mlp_share = 0.58;                        ///< S_m above
   double common_share = 0.40;                     ///< m above
   double logit_deviation = 3.0;                   ///< t above
+  std::int64_t split_max_bytes = 0;  ///< of tensors in a part of a split file; 0: one file that is not split
 };
 
 namespace detail {
@@ -265,29 +268,102 @@ struct SyntheticPiece {
 
 }  // namespace detail
 
-/// Writes the model to `path`: all of it or nothing. The file depends on config and options alone, not on the number of
-/// threads, which make and write pieces of 1 MiB (at least one row) side by side: a thread's piece is all that it
-/// holds, and the rate grows with the cores as long as the file system takes it.
+namespace detail {
+
+/// How many of the tensors, in order, go into each part of a split file: as many as `max_bytes` hold, at least one.
+[[nodiscard]] inline std::vector<std::size_t> split_tensors(const std::vector<ModelTensor>& tensors,
+                                                            std::int64_t max_bytes) {
+  std::vector<std::size_t> counts(1, 0);
+  std::int64_t bytes = 0;
+  for (const ModelTensor& tensor : tensors) {
+    if (max_bytes > 0 && counts.back() > 0 && bytes + tensor.bytes() > max_bytes) {
+      counts.push_back(0);
+      bytes = 0;
+    }
+    bytes += tensor.bytes();
+    ++counts.back();
+  }
+  return counts;
+}
+
+/// The files of a model, one or the parts of a split one, as a single writer of its tensors. Nothing is under its name
+/// before finish().
+class SyntheticFiles {
+ public:
+  SyntheticFiles(const std::filesystem::path& path, const ModelConfig& config, const std::vector<ModelTensor>& tensors,
+                 const SyntheticOptions& options) {
+    const std::vector<std::size_t> counts = split_tensors(tensors, options.split_max_bytes);
+    const auto n_part = static_cast<std::int64_t>(counts.size());
+    std::size_t next = 0;
+    for (std::int64_t no = 0; no < n_part; ++no) {
+      const SplitPlace place{no, n_part};
+      paths_.push_back(options.split_max_bytes > 0 ? split_path(path, place) : path);
+      GgufWriter& writer = *writers_.emplace_back(std::make_unique<GgufWriter>(paths_.back()));
+      if (no == 0) {
+        set_model_keys(writer, config, file_type_number(options.only));
+        set_vocabulary_keys(writer, config.vocab);
+      }
+      if (options.split_max_bytes > 0) set_split_keys(writer, place, tensors.size());
+      for (std::size_t i = 0; i < counts[static_cast<std::size_t>(no)]; ++i, ++next) {
+        writer.add_tensor(tensors[next].name, tensors[next].type, tensors[next].dims);
+        places_.push_back({static_cast<std::size_t>(no), i});
+      }
+      writer.place();
+    }
+  }
+
+  /// As GgufWriter::write_at(), tensors counted over all files.
+  void write_at(std::size_t tensor, std::uint64_t offset, std::span<const std::byte> bytes) {
+    writers_[places_[tensor].file]->write_at(places_[tensor].index, offset, bytes);
+  }
+  void finish() {
+    for (const auto& writer : writers_) writer->finish();
+  }
+  [[nodiscard]] const std::vector<std::filesystem::path>& paths() const { return paths_; }
+
+ private:
+  struct Place {
+    std::size_t file, index;
+  };
+
+  /// dir/NAME.gguf gives dir/NAME-00001-of-0000N.gguf.
+  [[nodiscard]] static std::filesystem::path split_path(const std::filesystem::path& path, const SplitPlace& place) {
+    const std::string name = path.string();
+    return split_name(name.ends_with(".gguf") ? name.substr(0, name.size() - 5) : name, place);
+  }
+
+  static void set_split_keys(GgufWriter& writer, const SplitPlace& place, std::size_t n_tensor) {
+    writer.set(kSplitNoKey, static_cast<std::uint16_t>(place.no));
+    writer.set(kSplitCountKey, static_cast<std::uint16_t>(place.count));
+    writer.set(kSplitTensorsKey, static_cast<std::int32_t>(n_tensor));
+  }
+
+  std::vector<std::filesystem::path> paths_;
+  std::vector<std::unique_ptr<GgufWriter>> writers_;
+  std::vector<Place> places_;  ///< by tensor
+};
+
+}  // namespace detail
+
+/// Writes the model to `path`: all of it or nothing. With split_max_bytes to parts beside it that are named after it.
+/// The files depend on config and options alone, not on the number of threads, which make and write pieces of 1 MiB (at
+/// least one row) side by side: a thread's piece is all that it holds, and the rate grows with the cores as long as the
+/// file system takes it.
 /// @param on_progress called with the bytes of tensor data written so far, of total_bytes(model_tensors(config, only));
 ///        by one thread at a time
+/// @return the files, in order
 /// @throws std::invalid_argument for a config that no backend can run, rows that do not divide into blocks, a
 ///         vocabulary too small for its control tokens, or too little free space
-inline void write_synthetic_model(const std::filesystem::path& path, const ModelConfig& config,
-                                  const SyntheticOptions& options = {},
-                                  const std::function<void(std::int64_t)>& on_progress = {}) {
+inline std::vector<std::filesystem::path> write_synthetic_model(
+    const std::filesystem::path& path, const ModelConfig& config, const SyntheticOptions& options = {},
+    const std::function<void(std::int64_t)>& on_progress = {}) {
   constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
   const std::vector<ModelTensor> tensors = model_tensors(config, options.only);
-  const std::uint32_t file_type = detail::file_type_number(options.only);
   const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   const std::filesystem::space_info space = std::filesystem::space(folder);
   require(static_cast<std::uintmax_t>(total_bytes(tensors)) <= space.available, "synthetic model: ", path.string(),
           " needs ", total_bytes(tensors), " bytes, free are ", space.available);
-
-  GgufWriter writer(path);
-  detail::set_model_keys(writer, config, file_type);
-  set_vocabulary_keys(writer, config.vocab);
-  for (const ModelTensor& tensor : tensors) writer.add_tensor(tensor.name, tensor.type, tensor.dims);
-  writer.place();
+  detail::SyntheticFiles files(path, config, tensors, options);
 
   const detail::SyntheticModel model(config, options);
   const std::vector<detail::SyntheticPiece> pieces = detail::synthetic_pieces(tensors, kPieceBytes);
@@ -304,12 +380,13 @@ inline void write_synthetic_model(const std::filesystem::path& path, const Model
           tensor, piece.first_row + row,
           std::span(bytes).subspan(static_cast<std::size_t>(row * bytes_a_row), static_cast<std::size_t>(bytes_a_row)));
     }
-    writer.write_at(piece.tensor, static_cast<std::uint64_t>(piece.first_row * bytes_a_row), bytes);
+    files.write_at(piece.tensor, static_cast<std::uint64_t>(piece.first_row * bytes_a_row), bytes);
     const std::scoped_lock lock(progress_mutex);
     n_written += static_cast<std::int64_t>(bytes.size());
     if (on_progress) on_progress(n_written);
   });
-  writer.finish();
+  files.finish();
+  return files.paths();
 }
 
 }  // namespace gemma4

@@ -16,6 +16,7 @@
 
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/text_model.hpp"
 #include "gemma4/text/markers.hpp"
 
 namespace gemma4 {
@@ -107,11 +108,12 @@ inline void read_bos(const GgufFile& file, VocabularyData& data) {
 }  // namespace detail
 
 /// The `tokenizer.ggml.*` keys of a file.
-/// @throws FormatError naming the key when one is missing or of a wrong type, or when the lists are not those of the
-///         `gemma4` tokenizer
+/// @throws FormatError naming the kind of a file that is no text model, the key when one is missing or of a wrong type,
+///         or when the lists are not those of the `gemma4` tokenizer
 [[nodiscard]] inline VocabularyData vocabulary_data(const GgufFile& file) {
   VocabularyData data;
   data.source = file.path().string();
+  require_text_model(file);
   detail::require_tokenizer_model(file);
   data.tokens = file.array<std::string>("tokenizer.ggml.tokens");
   data.types = file.array<std::int32_t>("tokenizer.ggml.token_type");
