@@ -3,6 +3,7 @@
 set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/backend.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/few_tokens_path.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/backend/finite.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/fit.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/path.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/prefill_path.cuh"

@@ -6,7 +6,9 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -81,8 +83,9 @@ class Accuracy {
     for (const std::string& cache : options_.caches) {
       const auto backend = make_backend(cache, task.document_len, options_.chunk);
       Progress progress("recall " + cache, n_document * task.document_len, progress_options(options_, "tokens"));
-      const RecallResult result =
-          measure_recall(*backend, task, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+      const RecallResult result = or_failed(path.filename().string(), {cache}, task.document_len, [&] {
+        return measure_recall(*backend, task, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+      });
       progress.finish();
       row(path.filename().string(), cache, task.document_len, {0, task.document_len})
           .set("recall_correct", result.correct)
@@ -120,7 +123,9 @@ class Accuracy {
     }
     Progress progress("accuracy", longest * static_cast<std::int64_t>(caches.size()),
                       progress_options(options_, "tokens"));
-    const std::vector<AccuracyTrace> traces = measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
+    const std::vector<AccuracyTrace> traces = or_failed(text_name(options_), caches, longest, [&] {
+      return measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
+    });
     progress.finish();
     Traces wanted;
     for (std::size_t b = 0; b < caches.size(); ++b) {
@@ -129,6 +134,19 @@ class Accuracy {
       }
     }
     return wanted;
+  }
+
+  /// measure(); where that ends in what is no number, its cache has a row that says so.
+  template <class TMeasure>
+  [[nodiscard]] std::invoke_result_t<TMeasure&> or_failed(const std::string& text,
+                                                          const std::vector<std::string>& caches, std::int64_t context,
+                                                          TMeasure&& measure) {
+    try {
+      return measure();
+    } catch (const NotFiniteError& error) {
+      row(text, caches[error.backend], context, {0, context}).fail(error.what());
+      throw std::runtime_error(concat("cache ", caches[error.backend], ": ", error.what()));
+    }
   }
 
   [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const std::string& cache, std::int64_t context,

@@ -51,8 +51,13 @@ class Golden {
     show_plans(options_, options_.caches.front(), backend->step_plans());
     plan_ = digest(backend->step_plans());
     Progress progress("golden", n_token, progress_options(options_, "tokens"));
-    const GoldenComparison result =
-        compare_with_golden(*backend, golden, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+    GoldenComparison result;
+    try {
+      result = compare_with_golden(*backend, golden, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+    } catch (const NotFiniteError& error) {
+      row(path, "logits").fail(error.what());
+      throw;
+    }
     progress.finish();
     judge(path, "logits",
           {.n_compared = result.n_position,
@@ -80,21 +85,24 @@ class Golden {
     double error = 0, bound = 0;
   };
 
-  void judge(const std::filesystem::path& path, const char* what, const Verdict& verdict) {
+  [[nodiscard]] ResultTable::Row row(const std::filesystem::path& path, const char* what) {
     ResultTable::Row row = table_.row();
-    row.set("golden_case", path.filename().string())
-        .set("what", what)
-        .set("backend", options_.backend)
-        .set("n_compared", verdict.n_compared)
-        .set("n_same", verdict.n_same)
-        .set("max_err", verdict.error)
-        .set("bound", verdict.bound);
+    row.set("golden_case", path.filename().string()).set("what", what).set("backend", options_.backend);
     if (!options_.model.empty()) {
       set_run_plan(row, options_.policy(), plan_);
       row.set("model", options_.model.filename().string())
           .set("cache", options_.caches.front())
           .set("chunk", options_.chunk);
     }
+    return row;
+  }
+
+  void judge(const std::filesystem::path& path, const char* what, const Verdict& verdict) {
+    ResultTable::Row row = this->row(path, what);
+    row.set("n_compared", verdict.n_compared)
+        .set("n_same", verdict.n_same)
+        .set("max_err", verdict.error)
+        .set("bound", verdict.bound);
     if (verdict.error <= verdict.bound) {
       row.commit();
     } else {

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -69,7 +70,18 @@ class Run {
     plan_ = digest(session_->step_plans());
   }
 
+  /// A cache whose numbers are none has a row that says so.
   void run() {
+    try {
+      measure();
+    } catch (const NotFiniteError& error) {
+      row().fail(error.what());
+      throw std::runtime_error(concat("cache ", cache_, ": ", error.what()));
+    }
+  }
+
+ private:
+  void measure() {
     Progress progress("throughput " + cache_, options_.depths.back(), progress_options(options_, "tokens"));
     for (const std::int64_t n_prompt : options_.prompts) run_prompt(n_prompt);
     session_->reset();
@@ -83,7 +95,6 @@ class Run {
     progress.finish();
   }
 
- private:
   struct Case {
     std::int64_t n_prompt = 0, n_gen = 0, n_depth = 0;
     std::string mode = {};
@@ -133,11 +144,16 @@ class Run {
     sum.us += part.us;
   }
 
-  void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
+  [[nodiscard]] ResultTable::Row row() {
     ResultTable::Row row = table_.row();
     set_run_text(row, options_, desc_);
     set_run_plan(row, options_.policy(), plan_);
     row.set("context", options_.context).set("n_batch", options_.chunk).set("type_k", cache_).set("type_v", cache_);
+    return row;
+  }
+
+  void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
+    ResultTable::Row row = this->row();
     if (!what.mode.empty()) row.set("mode", what.mode);
     row.set("phase", phase).set("n_prompt", what.n_prompt).set("n_gen", what.n_gen).set("n_depth", what.n_depth);
     const double mean = set_rates(row, rates);

@@ -28,6 +28,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/interrupt.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/json.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/accuracy.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/model/finite.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/golden.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/model.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/weights.hpp"

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -91,9 +92,12 @@ class LineReader {
     if (::poll(&wanted, 1, 200) <= 0) return;
     std::array<char, 4096> bytes;
     const ssize_t count = ::read(descriptor_, bytes.data(), bytes.size());
+    const int reason = errno;
     if (count > 0) pending_.append(bytes.data(), static_cast<std::size_t>(count));
     if (count == 0) is_ended_ = true;
-    if (count < 0 && errno != EINTR && errno != EAGAIN) throw std::runtime_error("standard input: cannot be read");
+    if (count < 0 && reason != EINTR && reason != EAGAIN) {
+      throw std::runtime_error(std::string("standard input: cannot be read: ") + std::strerror(reason));
+    }
   }
 
   int descriptor_;

@@ -53,24 +53,22 @@ class HostMemoryError : public std::runtime_error {
   return available;
 }
 
-/// make(), where `bytes` of memory are for `what`. Refused before it is tried where that is more than there is: the
-/// kernel would grant it, and end the process when it is used.
+/// Runs make(), where `bytes` of memory are for `what`. Refused before it is tried where that is more than there is:
+/// the kernel would grant it, and end the process when it is used.
 /// @throws HostMemoryError that says what was asked for, and what there is
 template <class TMake>
-decltype(auto) allocate_for(const std::string& what, std::int64_t bytes, TMake&& make) {
-  const auto refuse = [&] {
-    throw HostMemoryError(
-        concat(what, ": ", bytes, " B of memory asked for, available are ", host_bytes_available(), " B"));
+void allocate_for(const std::string& what, std::int64_t bytes, TMake&& make) {
+  const auto refuse = [&](std::int64_t available) {
+    throw HostMemoryError(concat(what, ": ", bytes, " B of memory asked for, available are ", available, " B"));
   };
-  if (bytes > host_bytes_available()) refuse();
+  if (const std::int64_t available = host_bytes_available(); bytes > available) refuse(available);
   try {
-    return make();
+    make();
   } catch (const std::bad_alloc&) {
-    refuse();
+    refuse(host_bytes_available());
   } catch (const std::length_error&) {
-    refuse();
+    refuse(host_bytes_available());
   }
-  throw std::logic_error("not reached");
 }
 
 }  // namespace gemma4

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/model/finite.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/report/accuracy_stats.hpp"
 
@@ -56,6 +57,19 @@ struct LogitRows {
   }
 };
 
+/// Asks a backend that can tell. @param number of the backend, for whoever names it
+template <class TBackend>
+void require_finite(Model<TBackend>& model, std::span<const std::int32_t> tokens, std::size_t number = 0) {
+  if constexpr (WatchedBackend<TBackend>) {
+    try {
+      model.require_finite(tokens);
+    } catch (NotFiniteError& error) {
+      error.backend = number;
+      throw;
+    }
+  }
+}
+
 }  // namespace detail
 
 /// Runs the backends over the ids in lockstep, chunk by chunk, and compares their logits at `positions` (increasing);
@@ -63,6 +77,7 @@ struct LogitRows {
 /// trace is positions[i]. `on_chunk(n_done)` after each chunk of each backend, in positions times backends. The logits
 /// of a position are the same whatever else is asked for, so that few positions of a long text cost little.
 /// @throws std::invalid_argument before any work when ids or positions do not fit
+/// @throws NotFiniteError when a backend's numbers are not finite, with its place among the backends
 template <Backend TBackend, class TOnChunk>
 [[nodiscard]] std::vector<AccuracyTrace> measure_positions(std::span<TBackend* const> backends,
                                                            std::span<const std::int32_t> ids,
@@ -101,6 +116,7 @@ template <Backend TBackend, class TOnChunk>
       for (std::size_t r = 0; r < rows.size(); ++r) {
         backends[b]->copy_logits(static_cast<std::int64_t>(r), logits.row(r));
       }
+      detail::require_finite(models[b], ids.first(static_cast<std::size_t>(begin + count)), b);
       seconds[b] += std::chrono::duration<double>(Clock::now() - start).count();
       const auto n_row = static_cast<std::int64_t>(rows.size());
 #if defined(_OPENMP)  // nothing below throws: the ids were looked at
@@ -263,6 +279,7 @@ template <Backend TBackend, class TOnChunk>
       };
       for_each_wanted([&](std::size_t, std::int64_t row, std::int32_t) { rows.push_back(row); });
       model.forward(document.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)), rows);
+      detail::require_finite(model, document.first(static_cast<std::size_t>(begin + count)));
       std::int64_t next = 0;
       for_each_wanted([&](std::size_t i, std::int64_t, std::int32_t token) {
         backend.copy_logits(next++, logits);
