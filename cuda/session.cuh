@@ -150,6 +150,11 @@ class Session {
     return decode(n_token, settings, [](std::int32_t) { return true; });
   }
 
+  /// Tokens that rewind() can take back, now.
+  [[nodiscard]] std::int64_t max_rewind() const {
+    return std::max<std::int64_t>(0, std::min(position() - 1, kMaxRewind - 1 - (farthest_ - position())));
+  }
+
   /// The last `n_token` tokens never were. The token that is now the last goes through the model once more, as a decode
   /// step, for its logits.
   /// @throws std::invalid_argument when no token would stay, or when the rings have forgotten what is needed: they

@@ -181,11 +181,15 @@ TEST(Session, RewindsNoFartherThanTheRingsRemember) {
   cuda::Session session(backend);
   session.prefill(std::vector<std::int32_t>(30, 1), 64);
   EXPECT_TRUE(testkit::refuses([&] { session.rewind(30); }, {"rewind by 30", "one must stay"}));
+  EXPECT_EQ(session.max_rewind(), 29);
   session.decode(100, {});
+  EXPECT_EQ(session.max_rewind(), 63);
   EXPECT_TRUE(testkit::refuses([&] { session.rewind(64); }, {"rewind by 64", "the sequence has been at 130"}));
   session.rewind(40);
+  EXPECT_EQ(session.max_rewind(), 23);
   EXPECT_TRUE(testkit::refuses([&] { session.rewind(24); }, {"the sequence has been at 130"})) << "both together";
   session.rewind(23);
+  EXPECT_EQ(session.max_rewind(), 0);
   EXPECT_EQ(session.position(), 67);
   session.decode(70, {});
   session.rewind(60);

@@ -60,6 +60,7 @@ class Session final : public CudaSession {
 
   [[nodiscard]] std::int64_t position() const override { return session_.position(); }
   void rewind(std::int64_t n_token) override { session_.rewind(n_token); }
+  [[nodiscard]] std::int64_t max_rewind() const override { return session_.max_rewind(); }
   void reset() override { session_.reset(); }
   void set_policy(const ExecutionPolicy& policy) override {
     session_.set_policy(policy);

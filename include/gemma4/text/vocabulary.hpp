@@ -17,6 +17,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/text_model.hpp"
+#include "gemma4/text/markers.hpp"
 
 namespace gemma4 {
 
@@ -37,6 +38,13 @@ inline constexpr std::string_view kSpaceMark = "\xE2\x96\x81";
 /// for the answer of a tool. Source: `eos_token_id` in the model's published generation_config.json. A file names one
 /// or two of them, and types them as its converter pleases.
 inline constexpr std::array<std::string_view, 3> kEndTexts = {"<eos>", "<turn|>", "<|tool_response>"};
+
+/// What of a text is matched whole, before anything is merged.
+enum class WholeTokens {
+  kUserDefined,  ///< user-defined tokens
+  kMarkers,      ///< these, control tokens, and markers.hpp's of whatever type
+  kNoMarkers,  ///< user-defined tokens that are no markers: what somebody wrote, in which `<|turn>` is seven characters
+};
 
 /// The end of another family's sequences. In this one it is text, an HTML tag; a file that names it is mistaken.
 inline constexpr std::string_view kNoEndText = "</s>";
@@ -173,6 +181,13 @@ class Vocabulary {
     return type(id) == TokenType::kControl || type(id) == TokenType::kUnknown;
   }
 
+  /// Whether a token is structure: a control token, one of markers.hpp's, of whatever type, or a user-defined one that
+  /// is spelled like those.
+  [[nodiscard]] bool is_marker(std::int32_t id) const {
+    return is_control(id) || is_marker_text(text(id)) ||
+           (type(id) == TokenType::kUserDefined && has_marker_form(text(id)));
+  }
+
   /// The token with exactly this text, of any type.
   [[nodiscard]] std::optional<std::int32_t> find(std::string_view text) const {
     const auto found = index_.find(text);
@@ -197,19 +212,25 @@ class Vocabulary {
     return found == merges_.end() ? nullptr : &found->second;
   }
 
-  /// The longest user-defined token (with `special`, control token too) that `text` starts with.
-  [[nodiscard]] Match whole_match(std::string_view text, bool special) const {
+  /// The longest token of the kind `which` that `text` starts with.
+  [[nodiscard]] Match whole_match(std::string_view text, WholeTokens which) const {
     if (text.empty()) return {};
     for (const std::size_t bytes : whole_lengths_[static_cast<std::uint8_t>(text.front())]) {
       if (bytes > text.size()) continue;
       const std::optional<std::int32_t> id = find(text.substr(0, bytes));
-      if (id && (type(*id) == TokenType::kUserDefined || (special && is_control(*id)))) return {*id, bytes};
+      if (id && is_whole(*id, which)) return {*id, bytes};
     }
     return {};
   }
 
  private:
   static constexpr std::size_t kMaxTokens = std::numeric_limits<std::int32_t>::max();
+
+  [[nodiscard]] bool is_whole(std::int32_t id, WholeTokens which) const {
+    const bool user_defined = type(id) == TokenType::kUserDefined;
+    if (which == WholeTokens::kUserDefined) return user_defined;
+    return which == WholeTokens::kMarkers ? user_defined || is_marker(id) : user_defined && !is_marker(id);
+  }
 
   template <class TWhere, class TExpected, class TFound>
   void check(bool holds, const TWhere& where, const TExpected& expected, const TFound& found) const {
@@ -232,7 +253,7 @@ class Vocabulary {
   }
 
   [[nodiscard]] bool is_mergeable(std::int32_t id) const {
-    return type(id) == TokenType::kNormal || type(id) == TokenType::kUnused;
+    return (type(id) == TokenType::kNormal || type(id) == TokenType::kUnused) && !is_marker_text(text(id));
   }
 
   /// The value of `<0xNN>` with two upper-case hexadecimal digits.
@@ -277,7 +298,7 @@ class Vocabulary {
       if (!byte) refuse(entry("tokens", index), "a byte token <0x00> to <0xFF>", quoted(text));
       byte_tokens_[*byte] = id;
     }
-    if (type(id) == TokenType::kUserDefined || is_control(id)) {
+    if (type(id) == TokenType::kUserDefined || is_marker(id)) {
       whole_lengths_[static_cast<std::uint8_t>(text.front())].push_back(text.size());
     }
   }
