@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "cuda/backend/few_tokens_path.cuh"
+#include "cuda/backend/finite.cuh"
 #include "cuda/backend/fit.cuh"
 #include "cuda/backend/path.cuh"
 #include "cuda/backend/prefill_path.cuh"
@@ -27,6 +29,7 @@
 #include "cuda/lm_head.cuh"
 #include "cuda/model_weights.cuh"
 #include "cuda/sampler.cuh"
+#include "gemma4/model/finite.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/memory_plan.hpp"
@@ -103,7 +106,7 @@ class Backend {
     const LinearOptions products = few_tokens_->products(pass);
     plan.rows.push_back(
         {.component = "lm_head",
-         .path = concat("int8, ", type_name(model_.token_embd().type)),
+         .path = concat("int8, ", type_name(model_.output().type)),
          .tile = concat(products.tickets ? "dynamic rows" : "equal rows", products.overlap ? "" : ", no PDL")});
     return plan;
   }
@@ -115,6 +118,7 @@ class Backend {
   void embed(std::span<const std::int32_t> tokens, std::int64_t position) {
     const auto n_token = static_cast<std::int64_t>(tokens.size());
     const bool one = n_token == 1;
+    first_position_ = position;
     begin_pass({.n_token = n_token,
                 .position = one ? DeviceCount::on_device(&state_->position) : DeviceCount::on_host(position),
                 .kv_len = one ? DeviceCount::on_device(&state_->kv_len) : DeviceCount::on_host(position + n_token),
@@ -188,10 +192,39 @@ class Backend {
       const std::int64_t some = std::min(kMaxDecodeTokens, count - first);
       cuda::lm_head<Bf16>(
           make_view(static_cast<const Bf16*>(logit_rows_ + first * config().hidden), some, config().hidden),
-          model_.token_embd(), config().softcap, make_view(logits_ + first * config().vocab, some, config().vocab),
-          device_, stream_, few_tokens_->products(pass_));
+          model_.output(), config().softcap, make_view(logits_ + first * config().vocab, some, config().vocab), device_,
+          stream_, few_tokens_->products(pass_));
     }
     n_logit_ = count;
+  }
+
+  /// Notes, on the device, the first position of the chunk whose residual stream or logits are not finite. Finishes the
+  /// stream, which nothing reads after this.
+  void watch(std::span<const std::int64_t> logit_rows) {
+    if (pass_.pending.post_norm != nullptr) {
+      on_path([&](const auto& path) {
+        path.finish(0, n_token(), model_.output_norm(), arena_.data<Bf16>("normed", n_token() * config().hidden),
+                    pass_);
+      });
+      pass_.pending = {};
+    }
+    const View<float, 2> x = residual();
+    note_not_finite(make_view(static_cast<const float*>(x.data), x.extent[0], x.extent[1]), first_position_, state_,
+                    stream_);
+    for (std::size_t i = 0; i < logit_rows.size(); ++i) {
+      const float* const logits = logits_ + static_cast<std::int64_t>(i) * config().vocab;
+      note_not_finite(make_view(logits, std::int64_t{1}, config().vocab), first_position_ + logit_rows[i], state_,
+                      stream_);
+    }
+  }
+
+  /// Of all chunks since reset(); waits for the device, which does not know the layer.
+  [[nodiscard]] std::optional<NotFinite> first_not_finite() const {
+    std::int32_t noted = 0;
+    check(cudaMemcpyAsync(&noted, &state_->not_finite, sizeof(noted), cudaMemcpyDeviceToHost, stream_), "copy to host");
+    stream_.synchronize();
+    if (noted == 0) return std::nullopt;
+    return NotFinite{.position = std::int64_t{INT_MAX} - noted};
   }
 
   /// Waits for the device.
@@ -235,7 +268,10 @@ class Backend {
   }
 
   /// Forgets the sequence. What it leaves in the caches is beyond every later kv_len, and never read.
-  void reset() { n_logit_ = 0; }
+  void reset() {
+    n_logit_ = 0;
+    check(cudaMemsetAsync(&state_->not_finite, 0, sizeof(state_->not_finite), stream_), "fill of the state");
+  }
 
   /// A scope for profilers: NVTX's, and events where set_profile() was given somewhere to keep them.
   [[nodiscard]] ProfiledRange range(const char* name) const { return {name, profile_, stream_}; }
@@ -345,7 +381,7 @@ class Backend {
 
   LayerCachePlan decode_plan_;  ///< of one token, at any position
   Pass pass_;
-  std::int64_t n_logit_ = 0;
+  std::int64_t n_logit_ = 0, first_position_ = 0;
   SequenceState* state_ = nullptr;
   std::int32_t *tokens_ = nullptr, *positions_ = nullptr;
   std::uint8_t* mask_ = nullptr;
@@ -354,6 +390,6 @@ class Backend {
   Bf16* logit_rows_ = nullptr;
 };
 
-static_assert(SelfFeedingBackend<Backend>);
+static_assert(SelfFeedingBackend<Backend> && WatchedBackend<Backend>);
 
 }  // namespace gemma4::cuda

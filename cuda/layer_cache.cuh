@@ -15,6 +15,7 @@
 #include "cuda/cache/chunk.cuh"
 #include "cuda/cache/flat_layer_cache.cuh"
 #include "cuda/cache/full_layer_cache.cuh"
+#include "cuda/cache/kv_layer_cache.cuh"
 #include "cuda/cache/kvarn_layer_cache.cuh"
 #include "cuda/cache/simulated_layer_cache.cuh"
 #include "cuda/cache/sliding_layer_cache.cuh"
@@ -59,7 +60,8 @@ struct LayerCachePlan {
   bool causal_skip = true;
   bool needs_positions = false;  ///< ChunkPlace::positions is read
   SlidingPlan sliding = {};
-  std::variant<std::monostate, FlashPlan, Tq4AttentionPlan> full = {};  ///< of the type that the format's caches take
+  std::variant<std::monostate, FlashPlan, Tq4AttentionPlan, KvAttentionPlan> full =
+      {};  ///< of the type that the format's caches take
 
   [[nodiscard]] bool commits_after() const { return !sliding.into_ring_at_once; }
 };
@@ -119,7 +121,7 @@ class LayerCaches {
     }
     if (full_) {
       const FullPlanWish wish{.n_query = n_token,
-                              .max_kv_len = max_kv_len,
+                              .max_kv_len = plan.masks ? context_ : max_kv_len,
                               .options = full_options(plan),
                               .device = device_,
                               .split_k = policy.split_k,
@@ -188,7 +190,8 @@ class LayerCaches {
     with_full([&]<class TCaches>(const TCaches& caches) {
       if (plan.fuses_prologue) prologue(caches.sink(index(layer), fresh));
       if (plan.fuses_prologue && TCaches::kSinkStores) return;
-      caches.store(index(layer), fresh.k, fresh.v, {.device = chunk.positions, .count = chunk.n_token}, stream);
+      caches.store(index(layer), fresh.k, fresh.v, norms.k, {.device = chunk.positions, .count = chunk.n_token},
+                   stream);
     });
   }
 
@@ -213,6 +216,7 @@ class LayerCaches {
                                  .kv_len = plan.masks ? DeviceCount{} : chunk.kv_len,
                                  .partials = partials_,
                                  .scratch_and_partials = workspace_,
+                                 .k_weight = norms.k,
                                  .work_count = work_count_};
     with_full([&]<class TCaches>(const TCaches& caches) {
       caches.attend(index(layer), call, std::get<typename TCaches::Plan>(plan.full), stream);

@@ -23,7 +23,7 @@ static __global__ void __launch_bounds__(256)
 
 /// logits = softcap * tanh(x table^T / softcap), in float.
 /// @param x       [n_row, hidden] Bf16 or float, after the output norm; 1 to 8 rows, those whose logits are wanted
-/// @param table   [vocab, hidden], the tied embedding
+/// @param table   [vocab, hidden], the tied embedding or an output matrix of its own
 /// @param logits  [n_row, vocab]
 /// @throws std::invalid_argument when a shape differs, the cap is not positive, or for more than 8 rows
 /// Mirror: reference/lm_head.hpp

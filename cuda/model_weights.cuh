@@ -25,17 +25,20 @@ namespace gemma4::cuda {
 
 /// One layer; pointers and matrices are borrowed from the PackedModel. Norms are f32.
 struct PackedLayer {
-  const float* attn_norm = nullptr;            ///< [hidden]
-  PackedMatrix attn_q, attn_k, attn_v;         ///< one after another in memory; attn_v is empty on a full layer
-  const float* attn_q_norm = nullptr;          ///< [head_dim]
-  const float* attn_k_norm = nullptr;          ///< [head_dim]
-  PackedMatrix attn_output;                    ///< [hidden, n_head * head_dim]
+  const float* attn_norm = nullptr;     ///< [hidden]
+  PackedMatrix attn_q, attn_k, attn_v;  ///< one after another in memory; attn_v is empty where V is K's projection
+  const float* attn_q_norm = nullptr;   ///< [head_dim]
+  const float* attn_k_norm = nullptr;   ///< [head_dim]
+  PackedMatrix attn_output;             ///< [hidden, n_head * head_dim]
   const float* post_attention_norm = nullptr;  ///< [hidden]
   const float* ffn_norm = nullptr;             ///< [hidden]
   GateUpWeights gate_up;                       ///< one matrix where both have one packed type
   PackedMatrix ffn_down;                       ///< [hidden, ffn_hidden]
   const float* post_ffw_norm = nullptr;        ///< [hidden]
   float output_scale = 1.0f;
+
+  /// On a sliding layer; on a full one V is K's projection, as a rule.
+  [[nodiscard]] bool has_own_v() const { return attn_v.rows > 0; }
 };
 
 struct LoadOptions {
@@ -52,14 +55,15 @@ class PackedModel {
   /// @throws Error when the device has not enough memory; nothing stays allocated
   PackedModel(const gemma4::ModelWeights& weights, std::vector<ModelTensor> tensors, const LoadOptions& options = {})
       : config_(weights.config), tensors_(std::move(tensors)) {
-    arena_ = DeviceArena(plan_memory(config_, tensors_, {.context = 1, .chunk = 1}), is_weight_buffer);
+    arena_ = DeviceArena(plan_memory(config_, tensors_, {.context = 1, .chunk = 1, .cache = Bf16Format{}}),
+                         is_weight_buffer);
     Carver carver(arena_.all());
     std::vector<UploadTask> tasks;
     const auto vector = [&](const std::string& name, std::span<const float> values) {
       const auto count = static_cast<std::int64_t>(values.size());
       float* const to = carver.take<float>(count);
       const QuantizedMatrix row{TensorType::kF32, 1, count, std::as_bytes(values)};
-      tasks.push_back({name, row, reinterpret_cast<std::byte*>(to), 1});
+      tasks.push_back({.name = name, .from = row, .to = reinterpret_cast<std::byte*>(to), .is_mapped = false});
       return static_cast<const float*>(to);
     };
     const auto matrix = [&](const std::string& name, const QuantizedMatrix& from) {
@@ -69,6 +73,7 @@ class PackedModel {
       return PackedMatrix{from.type, from.rows, from.cols, to};
     };
     token_embd_ = matrix("token_embd.weight", weights.token_embd);
+    output_ = weights.is_tied() ? token_embd_ : matrix("output.weight", weights.output);
     for (std::size_t i = 0; i < weights.layers.size(); ++i) {
       const gemma4::LayerWeights& from = weights.layers[i];
       const std::string prefix = "blk." + std::to_string(i) + ".";
@@ -104,6 +109,8 @@ class PackedModel {
   [[nodiscard]] const ModelConfig& config() const { return config_; }
   [[nodiscard]] const std::vector<ModelTensor>& tensors() const { return tensors_; }
   [[nodiscard]] const PackedMatrix& token_embd() const { return token_embd_; }
+  /// [vocab, hidden], of the logits; the embedding itself where the two are tied.
+  [[nodiscard]] const PackedMatrix& output() const { return output_; }
   [[nodiscard]] const PackedLayer& layer(std::int64_t index) const { return layers_[static_cast<std::size_t>(index)]; }
   [[nodiscard]] const float* output_norm() const { return output_norm_; }  ///< [hidden]
   /// What is allocated on the device, as memory_plan has it.
@@ -117,6 +124,7 @@ class PackedModel {
   std::vector<ModelTensor> tensors_;
   DeviceArena arena_;
   PackedMatrix token_embd_;
+  PackedMatrix output_;
   std::vector<PackedLayer> layers_;
   const float* output_norm_ = nullptr;
   double load_seconds_ = 0;

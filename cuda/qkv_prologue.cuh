@@ -11,6 +11,7 @@
 #include "cuda/device/device_count.cuh"
 #include "cuda/device/for_head_dim.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/kv_cache.cuh"
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/vector_io.cuh"
 #include "cuda/rms_norm.cuh"
@@ -60,6 +61,12 @@ struct FlatKv {
 struct Tq4Kv {
   const Tq4Codec& codec;
   Tq4Records records;
+};
+
+/// A cache of one vector for K and V, of batch 1: V whole, and of K what turns with the position.
+struct KvKv {
+  const KvCodec& codec;
+  KvRecords records;
 };
 
 namespace detail {
@@ -122,7 +129,21 @@ struct Tq4Sink {
   }
 };
 
+struct KvSink {
+  KvCodecParams codec;
+  KvRecords records;
+  const float* k_weight;
+
+  template <int kHeadDim>
+  __device__ __forceinline__ void store(bool is_k, std::int64_t /*token*/, std::int64_t head, std::int64_t position,
+                                        float (&x)[kHeadDim / 32]) const {
+    if (position < 0 || position >= records.buffer_len) return;
+    kv_store<kHeadDim>(codec, k_weight, is_k, x, records, 0, head, position);
+  }
+};
+
 inline constexpr int kQkvWarps = 4;
+static_assert(kQkvWarps == kKvStoreWarps, "kv_store() has shared memory for so many warps");
 inline constexpr std::int64_t kQkvBlocks = 4096;  ///< about; 1024 to 8192 differ by 6 % for a chunk of 2048 on an H200
 
 /// grid: x = token, y = share of its vectors, of which K and V come first because they take longest. What depends on no
@@ -245,6 +266,19 @@ template <class TIn>
 }
 
 template <class TIn>
+[[nodiscard]] KvSink qkv_sink(const char* who, const QkvParams<TIn>& params, const KvKv& to) {
+  to.codec.require_fits(who, to.records);
+  const std::int64_t head_dim = params.k.extent[2];
+  require(to.records.batch == 1 && to.records.n_head_kv == params.k.extent[1] && to.records.head_dim == head_dim, who,
+          ": the cache is of batch ", to.records.batch, ", n_head_kv ", to.records.n_head_kv, ", head_dim ",
+          to.records.head_dim, ", need 1, ", params.k.extent[1], ", ", head_dim);
+  require(params.rope.n_pair <= head_dim / 8, who, ": ", params.rope.n_pair, " pairs turn, the cache keeps ",
+          head_dim / 8);
+  require_qkv_position(who, params, to.records.buffer_len);
+  return {to.codec.params(), to.records, params.norms.k};
+}
+
+template <class TIn>
 void require_qkv(const char* who, const QkvParams<TIn>& params) {
   const std::int64_t n_token = params.q.extent[0], n_head_kv = params.k.extent[1], head_dim = params.q.extent[2];
   require_extents(who, "k", params.k, {n_token, n_head_kv, head_dim});
@@ -280,7 +314,7 @@ struct QkvCall {
 /// captured: a replay reads the position and the vectors of that moment. Rows of the cache of other positions keep
 /// their bits. A position that only the device knows and that lies outside the cache is not written there; q_out and
 /// k_new, v_new are written all the same.
-/// @param target     FreshKv (k_new, v_new may be k, v unless those are one), RingKv, FlatKv or Tq4Kv
+/// @param target     FreshKv (k_new, v_new may be k, v unless those are one), RingKv, FlatKv, Tq4Kv or KvKv
 /// @param overlap    on sm_90, lets the kernel be set up while the one before it in the stream still runs
 /// @throws std::invalid_argument on extents that do not fit, rows that do not begin at multiples of 16 bytes, a
 /// head_dim

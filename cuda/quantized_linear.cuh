@@ -35,9 +35,10 @@ inline constexpr std::int64_t kMaxDecodeTokens = 8;
 
 /// How a call for few tokens runs.
 struct LinearPlan {
-  int n_token = 1;       ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8
-  int n_slot = 0;        ///< stages in flight
-  bool is_tall = false;  ///< stages of more rows, see detail::stage_rows()
+  int n_token = 1;        ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8
+  int n_slot = 0;         ///< stages in flight
+  bool is_tall = false;   ///< stages of more rows, see detail::stage_rows()
+  bool is_every = false;  ///< by the kernel that knows all formats, see detail::is_of_four_formats()
   std::int64_t slot_bytes = 0;
   std::int64_t smem_bytes = 0;
   std::int64_t smem_limit_bytes = 0;  ///< what the kernel is allowed, whatever it uses: one value for all launches
@@ -81,6 +82,7 @@ namespace detail {
   const std::int64_t half = detail::half_of_smem(device.smem_limit_bytes);
   plan.is_tall = n_token == 1 && row_chunks(cols) == 1 &&
                  std::all_of(types.begin(), types.end(), [](TensorType type) { return type == TensorType::kQ6K; });
+  plan.is_every = !std::all_of(types.begin(), types.end(), detail::is_of_four_formats);
   for (const TensorType type : types) {
     const std::int64_t bytes = detail::stage_rows(type, plan.is_tall) * chunk_bytes(type, chunk_groups(cols));
     plan.slot_bytes = std::max(plan.slot_bytes, (bytes + 127) / 128 * 128);
@@ -110,7 +112,8 @@ void launch_linear_tokens(const LinearParams& params, const LinearPlan& plan, cu
          .stream = stream,
          .overlap = plan.overlap,
          .smem_bytes = plan.smem_bytes,
-         .smem_limit_bytes = plan.smem_limit_bytes}(linear_decode_kernel<kTokens>, params);
+         .smem_limit_bytes = plan.smem_limit_bytes}(
+      plan.is_every ? linear_decode_kernel<kTokens, true> : linear_decode_kernel<kTokens, false>, params);
 }
 
 inline void launch_linear_decode(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
@@ -150,8 +153,7 @@ void plain_decode(const View<const TIn, 2>& x, const PackedMatrix& weight, const
     case TensorType::kF32:
       return launch(reinterpret_cast<const float*>(weight.data));
     default:
-      require(false, "quantized_linear: weights of type ", type_name(weight.type),
-              "; known are Q4_K, Q5_K, Q6_K, Q8_0, BF16, F16 and F32");
+      require(false, "quantized_linear: weights of type ", type_name(weight.type), "; known are ", weight_type_names());
   }
 }
 

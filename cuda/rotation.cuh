@@ -44,7 +44,7 @@ static_assert(std::is_trivially_copyable_v<RotationParams>);
 /// y = R x and x = R^T y for one seed and head_dim. Owns the dense matrices on the device.
 class Rotation {
  public:
-  /// @throws std::invalid_argument unless head_dim is a power of two from 64 to 512
+  /// @throws std::invalid_argument unless head_dim is a power of two from 16 (a part of a head) to 512
   [[nodiscard]] static Rotation signed_hadamard(std::int64_t head_dim, std::uint64_t seed) {
     Rotation rotation(head_dim);
     const std::vector<std::int8_t> signs = hadamard_signs(seed, head_dim);
@@ -92,8 +92,8 @@ class Rotation {
     params_.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   }
   static void require_head_dim(std::int64_t head_dim) {
-    require(is_power_of_two(head_dim) && head_dim >= 64 && head_dim <= 512, "Rotation: head_dim ", head_dim,
-            ", need a power of two from 64 to 512");
+    require(is_power_of_two(head_dim) && head_dim >= 16 && head_dim <= 512, "Rotation: head_dim ", head_dim,
+            ", need a power of two from 16 to 512");
   }
 
   std::int64_t head_dim_;

@@ -15,6 +15,7 @@
 #include "cuda/backend.cuh"
 #include "cuda/device/stream.cuh"
 #include "gemma4/error.hpp"
+#include "gemma4/model/finite.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"
 
@@ -76,6 +77,7 @@ class Session {
 
   /// Appends a prompt in chunks of at most `chunk` tokens. `on_chunk(n_done)` is called when a chunk is enqueued.
   /// @throws std::invalid_argument before any work when the prompt does not fit
+  /// @throws NotFiniteError when the numbers at one of its positions are not finite, with the layer; reset() then
   template <class TOnChunk>
   Timing prefill(std::span<const std::int32_t> tokens, std::int64_t chunk, TOnChunk&& on_chunk) {
     const std::int64_t first = position();
@@ -91,6 +93,12 @@ class Session {
     append(tokens);
     has_logits_ = true;
     end_.synchronize();
+    try {
+      model_.require_finite(tokens_);
+    } catch (...) {
+      has_logits_ = false;
+      throw;
+    }
     return {static_cast<std::int64_t>(tokens.size()), end_.us_since(begin_)};
   }
   Timing prefill(std::span<const std::int32_t> tokens, std::int64_t chunk) {
@@ -101,7 +109,8 @@ class Session {
   /// has gone on, and ends the decoding by returning false: that token is the last of the sequence, and what the device
   /// did beyond it is taken back, exactly.
   /// @throws std::invalid_argument before any work when they do not fit, or when there are no logits to begin with
-  /// @throws std::runtime_error when the logits of a step hold no token: a NaN, or nothing finite
+  /// @throws NotFiniteError when the logits of a step hold no token: a NaN, an infinity, or nothing finite; with the
+  /// layer
   template <class TOnToken>
   DecodeResult decode(std::int64_t n_token, const SamplerSettings& settings, TOnToken&& on_token) {
     validate(settings);
@@ -120,8 +129,7 @@ class Session {
       if (token < 0) {
         settle(n_enqueued, result.tokens);
         has_logits_ = false;
-        throw std::runtime_error(concat("session: the logits at position ", first + n_seen - 1,
-                                        " hold no token: a NaN, an infinity, or nothing finite"));
+        throw NotFiniteError(model_.locate(tokens_, first + n_seen - 1), backend().config().n_layer());
       }
       result.tokens.push_back(token);
       try {
@@ -140,6 +148,11 @@ class Session {
   }
   DecodeResult decode(std::int64_t n_token, const SamplerSettings& settings) {
     return decode(n_token, settings, [](std::int32_t) { return true; });
+  }
+
+  /// Tokens that rewind() can take back, now.
+  [[nodiscard]] std::int64_t max_rewind() const {
+    return std::max<std::int64_t>(0, std::min(position() - 1, kMaxRewind - 1 - (farthest_ - position())));
   }
 
   /// The last `n_token` tokens never were. The token that is now the last goes through the model once more, as a decode

@@ -27,9 +27,9 @@ inline constexpr float kFarBelow = -1e30f;
   return maximum == -INFINITY ? 0.0f : maximum;
 }
 
-/// 1 / sum, and 0 for a row that saw no key.
+/// 1 / sum, and 0 for a row that saw no key. A sum that is no number stays none.
 [[nodiscard]] __device__ __forceinline__ float softmax_inverse(float sum) {
-  return sum > 0.0f ? 1.0f / sum : 0.0f;
+  return sum == 0.0f ? 0.0f : 1.0f / sum;
 }
 
 struct alignas(8) SoftmaxState {

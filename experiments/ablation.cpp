@@ -141,7 +141,6 @@ class Run {
 };
 
 void add_options(CLI::App& app, Options& options) {
-  const CLI::Range tokens(std::int64_t{1}, std::int64_t{1} << 24);
   const std::vector<std::string> known = options.off;
   add_model(app, options);
   add_cache(app, options);
@@ -149,26 +148,29 @@ void add_options(CLI::App& app, Options& options) {
       ->delimiter(',')
       ->check(CLI::IsMember(known))
       ->capture_default_str();
-  app.add_option("--depths", options.depths, "Depths at which decode is measured, increasing")
-      ->delimiter(',')
-      ->check(tokens)
-      ->capture_default_str();
-  app.add_option("--context", options.context, "Positions that the caches hold: what a lost clamp walks over")
-      ->check(tokens)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Tokens of the prompt, and of a chunk")
-      ->check(tokens)
-      ->capture_default_str();
-  app.add_option("--window", options.window, "Tokens decoded at a time; the caches can take back so many")
-      ->check(CLI::Range(std::int64_t{1}, kMaxRewind - 1))
-      ->capture_default_str();
-  app.add_option("--repeat", options.repeat, "Rounds: a window, or a run of the prompt, of every case in each")
-      ->check(CLI::Range(1, 1000))
-      ->capture_default_str();
+  add_tokens(app, "--depths", options.depths, "Depths at which decode is measured, increasing")->delimiter(',');
+  add_tokens(app, "--context", options.context, "Positions that the caches hold: what a lost clamp walks over");
+  add_tokens(app, "--chunk", options.chunk, "Tokens of the prompt, and of a chunk");
+  add_whole(app, "--window", options.window, "Tokens decoded at a time; the caches can take back so many",
+            {1, kMaxRewind - 1});
+  add_whole(app, "--repeat", options.repeat, "Rounds: a window, or a run of the prompt, of every case in each",
+            {1, 1000});
   add_ids(app, options);
   add_seed(app, options);
   add_out(app, options);
   add_quiet(app, options);
+}
+
+void measure(const Options& options, ResultTable& table) {
+  const std::string desc = model_desc(options.model);
+  std::vector<Case> live = {case_of(kNone)}, loaded;
+  for (const std::string& name : options.off) {
+    (execution_switch(name).scope == SwitchScope::kLoad ? loaded : live).push_back(case_of(name));
+  }
+  std::map<std::string, std::vector<double>> base;
+  Run(options, table, desc, {}).run(live, base);
+  // Decided when the model is loaded: measured behind the others, not in turn with them.
+  for (const Case& what : loaded) Run(options, table, desc, what.policy).run({what}, base);
 }
 
 void run(int argc, char** argv) {
@@ -184,18 +186,12 @@ void run(int argc, char** argv) {
   require(std::ranges::is_sorted(options.depths) && !options.depths.empty(), "--depths: need increasing depths");
 
   const RunInfo info = device_run_info("ablation", argc, argv, options.seed);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  const std::string desc = model_desc(options.model);
-  std::vector<Case> live = {case_of(kNone)}, loaded;
-  for (const std::string& name : options.off) {
-    (execution_switch(name).scope == SwitchScope::kLoad ? loaded : live).push_back(case_of(name));
-  }
-  std::map<std::string, std::vector<double>> base;
-  Run(options, table, desc, {}).run(live, base);
-  // Decided when the model is loaded: measured behind the others, not in turn with them.
-  for (const Case& what : loaded) Run(options, table, desc, what.policy).run({what}, base);
-  table.print(std::cout, {"off", "phase", "n_prompt", "n_gen", "n_depth", "avg_ts", "acts", "time_ratio_to_on",
-                          "time_ratio_deviation"});
+  run_table(
+      options, info,
+      {kParameters,
+       kMeasures,
+       {"off", "phase", "n_prompt", "n_gen", "n_depth", "avg_ts", "acts", "time_ratio_to_on", "time_ratio_deviation"}},
+      [&](ResultTable& table) { measure(options, table); });
 }
 
 }  // namespace

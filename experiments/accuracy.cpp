@@ -6,7 +6,9 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -65,6 +67,10 @@ const std::vector<std::string> kMeasures = {"n_position",
                                             "first_difference",
                                             "first_difference_least",
                                             "agreement"};
+const std::vector<std::string> kShown = {
+    "text",     "cache",  "context", "range",   "bytes_per_token", "nll",          "kl_mean",      "kl_p99",
+    "same_top", "dp_rms", "cosine",  "seconds", "recall_correct",  "recall_total", "dominated_by", "first_difference",
+    "agreement"};
 
 class Accuracy {
  public:
@@ -106,15 +112,16 @@ class Accuracy {
   }
 
   void run_recall(const std::filesystem::path& path) {
-    const RecallTask task = read_recall_task(path);
+    const RecallTask task = read_recall_task(path, source_.config().vocab);
     const auto n_document = static_cast<std::int64_t>(task.documents.size());
     for (const AccuracyCase& wanted : cases_) {
       const auto backend = make_backend(wanted, task.document_len, options_.chunk);
       const std::int64_t chunk = std::min(options_.chunk, backend->max_chunk());
       Progress progress("recall " + wanted.name(), n_document * task.document_len,
                         progress_options(options_, "tokens"));
-      const RecallResult result =
-          measure_recall(*backend, task, chunk, [&](std::int64_t done) { progress.update(done); });
+      const RecallResult result = or_failed(path.filename().string(), {wanted}, task.document_len, [&] {
+        return measure_recall(*backend, task, chunk, [&](std::int64_t done) { progress.update(done); });
+      });
       progress.finish();
       row(path.filename().string(), wanted, task.document_len, {0, task.document_len})
           .set("recall_correct", result.correct)
@@ -173,13 +180,28 @@ class Accuracy {
     }
     Progress progress("accuracy", longest * static_cast<std::int64_t>(all.size()),
                       progress_options(options_, "tokens"));
-    std::vector<AccuracyTrace> traces = measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
+    std::vector<AccuracyTrace> traces = or_failed(text_name(options_), all, longest, [&] {
+      return measure(borrowed, ids, [&](std::int64_t done) { progress.update(done); });
+    });
     progress.finish();
     Traces wanted;
     for (std::size_t b = 0; b < all.size(); ++b) {
       if (std::ranges::find(cases_, all[b]) != cases_.end()) wanted.emplace_back(all[b], std::move(traces[b]));
     }
     return wanted;
+  }
+
+  /// measure(); where that ends in what is no number, its cache has a row that says so.
+  template <class TMeasure>
+  [[nodiscard]] std::invoke_result_t<TMeasure&> or_failed(const std::string& text,
+                                                          const std::vector<AccuracyCase>& cases, std::int64_t context,
+                                                          TMeasure&& measure) {
+    try {
+      return measure();
+    } catch (const NotFiniteError& error) {
+      row(text, cases[error.backend], context, {0, context}).fail(error.what());
+      throw std::runtime_error(concat("cache ", cases[error.backend].name(), ": ", error.what()));
+    }
   }
 
   [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const AccuracyCase& wanted, std::int64_t context,
@@ -316,27 +338,17 @@ void add_options(CLI::App& app, Options& options) {
   add_contexts(app, options);
   add_ids(app, options);
   add_recall(app, options);
-  app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--depths", options.depths,
-                 "Look at the last --window positions before each of these depths and at no others; without --ids over "
-                 "random ids")
-      ->delimiter(',')
-      ->check(CLI::PositiveNumber);
-  app.add_option("--window", options.window, "Positions before a depth")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--trajectory", options.trajectory,
-                 "Instead: greedy texts of so many tokens from prompts of the text, each case against the base: where "
-                 "they first differ, and their agreement by position")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--prompts", options.n_prompt, "Prompts of --trajectory, evenly spread over --ids")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--prompt-len", options.prompt_len, "Tokens of each of them")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  add_tokens(app, "--chunk", options.chunk, "Tokens that go through the model at a time");
+  add_tokens(app, "--depths", options.depths,
+             "Look at the last --window positions before each of these depths and at no others; without --ids over "
+             "random ids")
+      ->delimiter(',');
+  add_tokens(app, "--window", options.window, "Positions before a depth");
+  add_tokens(app, "--trajectory", options.trajectory,
+             "Instead: greedy texts of so many tokens from prompts of the text, each case against the base: where "
+             "they first differ, and their agreement by position");
+  add_tokens(app, "--prompts", options.n_prompt, "Prompts of --trajectory, evenly spread over --ids");
+  add_tokens(app, "--prompt-len", options.prompt_len, "Tokens of each of them");
   add_policy(app, options);
   add_seed(app, options);
   add_out(app, options);
@@ -369,19 +381,17 @@ int run(int argc, char** argv) {
   require(std::ranges::is_sorted(options.depths), "--depths: need increasing depths");
 
   const RunInfo info = backend_run_info(options, options.is_shelf ? "shelf" : "accuracy", argc, argv);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Accuracy accuracy(options, table);
-  if (options.trajectory > 0) {
-    accuracy.run_trajectories();
-  } else if (!options.depths.empty()) {
-    accuracy.run_depths();
-  } else if (!options.ids.empty()) {
-    accuracy.run_text();
-  }
-  for (const std::filesystem::path& path : options.recall) accuracy.run_recall(path);
-  table.print(std::cout,
-              {"text", "cache", "context", "range", "bytes_per_token", "nll", "kl_mean", "kl_p99", "same_top", "dp_rms",
-               "cosine", "seconds", "recall_correct", "recall_total", "dominated_by", "first_difference", "agreement"});
+  run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) {
+    Accuracy accuracy(options, table);
+    if (options.trajectory > 0) {
+      accuracy.run_trajectories();
+    } else if (!options.depths.empty()) {
+      accuracy.run_depths();
+    } else if (!options.ids.empty()) {
+      accuracy.run_text();
+    }
+    for (const std::filesystem::path& path : options.recall) accuracy.run_recall(path);
+  });
   return EXIT_SUCCESS;
 }
 

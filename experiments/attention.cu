@@ -4,7 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <iostream>
+#include <map>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -12,6 +14,8 @@
 
 #include "cuda/bf16_attention.cuh"
 #include "cuda/device/device_buffer.cuh"
+#include "cuda/kv_attention.cuh"
+#include "cuda/kv_cache.cuh"
 #include "cuda/sliding_attention.cuh"
 #include "cuda/sliding_decode.cuh"
 #include "cuda/tq4_attention.cuh"
@@ -22,6 +26,7 @@
 #include "gemma4/config.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 #include "reference/bf16_attention.hpp"
+#include "reference/kv_attention.hpp"
 #include "reference/rms_norm.hpp"
 #include "reference/rope.hpp"
 #include "reference/sliding_attention.hpp"
@@ -35,7 +40,7 @@ constexpr int kBuffers = 4;           ///< caches that the timed calls take in t
 
 /// One line of the table.
 struct Case {
-  std::string kind;   ///< tq4, bf16 or sliding
+  std::string kind;   ///< tq4, a format of one vector, bf16 or sliding
   std::string phase;  ///< decode, prefill or update; step: a decode that begins at the projections of q, k and v
   AttentionShape shape;
   std::int64_t context = 0;
@@ -202,6 +207,156 @@ Measurement measure_tq4_update(const Case& c, Tq4Caches& caches, std::uint32_t s
                    static_cast<double>(2 * s.n_query * s.n_head_kv * tq4_row_bytes(s.head_dim))};
 }
 
+/// The same of one vector for K and V.
+class KvCaches {
+ public:
+  KvCaches(const KvFormat& format, const AttentionShape& shape, std::uint32_t seed, cudaStream_t stream)
+      : format_(format),
+        shape_(shape),
+        codec_(shape.head_dim, format.options),
+        weight_(std::vector<float>(static_cast<std::size_t>(shape.head_dim), 1.0f)),
+        bytes_(cuda::kv_cache_bytes(1, shape.n_head_kv, shape.buffer_len, shape.head_dim, format.options)),
+        memory_(kBuffers * bytes_) {
+    memory_.fill_bytes(0, stream);
+    constexpr std::int64_t kChunk = 8192;
+    const std::int64_t row = shape.n_head_kv * shape.head_dim;
+    cuda::DeviceBuffer<Bf16> k(kChunk * row), v(kChunk * row);
+    cuda::DeviceBuffer<std::int32_t> positions(kChunk);
+    for (std::int64_t first = 0; first < shape.buffer_len; first += kChunk) {
+      const std::int64_t count = std::min(kChunk, shape.buffer_len - first);
+      std::vector<std::int32_t> where(static_cast<std::size_t>(count));
+      std::iota(where.begin(), where.end(), static_cast<std::int32_t>(first));
+      positions.from_host(where, stream);
+      fill_random(k.data(), k.size(), seed + static_cast<std::uint32_t>(2 * first), stream);
+      fill_random(v.data(), v.size(), seed + static_cast<std::uint32_t>(2 * first) + 1, stream);
+      const auto view = [&](const Bf16* data) { return make_view(data, 1, count, shape.n_head_kv, shape.head_dim); };
+      cuda::kv_cache_update<Bf16>(codec_, view(k.data()), view(v.data()), weight_.data(), {positions.data(), count, {}},
+                                  cache(0), stream);
+      cuda::check(cudaStreamSynchronize(stream), "filling of a cache");
+    }
+    for (int i = 1; i < kBuffers; ++i) {
+      cuda::check(cudaMemcpyAsync(cache(i).data, cache(0).data, static_cast<std::size_t>(bytes_),
+                                  cudaMemcpyDeviceToDevice, stream),
+                  "copy of a cache");
+    }
+  }
+
+  [[nodiscard]] const KvFormat& format() const { return format_; }
+  [[nodiscard]] const cuda::KvCodec& codec() const { return codec_; }
+  [[nodiscard]] const float* weight() const { return weight_.data(); }
+  /// Of a token and head.
+  [[nodiscard]] double token_bytes() const {
+    return static_cast<double>(format_.row_bytes(CacheSide::kKey, shape_.head_dim) +
+                               format_.row_bytes(CacheSide::kValue, shape_.head_dim));
+  }
+  [[nodiscard]] cuda::KvRecords cache(int i) {
+    return {memory_.data() + (i % kBuffers) * bytes_,
+            1,
+            shape_.n_head_kv,
+            shape_.buffer_len,
+            shape_.head_dim,
+            format_.options.v_bits,
+            format_.options.r_bits};
+  }
+
+  /// The tokens [0, n) of cache 0 in the shared format.
+  [[nodiscard]] reference::KvCacheBuffer rows(std::int64_t n, cudaStream_t stream) {
+    const std::int64_t h = shape_.n_head_kv, length = shape_.buffer_len;
+    const std::int64_t v_bytes = kv_code_bytes(shape_.head_dim, format_.options.v_bits),
+                       r_bytes = kv_code_bytes(kv_rotated_size(shape_.head_dim), format_.options.r_bits);
+    cuda::DeviceBuffer<std::uint8_t> v_codes(h * length * v_bytes), r_codes(h * length * r_bytes);
+    cuda::DeviceBuffer<KvNorm> v_norm(h * length), r_norm(h * length);
+    cuda::kv_records_to_rows(
+        cache(0),
+        {make_view(v_codes.data(), 1, h, length, v_bytes), make_view(r_codes.data(), 1, h, length, r_bytes),
+         make_view(v_norm.data(), 1, h, length), make_view(r_norm.data(), 1, h, length)},
+        stream);
+    reference::KvCacheBuffer rows(1, h, n, v_bytes, r_bytes);
+    const auto take = [&](const auto& device, auto host, std::int64_t width) {
+      const auto all = device.to_host(stream);
+      for (std::int64_t head = 0; head < h; ++head) {
+        std::copy_n(all.begin() + head * length * width, n * width, host.begin() + head * n * width);
+      }
+    };
+    take(v_codes, rows.v_codes(), v_bytes);
+    take(r_codes, rows.r_codes(), r_bytes);
+    take(v_norm, rows.v_norm(), 1);
+    take(r_norm, rows.r_norm(), 1);
+    return rows;
+  }
+
+ private:
+  KvFormat format_;
+  AttentionShape shape_;
+  cuda::KvCodec codec_;
+  cuda::DeviceBuffer<float> weight_;
+  std::int64_t bytes_;
+  cuda::DeviceBuffer<std::byte> memory_;
+};
+
+/// One attention over one vector for K and V. kv_len is read from the device; compared with the reference first.
+Measurement measure_kv_attention(const Case& c, KvCaches& caches, int tile, std::uint32_t seed, cudaStream_t stream) {
+  const AttentionShape& s = c.shape;
+  const KvOptions& format = caches.format().options;
+  const AttentionOptions options{.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim))};
+  cuda::KvAttentionChoice choice;
+  choice.max_kv_len = c.context;  // the host of a prefill knows
+  const cuda::KvDecodeTile& wanted = cuda::kKvDecodeTiles[static_cast<std::size_t>(std::max(tile, 0))];
+  if (tile >= 0 && wanted.takes(format.v_bits, format.r_bits)) choice.decode.tile = wanted;
+  const cuda::KvAttentionPlan plan = cuda::plan_kv_attention(s, format, options, cuda::current_device(), choice);
+  cuda::DeviceBuffer<Bf16> q(s.n_query * s.n_head * s.head_dim), out(q.size());
+  cuda::DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
+  cuda::DeviceBuffer<std::int32_t> kv_len(std::vector<std::int32_t>{static_cast<std::int32_t>(c.context)});
+  fill_random(q.data(), q.size(), seed, stream);
+  const auto call = [&](int i) {
+    cuda::kv_attention({make_view(std::as_const(q).data(), 1, s.n_query, s.n_head, s.head_dim), caches.weight(),
+                        caches.cache(i), caches.codec(), options, cuda::DeviceCount::on_device(kv_len.data()),
+                        make_view(out.data(), 1, s.n_query, s.n_head, s.head_dim)},
+                       plan, as_span(workspace), stream);
+  };
+  call(0);
+  const std::vector<Bf16> actual = out.to_host(stream), all = q.to_host(stream);
+  const reference::KvCacheBuffer rows = caches.rows(c.context, stream);
+  const std::int64_t n_checked = std::min(s.n_query, kChecked), tail = n_checked * s.n_head * s.head_dim;
+  std::vector<double> queries, expected(static_cast<std::size_t>(tail));
+  for (const Bf16 value : std::span(all).last(expected.size())) queries.push_back(to_float(value));
+  const std::vector<float> weight(static_cast<std::size_t>(s.head_dim), 1.0f);
+  reference::kv_attention<double>(make_view(std::as_const(queries).data(), 1, n_checked, s.n_head, s.head_dim), weight,
+                                  rows.view(), reference::KvCodec<double>(s.head_dim, format), options, c.context,
+                                  make_view(expected.data(), 1, n_checked, s.n_head, s.head_dim));
+  const double io = 4.0 * static_cast<double>(s.n_query * s.n_head * s.head_dim);
+  return {.timing = time_calls(stream, timing_options(causal_flop(s, c.context)), call),
+          .bytes = static_cast<double>(c.context * s.n_head_kv) * caches.token_bytes() + io,
+          .flop = causal_flop(s, c.context),
+          .cosine = cosine(std::span(actual).last(expected.size()), expected)};
+}
+
+/// Compression of n_query new tokens, the last of them at position context - 1.
+Measurement measure_kv_update(const Case& c, KvCaches& caches, std::uint32_t seed, cudaStream_t stream) {
+  const AttentionShape& s = c.shape;
+  std::vector<std::int32_t> where(static_cast<std::size_t>(s.n_query));
+  std::iota(where.begin(), where.end(), static_cast<std::int32_t>(c.context - s.n_query));
+  const cuda::DeviceBuffer<std::int32_t> positions(where);
+  const std::int64_t count = s.n_query * s.n_head_kv * s.head_dim;
+  std::vector<cuda::DeviceBuffer<Bf16>> k, v;  // rotated over like the caches
+  for (int i = 0; i < kBuffers; ++i) {
+    k.emplace_back(count), v.emplace_back(count);
+    fill_random(k.back().data(), count, seed + static_cast<std::uint32_t>(2 * i), stream);
+    fill_random(v.back().data(), count, seed + static_cast<std::uint32_t>(2 * i) + 1, stream);
+  }
+  const auto view = [&](const cuda::DeviceBuffer<Bf16>& x) {
+    return make_view(x.data(), 1, s.n_query, s.n_head_kv, s.head_dim);
+  };
+  const auto call = [&](int i) {
+    const auto b = static_cast<std::size_t>(i % kBuffers);
+    cuda::kv_cache_update<Bf16>(caches.codec(), view(k[b]), view(v[b]), caches.weight(),
+                                {positions.data(), s.n_query, {}}, caches.cache(i), stream);
+  };
+  return {
+      .timing = time_calls(stream, {}, call),
+      .bytes = 4.0 * static_cast<double>(count) + static_cast<double>(s.n_query * s.n_head_kv) * caches.token_bytes()};
+}
+
 /// One attention over a flat bf16 cache. Short contexts walk through a buffer of 131072 tokens, call by call.
 Measurement measure_bf16_attention(const Case& c, std::uint32_t seed, cudaStream_t stream) {
   AttentionShape s = c.shape;
@@ -357,8 +512,9 @@ Measurement measure_sliding_step(const Case& c, std::uint32_t seed, cudaStream_t
 
 struct Options {
   DriverOptions driver;
-  std::vector<std::string> kinds = {"tq4"};
-  std::vector<std::int64_t> n_queries = {1, 4, 2048};
+  std::vector<std::string> one_vector = {"kv5r4", "kv4r4"};
+  int tile = -1;  ///< of kKvDecodeTiles, where it takes the format; -1: as planned
+  std::vector<std::int64_t> n_queries = {1, 4, 8, 2048};
   std::int64_t buffer_len = 131072;
   std::int64_t n_head = 32, n_head_kv = 4, head_dim = 512;
 };
@@ -376,9 +532,14 @@ std::vector<Case> cases_of(const Options& options) {
       if (context < n_query || context > options.buffer_len) continue;
       const std::string phase = n_query <= cuda::kTq4DecodeQueries ? "decode" : "prefill";
       cases.push_back({"tq4", phase, shape, context});
+      for (const std::string& kind : options.one_vector) {
+        cases.push_back({kind, n_query <= cuda::kKvDecodeQueries ? "decode" : "prefill", shape, context});
+      }
       cases.push_back({"bf16", phase, shape, context});
     }
-    cases.push_back({"tq4", "update", shape, std::min(options.buffer_len, std::int64_t{60000} + n_query)});
+    const std::int64_t update_end = std::min(options.buffer_len, std::int64_t{60000} + n_query);
+    cases.push_back({"tq4", "update", shape, update_end});
+    for (const std::string& kind : options.one_vector) cases.push_back({kind, "update", shape, update_end});
     // A sliding layer of the 31B model; its context is beyond the first window.
     const AttentionShape ring{
         .batch = 1, .n_query = n_query, .n_head = 32, .n_head_kv = 16, .head_dim = 256, .buffer_len = 1024};
@@ -410,45 +571,63 @@ void write_row(ResultTable& table, const Case& c, const Measurement& m, double c
   }
 }
 
+const TableShape kShape = {{"kind", "phase", "n_query", "context", "n_head", "n_head_kv", "head_dim", "buffer_len"},
+                           {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "tflop_per_s",
+                            "ratio_to_copy", "ratio_to_gemm", "copy_gb_per_s", "gemm_tflop_per_s", "cosine"},
+                           {"kind", "phase", "n_query", "context", "median_us", "p10_us", "p90_us", "gb_per_s",
+                            "ratio_to_copy", "tflop_per_s", "cosine", "status"}};
+
+void measure(const Options& options, ResultTable& table) {
+  const cuda::Stream stream;
+  const auto seed = static_cast<std::uint32_t>(options.driver.seed);
+  const double copy_rate = copy_gb_per_s(stream), gemm_rate = gemm_tflops(stream);
+  const std::vector<Case> cases = cases_of(options);
+  Tq4Caches caches(cases.front().shape, seed, stream);
+  std::map<std::string, KvCaches> one_vector;
+  for (const std::string& name : options.one_vector) {
+    const std::optional<KvFormat> format = KvFormat::parse(name);
+    require(format && format->options.has_codes(), "--one-vector: '", name, "' is no format of codes; the grammar is ",
+            KvFormat::grammar());
+    one_vector.try_emplace(name, *format, cases.front().shape, seed, stream);
+  }
+  Progress bar("attention", static_cast<std::int64_t>(cases.size()), progress_options(options.driver, "case"));
+  for (const Case& c : cases) {
+    const auto kv = one_vector.find(c.kind);
+    const bool is_update = c.phase == "update";
+    const Measurement m = kv != one_vector.end()
+                              ? (is_update ? measure_kv_update(c, kv->second, seed, stream)
+                                           : measure_kv_attention(c, kv->second, options.tile, seed, stream))
+                          : c.phase == "step"   ? measure_sliding_step(c, seed, stream)
+                          : c.kind == "sliding" ? measure_sliding_attention(c, seed, stream)
+                          : c.kind == "bf16"    ? measure_bf16_attention(c, seed, stream)
+                          : is_update           ? measure_tq4_update(c, caches, seed, stream)
+                                                : measure_tq4_attention(c, caches, seed, stream);
+    write_row(table, c, m, copy_rate, gemm_rate);
+    bar.advance();
+  }
+}
+
 void run(int argc, char** argv) {
   CLI::App app("How fast attention and the cache update are, against the memory's and the matrix units' rates.");
   Options options;
   options.driver.contexts = {512, 2048, 8192, 32768, 131072};
   add_contexts(app, options.driver);
-  app.add_option("--n-query", options.n_queries, "Queries of a call, and new tokens of an update, comma-separated")
+  add_whole(app, "--n-query", options.n_queries, "Queries of a call, and new tokens of an update, comma-separated",
+            {1, 4096})
+      ->delimiter(',');
+  app.add_option("--one-vector", options.one_vector, "Formats of one vector for K and V, comma-separated")
       ->delimiter(',')
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{4096}))
       ->capture_default_str();
-  app.add_option("--buffer", options.buffer_len, "Tokens that a cache holds")
-      ->check(CLI::Range(std::int64_t{4096}, std::int64_t{1} << 20))
-      ->capture_default_str();
+  add_whole(app, "--one-vector-tile", options.tile, "Compiled configuration of their decode, by number; -1: as planned",
+            {-1, static_cast<std::int64_t>(cuda::kKvDecodeTiles.size()) - 1});
+  add_whole(app, "--buffer", options.buffer_len, "Tokens that a cache holds", {4096, std::int64_t{1} << 20});
   add_seed(app, options.driver);
   add_out(app, options.driver);
   add_quiet(app, options.driver);
   parse(app, argc, argv);
 
   const RunInfo info = gpu_run_info("attention", argc, argv, options.driver.seed);
-  ResultTable table(result_path(options.driver, info), info,
-                    {"kind", "phase", "n_query", "context", "n_head", "n_head_kv", "head_dim", "buffer_len"},
-                    {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "tflop_per_s", "ratio_to_copy",
-                     "ratio_to_gemm", "copy_gb_per_s", "gemm_tflop_per_s", "cosine"});
-  const cuda::Stream stream;
-  const auto seed = static_cast<std::uint32_t>(options.driver.seed);
-  const double copy_rate = copy_gb_per_s(stream), gemm_rate = gemm_tflops(stream);
-  const std::vector<Case> cases = cases_of(options);
-  Tq4Caches caches(cases.front().shape, seed, stream);
-  Progress bar("attention", static_cast<std::int64_t>(cases.size()), progress_options(options.driver, "case"));
-  for (const Case& c : cases) {
-    const Measurement m = c.phase == "step"     ? measure_sliding_step(c, seed, stream)
-                          : c.kind == "sliding" ? measure_sliding_attention(c, seed, stream)
-                          : c.kind == "bf16"    ? measure_bf16_attention(c, seed, stream)
-                          : c.phase == "update" ? measure_tq4_update(c, caches, seed, stream)
-                                                : measure_tq4_attention(c, caches, seed, stream);
-    write_row(table, c, m, copy_rate, gemm_rate);
-    bar.advance();
-  }
-  table.print(std::cout, {"kind", "phase", "n_query", "context", "median_us", "p10_us", "p90_us", "gb_per_s",
-                          "ratio_to_copy", "tflop_per_s", "cosine", "status"});
+  run_table(options.driver, info, kShape, [&](ResultTable& table) { measure(options, table); });
 }
 
 }  // namespace

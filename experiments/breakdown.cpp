@@ -105,42 +105,7 @@ class Run {
   std::vector<std::int32_t> ids_;
 };
 
-void run(int argc, char** argv) {
-  CLI::App app(
-      "Time of every component in a decode step and in a prefill chunk at given depths, from events around each of "
-      "them. "
-      "Such a run launches kernels one by one and lets none overlap with the next: its total is longer than a step "
-      "takes "
-      "(see throughput), and shares are what it is for. Needs a CUDA device.");
-  Options options;
-  const CLI::Range tokens(std::int64_t{1}, std::int64_t{1} << 24);
-  add_model(app, options);
-  add_caches(app, options);
-  app.add_option("--depths", options.depths, "Depths, increasing")
-      ->delimiter(',')
-      ->check(tokens)
-      ->capture_default_str();
-  app.add_option("--context", options.context, "Positions that the caches hold; 0: the last depth and one chunk")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Tokens of a chunk")->check(tokens)->capture_default_str();
-  app.add_option("--decode-tokens", options.n_decode, "Decode steps that are averaged")
-      ->check(CLI::Range(std::int64_t{1}, kMaxRewind - 1))
-      ->capture_default_str();
-  add_policy(app, options);
-  add_ids(app, options);
-  add_seed(app, options);
-  add_out(app, options);
-  add_quiet(app, options);
-  parse(app, argc, argv);
-  require(!options.depths.empty(), "--depths: need at least one");
-  for (std::size_t i = 1; i < options.depths.size(); ++i) {
-    require(options.depths[i] >= options.depths[i - 1] + options.chunk, "--depths: ", options.depths[i], " after ",
-            options.depths[i - 1], "; the chunk of ", options.chunk, " that is measured at a depth stays in the cache");
-  }
-
-  const RunInfo info = device_run_info("breakdown", argc, argv, options.seed);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
+void measure(const Options& options, ResultTable& table) {
   const auto settings = [&](const std::string& cache) {
     CudaSettings result{.cache = with_seed(parse_cache_spec(cache), options.seed),
                         .max_chunk = options.chunk,
@@ -154,7 +119,38 @@ void run(int argc, char** argv) {
   for (const std::string& cache : options.caches) {
     Run(options, table, *model, settings(cache), model_desc(options.model)).run();
   }
-  table.print(std::cout, {"cache", "phase", "n_depth", "component", "us", "share", "n_call"});
+}
+
+void run(int argc, char** argv) {
+  CLI::App app(
+      "Time of every component in a decode step and in a prefill chunk at given depths, from events around each of "
+      "them. "
+      "Such a run launches kernels one by one and lets none overlap with the next: its total is longer than a step "
+      "takes "
+      "(see throughput), and shares are what it is for. Needs a CUDA device.");
+  Options options;
+  add_model(app, options);
+  add_caches(app, options);
+  add_tokens(app, "--depths", options.depths, "Depths, increasing")->delimiter(',');
+  add_tokens(app, "--context", options.context, "Positions that the caches hold; 0: the last depth and one chunk", 0);
+  add_tokens(app, "--chunk", options.chunk, "Tokens of a chunk");
+  add_whole(app, "--decode-tokens", options.n_decode, "Decode steps that are averaged", {1, kMaxRewind - 1});
+  add_policy(app, options);
+  add_ids(app, options);
+  add_seed(app, options);
+  add_out(app, options);
+  add_quiet(app, options);
+  parse(app, argc, argv);
+  require(!options.depths.empty(), "--depths: need at least one");
+  for (std::size_t i = 1; i < options.depths.size(); ++i) {
+    require(options.depths[i] >= options.depths[i - 1] + options.chunk, "--depths: ", options.depths[i], " after ",
+            options.depths[i - 1], "; the chunk of ", options.chunk, " that is measured at a depth stays in the cache");
+  }
+
+  const RunInfo info = device_run_info("breakdown", argc, argv, options.seed);
+  run_table(options, info,
+            {kParameters, kMeasures, {"cache", "phase", "n_depth", "component", "us", "share", "n_call"}},
+            [&](ResultTable& table) { measure(options, table); });
 }
 
 }  // namespace

@@ -19,9 +19,7 @@ int run(int argc, char** argv) {
       "where "
       "there is none, or less free than --free-gib.");
   double needed_gib = 0;
-  app.add_option("--free-gib", needed_gib, "GiB that must be free")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
+  add_real(app, "--free-gib", needed_gib, "GiB that must be free", {});
   parse(app, argc, argv);
   if (const std::optional<std::string> reason = missing_device()) {
     std::cout << "no CUDA device: " << *reason << "\n";

@@ -9,11 +9,16 @@
 #include <filesystem>
 #include <iostream>
 #include <string>
+#include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "experiments/build_info.hpp"
+#include "experiments/support/numbers.hpp"
+#include "experiments/support/process.hpp"
 #include "gemma4/cache_formats.hpp"
+#include "gemma4/partial_file.hpp"
 #include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/progress.hpp"
@@ -31,6 +36,10 @@
 ///     ...
 ///   }
 ///   int main(int argc, char** argv) { return run_main(argc, argv, run); }
+///
+/// What a driver owes to whoever runs it comes with these: numbers by add_whole() and its like (support/numbers.hpp),
+/// the table by run_table(), output by std::cout, other files by write_whole_file(), everything under run_main()
+/// (support/process.hpp). tests/house/ holds every driver to it.
 namespace gemma4::experiment {
 
 /// The values of the shared flags. A driver adds those it uses, and sets its own defaults before.
@@ -87,10 +96,7 @@ inline CLI::Option* add_cache(CLI::App& app, DriverOptions& options) {
 }
 
 inline CLI::Option* add_contexts(CLI::App& app, DriverOptions& options) {
-  return app.add_option("--contexts", options.contexts, "Context lengths in tokens, comma-separated")
-      ->delimiter(',')
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
-      ->capture_default_str();
+  return add_tokens(app, "--contexts", options.contexts, "Context lengths in tokens, comma-separated")->delimiter(',');
 }
 
 inline CLI::Option* add_ids(CLI::App& app, DriverOptions& options) {
@@ -104,7 +110,9 @@ inline CLI::Option* add_recall(CLI::App& app, DriverOptions& options) {
 }
 
 inline CLI::Option* add_seed(CLI::App& app, DriverOptions& options) {
-  return app.add_option("--seed", options.seed, "Seed of everything random")->capture_default_str();
+  return app.add_option("--seed", options.seed, "Seed of everything random")
+      ->check(within(Limits<std::uint64_t>{}))
+      ->capture_default_str();
 }
 
 inline CLI::Option* add_out(CLI::App& app, DriverOptions& options) {
@@ -149,10 +157,47 @@ inline void show_plans(const DriverOptions& options, const std::string& what, co
   return progress;
 }
 
-/// Leaves run_main() with an exit code; the message has been printed.
-struct Exit {
-  int code = EXIT_SUCCESS;
+/// The columns of a driver's table, and those of them that are printed in the end; none: the driver prints by itself.
+struct TableShape {
+  std::vector<std::string> parameters;
+  std::vector<std::string> measures;
+  std::vector<std::string> shown;
 };
+
+/// Opens the table, runs work(table), and prints the rows that there are, whatever became of the work or of the file: a
+/// row that the disk does not take is still seen. Then what was wrong is thrown on.
+/// @param path empty: no file
+template <class TWork>
+void run_table(const std::filesystem::path& path, const RunInfo& info, const TableShape& shape, TWork&& work) {
+  ResultTable table(path, info, shape.parameters, shape.measures);
+  table.keep_rows();
+  std::exception_ptr first;
+  const auto attempt = [&](auto&& step) {
+    try {
+      step();
+    } catch (const std::exception& error) {
+      if (first) std::cerr << "error: " << error.what() << '\n';
+      if (!first) first = std::current_exception();
+    }
+  };
+  attempt([&] { work(table); });
+  if (!shape.shown.empty() && (table.n_row() > 0 || !first))
+    attempt([&] { table.print_with_failures(std::cout, shape.shown); });
+  attempt([&] { table.finish(); });
+  if (first) std::rethrow_exception(first);
+}
+/// The same with the file that --out stands for.
+template <class TWork>
+void run_table(const DriverOptions& options, const RunInfo& info, const TableShape& shape, TWork&& work) {
+  run_table(result_path(options, info), info, shape, std::forward<TWork>(work));
+}
+
+/// A text as a file that is there whole or not at all.
+inline void write_whole_file(const std::filesystem::path& path, std::string_view text) {
+  PartialFile file(path);
+  file.write(text);
+  file.commit();
+}
 
 /// Parses the command line. --help prints and leaves with code 0, a mistake with the message and another code.
 inline void parse(CLI::App& app, int argc, char** argv) {
@@ -166,25 +211,17 @@ inline void parse(CLI::App& app, int argc, char** argv) {
   }
 }
 
-/// Runs fn(argc, argv), which returns an exit code or nothing. Whatever it throws is printed as `error: ...` on stderr
-/// and ends the program with a code that is not 0; nothing escapes main.
+/// The main of every driver: run_process() around fn(argc, argv), which returns an exit code or nothing.
 template <class TFunction>
 [[nodiscard]] int run_main(int argc, char** argv, TFunction&& fn) {
-  try {
+  return run_process([&] {
     if constexpr (std::is_void_v<std::invoke_result_t<TFunction, int, char**>>) {
       fn(argc, argv);
       return EXIT_SUCCESS;
     } else {
-      return fn(argc, argv);
+      return static_cast<int>(fn(argc, argv));
     }
-  } catch (const Exit& exit) {
-    return exit.code;
-  } catch (const std::exception& error) {
-    std::cerr << "error: " << error.what() << std::endl;
-  } catch (...) {
-    std::cerr << "error: an exception of an unknown type" << std::endl;
-  }
-  return EXIT_FAILURE;
+  });
 }
 
 }  // namespace gemma4::experiment

@@ -1,87 +1,243 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <iomanip>
 #include <iostream>
-#include <iterator>
+#include <memory>
+#include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/answer.hpp"
+#include "experiments/support/chat_console.hpp"
 #include "experiments/support/cuda_model.hpp"
+#include "experiments/support/input_text.hpp"
+#include "experiments/support/interruptions.hpp"
+#include "experiments/support/notes.hpp"
+#include "experiments/support/sequence.hpp"
 #include "gemma4/gguf/config_from_gguf.hpp"
-#include "gemma4/model/model.hpp"
+#include "gemma4/gguf/text_model.hpp"
+#include "gemma4/json.hpp"
 #include "gemma4/sampler.hpp"
-#include "gemma4/text/chat_template.hpp"
+#include "gemma4/text/chat_message.hpp"
+#include "gemma4/text/conversation.hpp"
+#include "gemma4/text/sampling_defaults.hpp"
 #include "gemma4/text/tokenizer.hpp"
-#include "reference/backend.hpp"
-#include "reference/sampler.hpp"
 
 /// What does the model say?
 namespace {
 
 using namespace gemma4;
 using namespace gemma4::experiment;
-using Clock = std::chrono::steady_clock;
+
+/// Of an interactive chat, where nobody knows how long it will be.
+constexpr std::int64_t kChatContext = 16384;
 
 struct Options : DriverOptions {
   std::string prompt;
   std::filesystem::path file;
   std::string chat;
+  std::filesystem::path messages;
+  std::string system;
+  bool has_chat = false, has_system = false;
+  bool is_interactive = false;  ///< --chat without a text
+  bool think = false, keep_thoughts = false, allow_markers = false;
   std::int64_t max_tokens = 128;
+  bool has_max_tokens = false;
   std::int64_t context = 0;
   std::int64_t chunk = 512;
   SamplerSettings sampler;
+  GivenSampling given;
   bool echo = false;
   bool profile = false;
+
+  [[nodiscard]] bool is_chat() const { return has_chat || !messages.empty(); }
 };
 
-[[nodiscard]] std::string read_text(const std::filesystem::path& path) {
-  std::ifstream stream(path, std::ios::binary);
-  require(stream.good(), "cannot read ", path.string());
-  return {std::istreambuf_iterator<char>(stream), {}};
+// ---- the command line
+
+/// What the options of an App tell only after it has parsed.
+struct Seen {
+  CLI::Option *chat, *system, *temperature, *top_k, *top_p, *max_tokens;
+};
+
+[[nodiscard]] std::string check_input(const std::string& path) {
+  return path == "-" ? std::string() : CLI::ExistingFile(path);
+}
+
+void add_text(CLI::App& app, Options& options, Seen& seen) {
+  CLI::Option* const prompt = app.add_option("--prompt", options.prompt, "Text to continue");
+  CLI::Option* const file =
+      app.add_option("--file", options.file, "File with the text to continue; - for standard input")
+          ->check(CLI::Validator(check_input, "FILE"));
+  seen.chat = app.add_option("--chat", options.chat,
+                             "A user's message, put into the chat template; without a text a chat: on a terminal, or a "
+                             "message a line from standard input")
+                  ->expected(0, 1)
+                  ->excludes(prompt)
+                  ->excludes(file);
+  app.add_option(
+         "--messages", options.messages,
+         "JSON file of messages, [{\"role\": \"user\", \"content\": ...}, ...], to answer; with --chat to go on "
+         "from; - for standard input")
+      ->check(CLI::Validator(check_input, "FILE"))
+      ->excludes(prompt)
+      ->excludes(file);
+  file->excludes(prompt);
+  seen.system = app.add_option("--system", options.system, "In a chat: what the model is told first");
+  app.add_flag("--think", options.think, "In a chat: the model thinks before it answers; its thoughts go to stderr");
+  app.add_flag(
+      "--keep-thoughts", options.keep_thoughts,
+      "In a chat that goes on: thoughts of earlier answers stay in the cache, so that nothing is read twice; the "
+      "template drops them");
+  app.add_flag("--allow-markers", options.allow_markers,
+               "Markers such as <|turn> in what you write are markers; else they are text");
+}
+
+void add_sampling(CLI::App& app, Options& options, Seen& seen) {
+  seen.temperature = add_real(app, "--temperature", options.sampler.temperature,
+                              "0: always the most likely token; where not given, as the file says", {});
+  seen.top_k = add_whole(app, "--top-k", options.sampler.top_k,
+                         "Only the k most likely tokens; 0: all; where not given, as the file says", {0, INT32_MAX});
+  seen.top_p =
+      add_real(app, "--top-p", options.sampler.top_p,
+               "Only the most likely tokens that reach p together; 1: all; where not given, as the file says", {0, 1});
+  seen.max_tokens = add_tokens(app, "--max-tokens", options.max_tokens,
+                               "Tokens to generate at most; an interactive chat has no limit but the context's", 0);
+  add_tokens(app, "--context", options.context,
+             "Positions that the caches hold; 0: prompt and generated tokens, in an interactive chat 16384", 0);
+  add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
+}
+
+/// Whether a --chat on the command line has no text, not even an empty one.
+[[nodiscard]] bool has_bare_chat(int argc, char** argv) {
+  const std::span<char*> arguments(argv, static_cast<std::size_t>(argc));
+  const auto found =
+      std::ranges::find(arguments, std::string_view("--chat"), [](char* text) { return std::string_view(text); });
+  return found != arguments.end() && (found + 1 == arguments.end() || (*(found + 1))[0] != '\0');
+}
+
+void check_options(const Options& options) {
+  require(options.is_chat() || !(options.has_system || options.think || options.keep_thoughts),
+          "--system, --think and --keep-thoughts need a chat: --chat or --messages");
+  require(!options.profile || options.backend == "cuda",
+          "--profile: needs --backend cuda; the reference has no events");
+  require(!options.profile || !options.is_interactive, "--profile: needs a --chat with a text");
+  require(!options.echo || !options.is_interactive, "--echo: needs a --chat with a text");
+  require(!options.is_interactive || options.messages != "-",
+          "--messages -: standard input is what --chat without a text reads; give --chat a text, or a file");
+}
+
+[[nodiscard]] Options parse_options(int argc, char** argv) {
+  CLI::App app(
+      "Continues a prompt or a file, or chats. The text goes to stdout, thoughts, progress, rates and why it ended to "
+      "stderr.");
+  Options options;
+  Seen seen{};
+  options.caches = {"tq4"};
+  add_model(app, options);
+  add_text(app, options, seen);
+  add_sampling(app, options, seen);
+  app.add_flag("--echo", options.echo, "Write the prompt before its continuation");
+  app.add_flag("--profile", options.profile,
+               "With --backend cuda: launch every step anew, without a graph, and say what each component took");
+  add_policy(app, options);
+  add_cache(app, options);
+  add_backend(app, options);
+  add_seed(app, options);
+  add_quiet(app, options);
+  parse(app, argc, argv);
+  options.has_chat = seen.chat->count() > 0;
+  options.has_system = seen.system->count() > 0;
+  options.is_interactive = options.has_chat && options.chat.empty() && has_bare_chat(argc, argv);
+  options.has_max_tokens = seen.max_tokens->count() > 0;
+  options.given = {
+      .temperature = seen.temperature->count() > 0, .top_k = seen.top_k->count() > 0, .top_p = seen.top_p->count() > 0};
+  options.sampler.seed = options.seed;
+  check_options(options);
+  return options;
+}
+
+// ---- what is asked
+
+[[nodiscard]] std::vector<ChatMessage> first_messages(const Options& options) {
+  std::vector<ChatMessage> messages;
+  if (!options.messages.empty()) {
+    const std::string source = options.messages.string();
+    messages = chat_messages(parse_json(read_input("--messages", options.messages), source), source);
+    require(!messages.empty(), "--messages ", source, ": there is no message in it");
+  }
+  if (options.has_system) {
+    require(messages.empty() || !is_system_role(messages.front().role), "--system: ", options.messages.string(),
+            " begins with a system message of its own");
+    messages.insert(messages.begin(), {.role = "system", .content = options.system});
+  }
+  return messages;
+}
+
+[[nodiscard]] Conversation conversation(const Options& options, const Tokenizer& tokenizer) {
+  const ChatOptions chat{.thinking = options.think ? Thinking::kOn : Thinking::kOff,
+                         .allow_markers = options.allow_markers};
+  Conversation result(tokenizer, chat, first_messages(options), options.keep_thoughts);
+  if (options.has_chat && !options.is_interactive) result.say(options.chat);
+  return result;
 }
 
 [[nodiscard]] std::vector<std::int32_t> prompt_ids(const Options& options, const Tokenizer& tokenizer) {
-  if (options.chat.empty()) {
-    return tokenizer.encode(options.file.empty() ? options.prompt : read_text(options.file));
+  if (options.is_chat()) return conversation(options, tokenizer).prompt();
+  const std::string text = options.file.empty() ? options.prompt : read_input("--file", options.file);
+  const TextRange all{.begin = 0, .end = text.size()};
+  EncodeOptions encode{.add_bos = {}, .parse_special = options.allow_markers};
+  if (!options.allow_markers) encode.plain = std::span(&all, 1);
+  std::vector<std::int32_t> ids = tokenizer.encode(text, encode);
+  require(!ids.empty(), "the prompt has no tokens: give --prompt, --file, --chat or --messages");
+  return ids;
+}
+
+/// As the command line says, else as the file does, which is said on stderr.
+[[nodiscard]] SamplerSettings sampler_settings(const Options& options, const GgufFile& gguf) {
+  SamplerSettings settings = options.sampler;
+  const SamplingDefaults defaults = sampling_defaults(gguf);
+  const std::string taken = apply_sampling_defaults(settings, defaults, options.given);
+  show_notes(defaults.notes);
+  if (!taken.empty()) std::cerr << taken << '\n';
+  validate(settings);
+  return settings;
+}
+
+// ---- the model
+
+/// A model in memory, and the one sequence that it holds.
+struct Loaded {
+  std::unique_ptr<CudaModel> device;
+  std::optional<ModelWeights> weights;
+  std::unique_ptr<Sequence> sequence;
+};
+
+[[nodiscard]] Loaded load(const Options& options, const GgufFile& gguf, std::int64_t context) {
+  CudaSettings settings{.cache = with_seed(parse_cache_spec(options.caches.front()), options.seed),
+                        .context = context,
+                        .max_chunk = options.chunk,
+                        .policy = options.policy()};
+  settings.policy.graph = settings.policy.graph && !options.profile;
+  Loaded loaded;
+  if (options.backend == "cuda") {
+    loaded.device = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, settings);
+    loaded.sequence = std::make_unique<DeviceSequence>(*loaded.device, settings);
+  } else {
+    loaded.weights.emplace(weights_from_gguf(gguf));
+    show_notes(model_notes(gguf));
+    loaded.sequence = std::make_unique<ReferenceSequence>(
+        *loaded.weights, reference::BackendOptions{
+                             .cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk});
   }
-  const std::vector<ChatMessage> messages = {{"user", options.chat}};
-  return encode_chat(tokenizer, messages);
-}
-
-[[nodiscard]] double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-void print_rate(const char* what, std::int64_t count, double seconds) {
-  std::cerr << what << ": " << count << " tokens in " << seconds << " s, " << static_cast<double>(count) / seconds
-            << " tokens/s\n";
-}
-
-/// Tokens until an end token, the limit or a full context, each written to stdout as it comes; returns how many forward
-/// passes there were.
-template <class TBackend>
-[[nodiscard]] std::int64_t decode_loop(Model<TBackend>& model, TBackend& backend, const Tokenizer& tokenizer,
-                                       const Options& options) {
-  std::vector<float> logits(static_cast<std::size_t>(backend.config().vocab));
-  std::int64_t n_forward = 0;
-  for (std::int64_t n = 0; n < options.max_tokens; ++n) {
-    backend.copy_logits(0, logits);
-    const std::int32_t token = reference::sample(logits, options.sampler, model.position() - 1);
-    if (tokenizer.is_end(token)) break;
-    std::cout << tokenizer.decode_piece(token, {.skip_control = true}) << std::flush;
-    if (n + 1 == options.max_tokens || model.position() == backend.context()) break;
-    model.decode(token);
-    ++n_forward;
-  }
-  std::cout << "\n";
-  return n_forward;
+  show_plans(options, to_string(settings.cache), loaded.sequence->step_plans());
+  return loaded;
 }
 
 /// Where the time went, to stderr: the longest first.
@@ -97,115 +253,58 @@ void print_profile(const char* what, std::vector<ComponentTime> times) {
   }
 }
 
-/// The same text from the device, where the chosen token stays: the host sees it some steps later, and prints.
-void run_cuda(const Options& options, const Tokenizer& tokenizer, std::span<const std::int32_t> ids,
-              const CudaSettings& settings) {
-  const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, settings);
-  const auto session = model->make_session(settings);
-  show_plans(options, to_string(settings.cache), session->step_plans());
+// ---- the two ways to run
+
+/// One prompt, one text. @return the exit code
+int run_once(const Options& options, const GgufFile& gguf, const Tokenizer& tokenizer, const SamplerSettings& sampler) {
+  const std::vector<std::int32_t> ids = prompt_ids(options, tokenizer);
+  const auto n_prompt = static_cast<std::int64_t>(ids.size());
+  const std::int64_t wanted = std::min(n_prompt + options.max_tokens, config_from_gguf(gguf).context);
+  const Loaded loaded = load(options, gguf, options.context > 0 ? options.context : wanted);
+  Sequence& sequence = *loaded.sequence;
   const auto profiled = [&](const char* what, const std::function<void()>& work) {
-    options.profile ? print_profile(what, session->profile(work)) : work();
+    options.profile ? print_profile(what, sequence.profile(work)) : work();
   };
-  Stretch prompt, decoded;
+  Answer answer;
   {
-    Progress progress("prompt", static_cast<std::int64_t>(ids.size()), progress_options(options, "tokens"));
-    profiled("prompt",
-             [&] { prompt = session->prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); }); });
-  }
-  if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
-  const std::int64_t n_token = std::min(options.max_tokens, settings.context - session->position());
-  if (n_token > 0) {
-    profiled("decode", [&] {
-      decoded = session->decode(n_token, options.sampler, [&](std::int32_t token) {
-        if (tokenizer.is_end(token)) return false;
-        std::cout << tokenizer.decode_piece(token, {.skip_control = true}) << std::flush;
-        return true;
-      });
+    Progress progress("prompt", n_prompt, progress_options(options, "tokens"));
+    profiled("prompt", [&] {
+      answer.prompt = sequence.prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
     });
   }
-  std::cout << "\n";
-  print_rate("prompt", prompt.n_token, 1e-6 * prompt.us);
-  if (decoded.n_token > 0) print_rate("decode", decoded.n_token, 1e-6 * decoded.us);
+  if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
+  AnswerPrinter printer(tokenizer, options.is_chat(), options.is_quiet ? nullptr : &std::cerr);
+  printer.begin(ids);
+  {
+    const Interruptions interruptions;
+    profiled("decode", [&] { write_answer(sequence, tokenizer, options.max_tokens, sampler, printer, answer); });
+  }
+  print_rate("prompt", answer.prompt);
+  print_rate("decode", answer.decode);
+  std::cerr << "end: " << end_text(answer, tokenizer, options.max_tokens, sequence.context()) << '\n';
+  return answer.end == AnswerEnd::kInterrupted ? kInterruptedExit : EXIT_SUCCESS;
 }
 
-void run_reference(const Options& options, const GgufFile& gguf, const Tokenizer& tokenizer,
-                   std::span<const std::int32_t> ids, const CudaSettings& settings) {
-  const ModelWeights weights = weights_from_gguf(gguf);
-  reference::Backend<float> backend(
-      weights, {.cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk});
-  Model<reference::Backend<float>> model(backend);
-  show_plans(options, to_string(settings.cache), backend.step_plans());
-  const auto prefill_start = Clock::now();
-  {
-    Progress progress("prompt", static_cast<std::int64_t>(ids.size()), progress_options(options, "tokens"));
-    model.prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
-  }
-  const double prefill_seconds = seconds_since(prefill_start);
-  if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
-  const auto decode_start = Clock::now();
-  const std::int64_t n_forward = decode_loop(model, backend, tokenizer, options);
-  const double decode_seconds = seconds_since(decode_start);
-  print_rate("prompt", static_cast<std::int64_t>(ids.size()), prefill_seconds);
-  if (n_forward > 0) print_rate("decode", n_forward, decode_seconds);
+int run_chat(const Options& options, const GgufFile& gguf, const Tokenizer& tokenizer, const SamplerSettings& sampler) {
+  Conversation chat = conversation(options, tokenizer);
+  const std::int64_t context =
+      options.context > 0 ? options.context : std::min(kChatContext, config_from_gguf(gguf).context);
+  const Loaded loaded = load(options, gguf, context);
+  ChatSettings settings{.chunk = options.chunk, .sampler = sampler};
+  if (options.has_max_tokens) settings.max_tokens = options.max_tokens;
+  if (options.is_quiet) settings.thoughts = nullptr;
+  const bool was_interrupted = ChatConsole(*loaded.sequence, chat, tokenizer, settings).run();
+  return was_interrupted ? kInterruptedExit : EXIT_SUCCESS;
 }
 
 int run(int argc, char** argv) {
-  CLI::App app("Continues a prompt, a file or a chat message. The text goes to stdout, progress and rates to stderr.");
-  Options options;
-  options.caches = {"tq4"};
-  add_model(app, options);
-  CLI::Option* prompt = app.add_option("--prompt", options.prompt, "Text to continue");
-  CLI::Option* file =
-      app.add_option("--file", options.file, "File with the text to continue")->check(CLI::ExistingFile);
-  app.add_option("--chat", options.chat, "A user's message, put into the chat template")
-      ->excludes(prompt)
-      ->excludes(file);
-  file->excludes(prompt);
-  app.add_option("--temperature", options.sampler.temperature, "0: always the most likely token")
-      ->capture_default_str();
-  app.add_option("--top-k", options.sampler.top_k, "Only the k most likely tokens; 0: all")->capture_default_str();
-  app.add_option("--top-p", options.sampler.top_p, "Only the most likely tokens that reach p together; 1: all")
-      ->capture_default_str();
-  app.add_option("--max-tokens", options.max_tokens, "Tokens to generate at most")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--context", options.context, "Positions that the caches hold; 0: prompt and generated tokens")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Prompt tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_flag("--echo", options.echo, "Write the prompt before its continuation");
-  app.add_flag("--profile", options.profile,
-               "With --backend cuda: launch every step anew, without a graph, and say what each component took");
-  add_policy(app, options);
-  add_cache(app, options);
-  add_backend(app, options);
-  add_seed(app, options);
-  add_quiet(app, options);
-  parse(app, argc, argv);
-  require(!options.profile || options.backend == "cuda",
-          "--profile: needs --backend cuda; the reference has no events");
-  options.sampler.seed = options.seed;
-  validate(options.sampler);
-
+  const Options options = parse_options(argc, argv);
   const GgufFile gguf = GgufFile::open(options.model);
   const Tokenizer tokenizer(gguf);
-  const std::vector<std::int32_t> ids = prompt_ids(options, tokenizer);
-  require(!ids.empty(), "the prompt has no tokens: give --prompt, --file or --chat");
-  CudaSettings settings{.cache = with_seed(parse_cache_spec(options.caches.front()), options.seed),
-                        .max_chunk = options.chunk};
-  settings.policy = options.policy();
-  settings.policy.graph = settings.policy.graph && !options.profile;
-  settings.context = options.context > 0 ? options.context
-                                         : std::min(static_cast<std::int64_t>(ids.size()) + options.max_tokens,
-                                                    config_from_gguf(gguf).context);
-  if (options.backend == "cuda") {
-    run_cuda(options, tokenizer, ids, settings);
-  } else {
-    run_reference(options, gguf, tokenizer, ids, settings);
-  }
-  return EXIT_SUCCESS;
+  show_notes(tokenizer.vocabulary().notes());
+  const SamplerSettings sampler = sampler_settings(options, gguf);
+  return options.is_interactive ? run_chat(options, gguf, tokenizer, sampler)
+                                : run_once(options, gguf, tokenizer, sampler);
 }
 
 }  // namespace

@@ -51,8 +51,13 @@ class Golden {
     show_plans(options_, options_.caches.front(), backend->step_plans());
     plan_ = digest(backend->step_plans());
     Progress progress("golden", n_token, progress_options(options_, "tokens"));
-    const GoldenComparison result =
-        compare_with_golden(*backend, golden, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+    GoldenComparison result;
+    try {
+      result = compare_with_golden(*backend, golden, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+    } catch (const NotFiniteError& error) {
+      row(path, "logits").fail(error.what());
+      throw;
+    }
     progress.finish();
     judge(path, "logits",
           {.n_compared = result.n_position,
@@ -80,21 +85,24 @@ class Golden {
     double error = 0, bound = 0;
   };
 
-  void judge(const std::filesystem::path& path, const char* what, const Verdict& verdict) {
+  [[nodiscard]] ResultTable::Row row(const std::filesystem::path& path, const char* what) {
     ResultTable::Row row = table_.row();
-    row.set("golden_case", path.filename().string())
-        .set("what", what)
-        .set("backend", options_.backend)
-        .set("n_compared", verdict.n_compared)
-        .set("n_same", verdict.n_same)
-        .set("max_err", verdict.error)
-        .set("bound", verdict.bound);
+    row.set("golden_case", path.filename().string()).set("what", what).set("backend", options_.backend);
     if (!options_.model.empty()) {
       set_run_plan(row, options_.policy(), plan_);
       row.set("model", options_.model.filename().string())
           .set("cache", options_.caches.front())
           .set("chunk", options_.chunk);
     }
+    return row;
+  }
+
+  void judge(const std::filesystem::path& path, const char* what, const Verdict& verdict) {
+    ResultTable::Row row = this->row(path, what);
+    row.set("n_compared", verdict.n_compared)
+        .set("n_same", verdict.n_same)
+        .set("max_err", verdict.error)
+        .set("bound", verdict.bound);
     if (verdict.error <= verdict.bound) {
       row.commit();
     } else {
@@ -125,25 +133,26 @@ int run(int argc, char** argv) {
   add_policy(app, options);
   add_cache(app, options);
   add_backend(app, options);
-  app.add_option("--bound", options.bound,
-                 "Largest difference of a logit; the bounds of a TQ4 case follow from its data")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  add_real(app, "--bound", options.bound,
+           "Largest difference of a logit; the bounds of a TQ4 case follow from its data", {});
+  add_tokens(app, "--chunk", options.chunk, "Tokens that go through the model at a time");
   add_out(app, options);
   add_quiet(app, options);
   parse(app, argc, argv);
   require(!options.logits.empty() || !options.tq4.empty(), "nothing to compare: give --logits with --model, or --tq4");
 
   const RunInfo info = backend_run_info(options, "golden", argc, argv);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Golden golden(options, table);
-  for (const std::filesystem::path& path : options.logits) golden.run_logits(path);
-  for (const std::filesystem::path& path : options.tq4) golden.run_tq4(path);
-  table.print(std::cout, {"golden_case", "what", "cache", "n_compared", "n_same", "max_err", "bound", "status"});
-  return golden.passed() ? EXIT_SUCCESS : EXIT_FAILURE;
+  bool passed = true;
+  run_table(
+      options, info,
+      {kParameters, kMeasures, {"golden_case", "what", "cache", "n_compared", "n_same", "max_err", "bound", "status"}},
+      [&](ResultTable& table) {
+        Golden golden(options, table);
+        for (const std::filesystem::path& path : options.logits) golden.run_logits(path);
+        for (const std::filesystem::path& path : options.tq4) golden.run_tq4(path);
+        passed = golden.passed();
+      });
+  return passed ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
 }  // namespace

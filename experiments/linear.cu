@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <iostream>
 #include <map>
-#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -15,10 +14,11 @@
 #include "cuda/fused_mlp.cuh"
 #include "cuda/lm_head.cuh"
 #include "cuda/quantized_linear.cuh"
-#include "cuda/weights/repack.cuh"
 #include "cuda/residual_norm.cuh"
+#include "cuda/weights/repack.cuh"
 #include "experiments/benchmark.cuh"
 #include "experiments/bf16_product.cuh"
+#include "experiments/block_formats.hpp"
 #include "experiments/driver.hpp"
 #include "experiments/gpu_run_info.cuh"
 #include "gemma4/gguf/block_dequantise.hpp"
@@ -294,11 +294,6 @@ class Bench {
   double copy_gb_per_s_ = 0;
 };
 
-struct Mix {
-  std::string name;
-  std::optional<TensorType> only;
-};
-
 /// What a row says besides its matrix and its time.
 struct RowContext {
   std::string mix;
@@ -311,16 +306,27 @@ class Experiment {
   Experiment(Bench& bench, ResultTable& table, Progress& progress)
       : bench_(bench), table_(table), progress_(progress) {}
 
-  void measure(const Mix& mix, const std::vector<std::int64_t>& tokens) {
-    const ModelConfig config = gemma4_31b();
-    const std::vector<Launch> launches = launches_of(config, model_tensors(config, mix.only));
+  void measure(const std::string& mix, const std::vector<std::int64_t>& tokens) {
+    const std::vector<Launch> launches = launches_of(gemma4_31b(), tensors_of_31b(mix));
     const Bench::Weights weights = bench_.make_weights(launches);
     for (const std::int64_t n_token : tokens) {
-      measure_launches(launches, {mix.name, n_token});
+      measure_launches(launches, {mix, n_token});
       for (const Start start : {Start::kPlain, Start::kNormLaunch}) {
-        write_step("step_chained", launches, {mix.name, n_token, start},
+        write_step("step_chained", launches, {mix, n_token, start},
                    bench_.time_token(launches, weights, n_token, start));
       }
+    }
+  }
+
+  /// One matrix of a step.
+  void measure_matrix(const std::string& mix, const std::string& name, const std::vector<std::int64_t>& tokens) {
+    const std::vector<Launch> launches = launches_of(gemma4_31b(), tensors_of_31b(mix));
+    const auto has_name = [&](const Launch& launch) { return launch.name == name; };
+    const auto found = std::ranges::find_if(launches, has_name);
+    for (const std::int64_t n_token : tokens) {
+      write_launch(*found, std::ranges::count_if(launches, has_name), {mix, n_token},
+                   bench_.time_launch(*found, n_token));
+      progress_.advance();
     }
   }
 
@@ -389,39 +395,43 @@ class Experiment {
   Progress& progress_;
 };
 
+const TableShape kShape = {{"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
+                           {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s",
+                            "of_copy", "step_us", "blas_bf16_us", "over_blas", "error_of_bound"},
+                           {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
+                            "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"}};
+
 void run(int argc, char** argv) {
   CLI::App app("How fast the matrices of a decode step of the 31B are read, one by one and as a whole step.");
   DriverOptions driver;
   std::vector<std::int64_t> tokens = {1, 2, 4, 8};
-  std::vector<std::string> mixes = {"q4_k_m", "q4_k"};
+  std::vector<std::string> mixes = {"q4_k_m", "q4_k"}, formats = block_format_names();
   add_seed(app, driver);
   add_out(app, driver);
   add_quiet(app, driver);
-  app.add_option("--tokens", tokens, "Tokens of a step, comma-separated")
+  add_whole(app, "--tokens", tokens, "Tokens of a step, comma-separated", {1, 8})->delimiter(',');
+  app.add_option("--mix", mixes, "Types of the weights: a mix, or a block format for every matrix, comma-separated")
       ->delimiter(',')
-      ->check(CLI::Range(1, 8))
+      ->check(CLI::IsMember(mix_or_format_names()))
       ->capture_default_str();
-  app.add_option("--mix", mixes, "Types of the weights: q4_k_m (the usual mix), q4_k, q6_k or q8_0 (all alike)")
+  app.add_option("--format", formats, "Block formats of which gate and up alone are measured, comma-separated; or none")
       ->delimiter(',')
-      ->check(CLI::IsMember({"q4_k_m", "q4_k", "q6_k", "q8_0"}))
+      ->check(CLI::IsMember(block_format_names_or_none()))
       ->capture_default_str();
   parse(app, argc, argv);
+  formats = formats_beside(mixes, formats);
 
   const RunInfo info = gpu_run_info("linear", argc, argv, driver.seed);
-  Bench bench(driver.seed);
-  ResultTable table(result_path(driver, info), info,
-                    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
-                    {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy",
-                     "step_us", "blas_bf16_us", "over_blas", "error_of_bound"});
-  Progress progress("linear", static_cast<std::int64_t>(mixes.size() * tokens.size() * kRowsPerStep),
-                    progress_options(driver, "row"));
-  Experiment experiment(bench, table, progress);
-  const std::map<std::string, std::optional<TensorType>> types = {
-      {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
-  for (const std::string& mix : mixes) experiment.measure({mix, types.at(mix)}, tokens);
-  progress.finish();
-  table.print(std::cout, {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
-                          "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"});
+  run_table(driver, info, kShape, [&](ResultTable& table) {
+    Bench bench(driver.seed);
+    Progress progress("linear",
+                      static_cast<std::int64_t>((mixes.size() * kRowsPerStep + formats.size()) * tokens.size()),
+                      progress_options(driver, "row"));
+    Experiment experiment(bench, table, progress);
+    for (const std::string& mix : mixes) experiment.measure(mix, tokens);
+    for (const std::string& format : formats) experiment.measure_matrix(format, "gate_up", tokens);
+    progress.finish();
+  });
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "cuda/linear_prefill.cuh"
 #include "cuda/weights/repack.cuh"
 #include "experiments/benchmark.cuh"
+#include "experiments/block_formats.hpp"
 #include "experiments/driver.hpp"
 #include "experiments/gpu_run_info.cuh"
 #include "gemma4/gguf/block_dequantise.hpp"
@@ -38,8 +39,9 @@ struct Matrix {
 };
 
 /// The matrices of the layers, in the order in which a chunk passes them.
-std::vector<Matrix> matrices_of(const ModelConfig& config, std::optional<TensorType> only) {
-  const std::vector<ModelTensor> tensors = model_tensors(config, only);
+std::vector<Matrix> matrices_of(const std::string& mix) {
+  const ModelConfig config = gemma4_31b();
+  const std::vector<ModelTensor> tensors = tensors_of_31b(mix);
   std::map<std::string, const ModelTensor*> by_name;
   for (const ModelTensor& tensor : tensors) by_name[tensor.name] = &tensor;
   std::vector<Matrix> matrices;
@@ -308,9 +310,8 @@ void write_pass(ResultTable& table, const std::string& mix, const char* name, co
   row.commit();
 }
 
-void measure_mix(ResultTable& table, Bench& bench, const std::string& mix, std::optional<TensorType> only,
-                 const std::vector<std::int64_t>& tokens) {
-  const std::vector<Matrix> matrices = matrices_of(gemma4_31b(), only);
+void measure_mix(ResultTable& table, Bench& bench, const std::string& mix, const std::vector<std::int64_t>& tokens) {
+  const std::vector<Matrix> matrices = matrices_of(mix);
   std::vector<std::pair<Matrix, std::int64_t>> distinct;
   for (const Matrix& matrix : matrices) {
     const auto found = std::ranges::find_if(distinct, [&](const auto& entry) { return entry.first == matrix; });
@@ -336,35 +337,50 @@ void measure_mix(ResultTable& table, Bench& bench, const std::string& mix, std::
   }
 }
 
+/// Gate and up, with every matrix of one type.
+void measure_gate_up(ResultTable& table, Bench& bench, const std::string& format,
+                     const std::vector<std::int64_t>& tokens) {
+  const std::vector<Matrix> matrices = matrices_of(format);
+  const auto is_gate_up = [](const Matrix& matrix) { return matrix.is_gate_up; };
+  const Matrix& matrix = *std::ranges::find_if(matrices, is_gate_up);
+  for (const std::int64_t n_token : tokens) {
+    write_matrix(table, bench, format, matrix, std::ranges::count_if(matrices, is_gate_up), n_token,
+                 bench.time_matrix(matrix, n_token));
+  }
+}
+
+const TableShape kShape = {
+    {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise"},
+    {"median_us", "p10_us", "p90_us", "n_repeat", "tflop", "tflops", "gemm_us", "gemm_tflops", "of_gemm",
+     "dequantise_us", "dequantise_gb_per_s", "copy_gb_per_s", "dequantise_of_copy", "error_of_bound"},
+    {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise", "median_us", "tflops",
+     "gemm_tflops", "of_gemm", "dequantise_of_copy", "error_of_bound", "status"}};
+
 void run(int argc, char** argv) {
   CLI::App app("How fast a chunk of tokens passes the matrices of the 31B's layers, one by one and all of them.");
   DriverOptions driver;
   std::vector<std::int64_t> tokens = {512, 2048, 4096};
-  std::vector<std::string> mixes = {"q4_k_m"};
+  std::vector<std::string> mixes = {"q4_k_m"}, formats = block_format_names();
   add_seed(app, driver);
   add_out(app, driver);
-  app.add_option("--tokens", tokens, "Tokens of a chunk, comma-separated")
+  add_whole(app, "--tokens", tokens, "Tokens of a chunk, comma-separated", {1, 16384})->delimiter(',');
+  app.add_option("--mix", mixes, "Types of the weights: a mix, or a block format for every matrix, comma-separated")
       ->delimiter(',')
-      ->check(CLI::Range(1, 16384))
+      ->check(CLI::IsMember(mix_or_format_names()))
       ->capture_default_str();
-  app.add_option("--mix", mixes, "Types of the weights: q4_k_m (the usual mix), q4_k, q6_k or q8_0 (all alike)")
+  app.add_option("--format", formats, "Block formats of which gate and up alone are measured, comma-separated; or none")
       ->delimiter(',')
-      ->check(CLI::IsMember({"q4_k_m", "q4_k", "q6_k", "q8_0"}))
+      ->check(CLI::IsMember(block_format_names_or_none()))
       ->capture_default_str();
   parse(app, argc, argv);
+  formats = formats_beside(mixes, formats);
 
   const RunInfo info = gpu_run_info("linear_prefill", argc, argv, driver.seed);
-  Bench bench(driver.seed, std::ranges::max(tokens));
-  ResultTable table(
-      result_path(driver, info), info,
-      {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise"},
-      {"median_us", "p10_us", "p90_us", "n_repeat", "tflop", "tflops", "gemm_us", "gemm_tflops", "of_gemm",
-       "dequantise_us", "dequantise_gb_per_s", "copy_gb_per_s", "dequantise_of_copy", "error_of_bound"});
-  const std::map<std::string, std::optional<TensorType>> types = {
-      {"q4_k_m", std::nullopt}, {"q4_k", TensorType::kQ4K}, {"q6_k", TensorType::kQ6K}, {"q8_0", TensorType::kQ8_0}};
-  for (const std::string& mix : mixes) measure_mix(table, bench, mix, types.at(mix), tokens);
-  table.print(std::cout, {"mix", "matrix", "type", "n_out", "n_in", "n_token", "n_per_pass", "dequantise", "median_us",
-                          "tflops", "gemm_tflops", "of_gemm", "dequantise_of_copy", "error_of_bound", "status"});
+  run_table(driver, info, kShape, [&](ResultTable& table) {
+    Bench bench(driver.seed, std::ranges::max(tokens));
+    for (const std::string& mix : mixes) measure_mix(table, bench, mix, tokens);
+    for (const std::string& format : formats) measure_gate_up(table, bench, format, tokens);
+  });
 }
 
 }  // namespace

@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gemma4/plan/memory_plan.hpp"
 
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
+#include <fstream>
 #include <iostream>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/notes.hpp"
 #include "gemma4/config_json.hpp"
-#include "gemma4/gguf/config_from_gguf.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/gguf/text_model.hpp"
+#include "gemma4/model/weights.hpp"
 
 namespace gemma4::experiment {
 namespace {
@@ -22,11 +27,21 @@ struct Model {
   std::vector<ModelTensor> tensors;
 };
 
+/// Whether a file begins as a GGUF file does; its name says nothing.
+bool is_gguf(const std::string& name) {
+  std::ifstream stream(name, std::ios::binary);
+  char magic[4] = {};
+  stream.read(magic, sizeof(magic));
+  return stream.gcount() == sizeof(magic) && std::string_view(magic, sizeof(magic)) == kGgufMagic;
+}
+
 /// A GGUF file, a shape by name, or a .json file of dimensions.
 Model load_model(const std::string& name) {
-  if (name.ends_with(".gguf")) {
+  if (is_gguf(name) || name.ends_with(".gguf")) {
     const GgufFile file = GgufFile::open(name);
-    return {config_from_gguf(file), model_tensors(file)};
+    const ModelConfig config = weights_from_gguf(file).config;  // a part of a model has no plan
+    show_notes(model_notes(file));
+    return {config, model_tensors(file)};
   }
   const ModelConfig config = config_from_name(name);
   return {config, model_tensors(config)};
@@ -67,10 +82,8 @@ void explain_limit(const Model& model, const MemoryPlanOptions& options, const M
   if (!context && !chunk) std::cout << "no context and no chunk fits; a smaller model or cache format is needed\n";
 }
 
-void write_rows(const DriverOptions& driver, const RunInfo& info, const std::string& model,
+void write_rows(ResultTable& table, const DriverOptions& driver, const std::string& model,
                 const MemoryPlanOptions& options, const MemoryPlan& plan, std::optional<std::int64_t> limit) {
-  ResultTable table(result_path(driver, info), info, {"model", "backend", "context", "chunk", "cache", "buffer"},
-                    {"bytes", "formula", "limit_bytes", "is_within_limit"});
   const auto row = [&](const std::string& buffer, std::int64_t bytes, const std::string& formula) {
     auto cells = table.row();
     cells.set("model", model).set("backend", driver.backend).set("context", options.context);
@@ -83,6 +96,10 @@ void write_rows(const DriverOptions& driver, const RunInfo& info, const std::str
   row("total", plan.total_bytes(), "");
 }
 
+const TableShape kShape = {{"model", "backend", "context", "chunk", "cache", "buffer"},
+                           {"bytes", "formula", "limit_bytes", "is_within_limit"},
+                           {}};  // the plan is printed in words
+
 int run(int argc, char** argv) {
   CLI::App app("The bytes of every buffer of a run, before it runs and without a GPU.");
   DriverOptions driver;
@@ -91,14 +108,11 @@ int run(int argc, char** argv) {
   driver.out = "-";
   std::string model_name, limit_text;
   MemoryPlanOptions options;
-  app.add_option("--model", model_name, "GGUF file; or 31b, nano, tiny or a .json file of dimensions")->required();
+  app.add_option("--model", model_name, "GGUF file; or 31b, 12b, nano, tiny or a .json file of dimensions")->required();
   add_backend(app, driver);
-  app.add_option("--context", options.context, "Positions that the caches hold")
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Tokens of the longest prefill chunk")
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 20))
-      ->capture_default_str();
+  CLI::Option* const context = add_tokens(app, "--context", options.context,
+                                          "Positions that the caches hold; the model's own where it has fewer");
+  add_whole(app, "--chunk", options.chunk, "Tokens of the longest prefill chunk", {1, std::int64_t{1} << 20});
   add_cache(app, driver);
   app.add_option("--limit", limit_text,
                  "Memory that there is, as in 23GiB or 24GB; exit code 1 when the plan exceeds it");
@@ -109,10 +123,15 @@ int run(int argc, char** argv) {
   options.cache = parse_cache_spec(driver.caches.front());
   const std::optional<std::int64_t> limit = limit_text.empty() ? std::nullopt : std::optional(parse_bytes(limit_text));
   const Model model = load_model(model_name);
+  if (context->count() == 0) options.context = std::min(options.context, model.config.context);
+  require(options.context <= model.config.context, "--context ", options.context, ": the model was trained for ",
+          model.config.context, " positions");
   const MemoryPlan plan = plan_memory(model.config, model.tensors, options);
-  print_memory_plan(std::cout, plan);
-  if (limit) explain_limit(model, options, plan, *limit);
-  write_rows(driver, run_info("memory_plan", argc, argv, 0, build_info()), model_name, options, plan, limit);
+  run_table(driver, run_info("memory_plan", argc, argv, 0, build_info()), kShape, [&](ResultTable& table) {
+    print_memory_plan(std::cout, plan);
+    if (limit) explain_limit(model, options, plan, *limit);
+    write_rows(table, driver, model_name, options, plan, limit);
+  });
   return limit && !plan.fits(*limit) ? 1 : 0;
 }
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <numeric>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -77,7 +78,11 @@ class Parity {
       const std::int64_t count = begin == 0 ? options_.n_prompt : 1;
       const auto tokens = std::span(ids).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count));
       const Trace expected_trace = forward(expected_model, tokens), actual_trace = forward(actual_model, tokens);
-      write(cache, begin == 0 ? "prefill" : "decode", tokens, expected_trace, actual_trace);
+      const auto so_far = std::span(ids).first(static_cast<std::size_t>(begin + count));
+      const char* const phase = begin == 0 ? "prefill" : "decode";
+      require_finite(expected_model, "reference", so_far, cache, phase);
+      require_finite(actual_model, "cuda", so_far, cache, phase);
+      write(cache, phase, tokens, expected_trace, actual_trace);
       progress.update(begin += count);
     }
     progress.finish();
@@ -105,6 +110,17 @@ class Parity {
     set_run_plan(row, options_.policy(), plan_);
     row.set("cache", cache).set("phase", phase).set("what", what).set("n_token", static_cast<std::int64_t>(n_token));
     return row;
+  }
+
+  void require_finite(Model<AnyBackend>& model, const char* room, std::span<const std::int32_t> ids,
+                      const std::string& cache, const char* phase) {
+    try {
+      model.require_finite(ids);
+    } catch (const NotFiniteError& error) {
+      const std::string reason = concat(room, ", cache ", cache, ": ", error.what());
+      row(cache, phase, "logits", ids.size()).fail(reason);
+      throw std::runtime_error(reason);
+    }
   }
 
   void write(const std::string& cache, const std::string& phase, std::span<const std::int32_t> tokens,
@@ -153,12 +169,9 @@ void run(int argc, char** argv) {
   Options options;
   add_model(app, options);
   add_caches(app, options);
-  app.add_option("--prompt-tokens", options.n_prompt, "Tokens of the first pass: more than 8 take the path of prefill")
-      ->check(CLI::Range(1, 4096))
-      ->capture_default_str();
-  app.add_option("--decode-tokens", options.n_decode, "Tokens that follow one by one")
-      ->check(CLI::Range(0, 4096))
-      ->capture_default_str();
+  add_whole(app, "--prompt-tokens", options.n_prompt, "Tokens of the first pass: more than 8 take the path of prefill",
+            {1, 4096});
+  add_whole(app, "--decode-tokens", options.n_decode, "Tokens that follow one by one", {0, 4096});
   add_ids(app, options);
   add_policy(app, options);
   add_seed(app, options);
@@ -167,11 +180,14 @@ void run(int argc, char** argv) {
   parse(app, argc, argv);
 
   const RunInfo info = device_run_info("parity", argc, argv, options.seed);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Parity parity(options, table);
-  for (const std::string& cache : options.caches) parity.run(cache);
-  table.print(std::cout,
-              {"cache", "phase", "what", "layer", "n_token", "cosine_min", "max_rel_err", "kl_max", "same_top"});
+  run_table(options, info,
+            {kParameters,
+             kMeasures,
+             {"cache", "phase", "what", "layer", "n_token", "cosine_min", "max_rel_err", "kl_max", "same_top"}},
+            [&](ResultTable& table) {
+              Parity parity(options, table);
+              for (const std::string& cache : options.caches) parity.run(cache);
+            });
 }
 
 }  // namespace

@@ -110,10 +110,7 @@ void write_chart(const Options& options, std::ostream& stream) {
 
 void write_file(const std::filesystem::path& path, const std::string& text) {
   if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path());
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  file.close();
-  require(file.good(), "cannot write ", path.string());
+  write_whole_file(path, text);
   std::cout << path.string() << "\n";
 }
 
@@ -158,7 +155,7 @@ void add_options(CLI::App& app, Options& options) {
                  "Only rows with column=value, column=a|b, column!=value, column>number or column<number; may be "
                  "repeated")
       ->take_all();
-  app.add_option("--scale", options.scale, "Factor on the values")->capture_default_str();
+  add_real(app, "--scale", options.scale, "Factor on the values", {-1e300, 1e300});
   app.add_option("--title", options.labels.title, "Above the chart");
   app.add_option("--x-label", options.labels.x, "Below it");
   app.add_option("--y-label", options.labels.y, "Above the axis");

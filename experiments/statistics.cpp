@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/notes.hpp"
 #include "experiments/support/run_text.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/text_model.hpp"
 #include "gemma4/model/weights.hpp"
 #include "reference/layer_statistics.hpp"
 
@@ -29,10 +31,10 @@ struct Options : DriverOptions {
 };
 
 const std::vector<std::string> kParameters = {"model", "text", "cache", "base", "depth", "window", "layer", "kind"};
-const std::vector<std::string> kMeasures = {"score_norm",           "score_deviation", "n_key",          "output_rms",
-                                            "attention_ratio",      "mlp_ratio",       "stream_rms",     "common_share",
-                                            "code_error",           "attention_error", "attention_gain", "stream_error",
-                                            "attention_square_sum", "mlp_square_sum"};
+const std::vector<std::string> kMeasures = {
+    "score_norm",           "score_deviation", "n_key",      "output_rms",      "attention_ratio", "mlp_ratio",
+    "stream_rms",           "common_share",    "code_error", "attention_error", "attention_gain",  "stream_error",
+    "attention_square_sum", "mlp_square_sum",  "k_norm_min", "k_norm_max",      "k_norm_ratio",    "k_norm_near_zero"};
 
 class Statistics {
  public:
@@ -52,7 +54,10 @@ class Statistics {
       const bool sliding = weights_.config.sliding_layer(static_cast<std::int64_t>(layer));
       ResultTable::Row line = row(depth, cache, std::to_string(layer), sliding ? "sliding" : "full");
       write_layer(line, layers[layer]);
-      if (!sliding) line.set("code_error", layers[layer].code_error);
+      if (!sliding) {
+        line.set("code_error", layers[layer].code_error);
+        write_spread(line, reference::weight_spread(weights_.layers[layer].attn_k_norm));
+      }
       if (sliding && error_before > 0) line.set("attention_gain", layers[layer].attention_error / error_before);
       error_before = layers[layer].stream_error;
       line.commit();
@@ -85,6 +90,13 @@ class Statistics {
         .set("common_share", layer.common_share)
         .set("attention_error", layer.attention_error)
         .set("stream_error", layer.stream_error);
+  }
+
+  static void write_spread(ResultTable::Row& line, const reference::WeightSpread& spread) {
+    line.set("k_norm_min", spread.min)
+        .set("k_norm_max", spread.max)
+        .set("k_norm_ratio", spread.ratio)
+        .set("k_norm_near_zero", spread.near_zero);
   }
 
   /// Over all layers or over the full ones: RMS of what the scores have, geometric mean of the keys, means of the
@@ -129,7 +141,8 @@ int run(int argc, char** argv) {
   CLI::App app(
       "What goes on inside a model, by the reference: per layer the deviation of attention scores, the keys attended "
       "to, the weight of each branch in the residual stream, what the positions have in common, and the error that a "
-      "cache format brings. By these figures synthesize makes its random models.");
+      "cache format brings; of the full layers also how far the weights of k's norm are spread. By these figures "
+      "synthesize makes its random models.");
   Options options;
   add_model(app, options);
   add_caches(app, options);
@@ -137,16 +150,10 @@ int run(int argc, char** argv) {
       ->check(CLI::Validator(check_cache_name, "CACHE"))
       ->capture_default_str();
   add_ids(app, options)->description("Token ids: little-endian uint16 (*.u16) or int32 (*.i32); without: random ids");
-  app.add_option("--depths", options.depths, "Lengths of the text; the last --window positions of each are looked at")
-      ->delimiter(',')
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--window", options.window, "Positions before a depth")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Tokens that go through the model at a time")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  add_tokens(app, "--depths", options.depths, "Lengths of the text; the last --window positions of each are looked at")
+      ->delimiter(',');
+  add_tokens(app, "--window", options.window, "Positions before a depth");
+  add_tokens(app, "--chunk", options.chunk, "Tokens that go through the model at a time");
   add_seed(app, options);
   add_out(app, options);
   add_quiet(app, options);
@@ -154,15 +161,21 @@ int run(int argc, char** argv) {
 
   const GgufFile file = GgufFile::open(options.model);
   const ModelWeights weights = weights_from_gguf(file);
+  show_notes(model_notes(file));
   const RunInfo info = run_info("statistics", argc, argv, options.seed, build_info());
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  Statistics statistics(options, weights, table);
-  for (const std::int64_t depth : options.depths) {
-    for (const std::string& cache : options.caches) statistics.run_depth(depth, cache);
-  }
-  table.print(std::cout, {"cache", "depth", "layer", "kind", "score_norm", "score_deviation", "n_key", "output_rms",
-                          "attention_ratio", "mlp_ratio", "stream_rms", "common_share", "code_error", "attention_gain",
-                          "stream_error", "attention_square_sum", "mlp_square_sum"});
+  run_table(options, info,
+            {kParameters, kMeasures, {"cache",           "depth",           "layer",        "kind",
+                                      "score_norm",      "score_deviation", "n_key",        "output_rms",
+                                      "attention_ratio", "mlp_ratio",       "stream_rms",   "common_share",
+                                      "code_error",      "attention_gain",  "stream_error", "attention_square_sum",
+                                      "mlp_square_sum",  "k_norm_min",      "k_norm_max",   "k_norm_ratio",
+                                      "k_norm_near_zero"}},
+            [&](ResultTable& table) {
+              Statistics statistics(options, weights, table);
+              for (const std::int64_t depth : options.depths) {
+                for (const std::string& cache : options.caches) statistics.run_depth(depth, cache);
+              }
+            });
   return EXIT_SUCCESS;
 }
 

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <filesystem>
 #include <iostream>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "experiments/driver.hpp"
 #include "gemma4/config_json.hpp"
@@ -14,10 +18,7 @@
 namespace gemma4::experiment {
 namespace {
 
-constexpr std::array kWeightTypes = {TensorType::kQ4K,  TensorType::kQ6K, TensorType::kQ8_0,
-                                     TensorType::kBf16, TensorType::kF16, TensorType::kF32};
-
-/// nullopt is the Q4_K_M mix.
+/// nullopt is a mix.
 std::optional<TensorType> parse_weight_type(const std::string& name) {
   for (const TensorType type : kWeightTypes) {
     if (name == type_name(type)) return type;
@@ -25,22 +26,59 @@ std::optional<TensorType> parse_weight_type(const std::string& name) {
   return std::nullopt;
 }
 
+WeightMix parse_mix(const std::string& name) {
+  return std::ranges::find(kWeightMixes, std::string_view(name), &WeightMixInfo::name)->mix;
+}
+
+std::vector<std::string> mix_names() {
+  std::vector<std::string> names;
+  for (const WeightMixInfo& info : kWeightMixes) names.emplace_back(info.name);
+  return names;
+}
+
+/// Bytes from a number with a unit of gguf-split's kind: 5G, 500M, 1000000; 0 for anything else.
+std::int64_t parse_split_size(const std::string& text) {
+  std::int64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  const std::string unit(end, text.data() + text.size());
+  std::int64_t factor = 0;
+  for (const auto& [name, bytes] : {std::pair("", 1), {"K", 1000}, {"M", 1'000'000}, {"G", 1'000'000'000}}) {
+    if (unit == name) factor = bytes;
+  }
+  if (error != std::errc() || number < 1 || __builtin_mul_overflow(number, factor, &number)) return 0;
+  return number;
+}
+
+std::string check_split_size(const std::string& text) {
+  return parse_split_size(text) > 0 ? ""
+                                    : "'" + text + "': expected a number of bytes, K, M or G, at least 1, as in 5G";
+}
+
 void run(int argc, char** argv) {
   CLI::App app("Writes a GGUF model of any shape with random weights, for measuring speed and memory.");
   DriverOptions driver;
   SyntheticOptions options;
-  std::string shape, type = "Q4_K_M";
+  std::string shape, type = "Q4_K_M", mix = "q4_k_m", split;
   std::int64_t n_layer = 0;
-  app.add_option("--shape", shape, "31b, nano, tiny or a .json file of dimensions")->required();
+  app.add_option("--shape", shape, "31b, 12b, nano, tiny or a .json file of dimensions")->required();
   app.add_option("--out", driver.out, "GGUF file to write")->required();
-  app.add_option("--type", type, "Types of the matrices")
-      ->check(CLI::IsMember({"Q4_K_M", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
+  CLI::Option* const add_mix =
+      app.add_option("--mix", mix,
+                     "Types of the matrices, as published files mix them. q4_k_m: Q4_K and some Q6_K, 17.4 GiB for the "
+                     "31b. qat-q4_0: Q4_0, as weights trained for it are published, 16.4 GiB. The embedding is Q6_K in "
+                     "both, norms are F32")
+          ->check(CLI::IsMember(mix_names()))
+          ->capture_default_str();
+  app.add_option("--type", type, "One type for all matrices, the embedding too, instead of a mix; Q4_K_M: q4_k_m")
+      ->check(CLI::IsMember({"Q4_K_M", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
+      ->excludes(add_mix)
       ->capture_default_str();
-  app.add_option("--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all")
-      ->check(CLI::Range(std::int64_t{0}, std::int64_t{4096}))
-      ->capture_default_str();
+  add_whole(app, "--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all", {0, 4096});
+  app.add_option("--split-max-size", split,
+                 "Bytes of tensors in a part, as in 5G or 500M, for a model of several files")
+      ->check(CLI::Validator(check_split_size, "SIZE"));
   const auto add_number = [&](const char* name, double& value, double high, const char* text) {
-    app.add_option(name, value, text)->check(CLI::Range(0.0, high))->capture_default_str();
+    add_real(app, name, value, text, {0.0, high});
   };
   add_number("--score-deviation", options.score_deviation, 100,
              "|q| |k| / sqrt(head_dim): deviation of the scores of unrelated queries and keys");
@@ -57,14 +95,20 @@ void run(int argc, char** argv) {
   require(n_layer <= config.n_layer(), "--layers ", n_layer, ": the shape ", shape, " has ", config.n_layer());
   if (n_layer > 0) config.is_sliding.resize(static_cast<std::size_t>(n_layer));
   options.seed = driver.seed;
+  options.mix = parse_mix(mix);
   options.only = parse_weight_type(type);
-  const std::int64_t n_byte = total_bytes(model_tensors(config, options.only));
+  if (!split.empty()) options.split_max_bytes = parse_split_size(split);
+  const std::int64_t n_byte = total_bytes(model_tensors(config, options.only, options.mix));
   Progress progress("synthesize", n_byte, progress_options(driver, "B"));
-  write_synthetic_model(driver.out, config, options, [&](std::int64_t done) { progress.update(done); });
+  const auto files =
+      write_synthetic_model(driver.out, config, options, [&](std::int64_t done) { progress.update(done); });
   progress.finish();
-  std::cout << driver.out.string() << ": " << config.n_layer() << " layers, "
-            << static_cast<double>(std::filesystem::file_size(driver.out)) / 1e9 << " GB, seed " << options.seed
-            << "\n";
+  double size = 0;
+  for (const std::filesystem::path& file : files) size += static_cast<double>(std::filesystem::file_size(file));
+  std::cout << files.front().string() << ": " << config.n_layer() << " layers, " << size / 1e9 << " GB, seed "
+            << options.seed;
+  if (files.size() > 1) std::cout << ", " << files.size() << " parts";
+  std::cout << "\n";
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,9 @@ const std::vector<std::string> kParameters = {"model",  "model_desc", "text", "c
 const std::vector<std::string> kMeasures = {
     "avg_ts",      "stddev_ts",     "n_sample",          "us_a_token",      "read_bytes", "copy_gb_per_s",
     "of_roofline", "planned_bytes", "peak_device_bytes", "load_peak_bytes", "load_s"};
+const std::vector<std::string> kShown = {
+    "type_k",    "mode",        "phase",         "n_prompt",          "n_gen", "n_depth", "avg_ts",
+    "stddev_ts", "of_roofline", "planned_bytes", "peak_device_bytes", "load_s"};
 
 /// What a decode step is held against: the bytes that it must read, at the rate of a copy in the same run.
 struct Roofline {
@@ -66,7 +70,18 @@ class Run {
     plan_ = digest(session_->step_plans());
   }
 
+  /// A cache whose numbers are none has a row that says so.
   void run() {
+    try {
+      measure();
+    } catch (const NotFiniteError& error) {
+      row().fail(error.what());
+      throw std::runtime_error(concat("cache ", cache_, ": ", error.what()));
+    }
+  }
+
+ private:
+  void measure() {
     Progress progress("throughput " + cache_, options_.depths.back(), progress_options(options_, "tokens"));
     for (const std::int64_t n_prompt : options_.prompts) run_prompt(n_prompt);
     session_->reset();
@@ -80,7 +95,6 @@ class Run {
     progress.finish();
   }
 
- private:
   struct Case {
     std::int64_t n_prompt = 0, n_gen = 0, n_depth = 0;
     std::string mode = {};
@@ -130,11 +144,16 @@ class Run {
     sum.us += part.us;
   }
 
-  void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
+  [[nodiscard]] ResultTable::Row row() {
     ResultTable::Row row = table_.row();
     set_run_text(row, options_, desc_);
     set_run_plan(row, options_.policy(), plan_);
     row.set("context", options_.context).set("n_batch", options_.chunk).set("type_k", cache_).set("type_v", cache_);
+    return row;
+  }
+
+  void write(const std::string& phase, const Case& what, const std::vector<double>& rates) {
+    ResultTable::Row row = this->row();
     if (!what.mode.empty()) row.set("mode", what.mode);
     row.set("phase", phase).set("n_prompt", what.n_prompt).set("n_gen", what.n_gen).set("n_depth", what.n_depth);
     const double mean = set_rates(row, rates);
@@ -159,36 +178,37 @@ class Run {
 };
 
 void add_options(CLI::App& app, Options& options) {
-  const CLI::Range tokens(std::int64_t{1}, std::int64_t{1} << 24);
   add_model(app, options);
   add_caches(app, options);
-  app.add_option("--prompts", options.prompts, "Prompts of their own, in tokens")
-      ->delimiter(',')
-      ->check(tokens)
-      ->capture_default_str();
-  app.add_option("--depths", options.depths, "Depths at which decode and the next chunk are measured, increasing")
-      ->delimiter(',')
-      ->check(tokens)
-      ->capture_default_str();
+  add_tokens(app, "--prompts", options.prompts, "Prompts of their own, in tokens")->delimiter(',');
+  add_tokens(app, "--depths", options.depths, "Depths at which decode and the next chunk are measured, increasing")
+      ->delimiter(',');
   app.add_option("--modes", options.modes, "Decode steps replayed from a graph, launched one by one, or both")
       ->delimiter(',')
       ->check(CLI::IsMember({"graph", "eager"}))
       ->capture_default_str();
-  app.add_option("--context", options.context, "Positions that the caches hold")->check(tokens)->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Prompt tokens that go through the model at a time")
-      ->check(tokens)
-      ->capture_default_str();
-  app.add_option("--window", options.window, "Tokens decoded at a time; the caches can take back so many")
-      ->check(CLI::Range(std::int64_t{1}, kMaxRewind - 1))
-      ->capture_default_str();
-  app.add_option("--repeat", options.repeat, "Windows at a depth, and runs of a prompt")
-      ->check(CLI::Range(1, 1000))
-      ->capture_default_str();
+  add_tokens(app, "--context", options.context, "Positions that the caches hold");
+  add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
+  add_whole(app, "--window", options.window, "Tokens decoded at a time; the caches can take back so many",
+            {1, kMaxRewind - 1});
+  add_whole(app, "--repeat", options.repeat, "Windows at a depth, and runs of a prompt", {1, 1000});
   add_policy(app, options);
   add_ids(app, options);
   add_seed(app, options);
   add_out(app, options);
   add_quiet(app, options);
+}
+
+void measure(const Options& options, ResultTable& table) {
+  const std::string desc = model_desc(options.model);
+  const Roofline roofline{.tensors = model_tensors(GgufFile::open(options.model)),
+                          .copy_gb_per_s = device_copy_gb_per_s()};  // before the model takes the memory
+  CudaSettings planned{.cache = parse_cache_spec(options.caches.front()),
+                       .context = options.context,
+                       .max_chunk = options.chunk,
+                       .policy = options.policy()};
+  const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, planned);
+  for (const std::string& cache : options.caches) Run(options, table, *model, roofline, cache, desc).run();
 }
 
 void run(int argc, char** argv) {
@@ -206,18 +226,7 @@ void run(int argc, char** argv) {
           ": a window of ", options.window, " does not fit the context of ", options.context);
 
   const RunInfo info = device_run_info("throughput", argc, argv, options.seed);
-  ResultTable table(result_path(options, info), info, kParameters, kMeasures);
-  const std::string desc = model_desc(options.model);
-  const Roofline roofline{.tensors = model_tensors(GgufFile::open(options.model)),
-                          .copy_gb_per_s = device_copy_gb_per_s()};  // before the model takes the memory
-  CudaSettings planned{.cache = parse_cache_spec(options.caches.front()),
-                       .context = options.context,
-                       .max_chunk = options.chunk,
-                       .policy = options.policy()};
-  const auto model = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, planned);
-  for (const std::string& cache : options.caches) Run(options, table, *model, roofline, cache, desc).run();
-  table.print(std::cout, {"type_k", "mode", "phase", "n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts",
-                          "of_roofline", "planned_bytes", "peak_device_bytes", "load_s"});
+  run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) { measure(options, table); });
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #include <string>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/notes.hpp"
+#include "gemma4/gguf/text_model.hpp"
 #include "gemma4/text/id_list.hpp"
 #include "gemma4/text/text_escapes.hpp"
 
@@ -73,10 +75,11 @@ void run(int argc, char** argv) {
   Options options;
   add_options(app, options);
   parse(app, argc, argv);
-  const Tokenizer tokenizer(GgufFile::open(options.model));
+  const GgufFile file = GgufFile::open(options.model);
+  const Tokenizer tokenizer(file);
+  require_no_part(file);
+  show_notes(tokenizer.vocabulary().notes());
   options.decode ? print_decoded(tokenizer, options) : print_encoded(tokenizer, options);
-  std::cout.flush();
-  require(std::cout.good(), "standard output: cannot be written");
 }
 
 }  // namespace

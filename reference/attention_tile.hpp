@@ -60,15 +60,16 @@ void hide_keys(TRow&& row_scores, KeyRange block, const VisibleKeys& visible) {
 }
 
 /// Attention of a tile's rows over the blocks of `keys` that begin below `stop`.
-/// @param q       [n_token * group, head_dim], scaled
-/// @param load    load(KeyRange, k, v) fills k and v [n_key, head_dim]
+/// @param q       [n_token * group, k_dim], scaled
+/// @param v_dim   values of a row of V: head_dim; k_dim may be another
+/// @param load    load(KeyRange, k, v) fills k [n_key, k_dim] and v [n_key, v_dim]
 /// @param visible visible(token) -> VisibleKeys, token counted from the first of the tile
-/// @return [n_token * group, head_dim]
+/// @return [n_token * group, v_dim]
 template <class Scalar, class TLoad, class TVisible>
-[[nodiscard]] Matrix<Scalar> attend_tile(const Matrix<Scalar>& q, std::int64_t group, KeyRange keys, std::int64_t stop,
-                                         const TLoad& load, const TVisible& visible) {
-  SoftmaxState<Scalar> state(q.rows(), q.cols());
-  Matrix<Scalar> k(kKeyBlock, q.cols()), v(kKeyBlock, q.cols()), scores(q.rows(), kKeyBlock);
+[[nodiscard]] Matrix<Scalar> attend_tile(const Matrix<Scalar>& q, std::int64_t v_dim, std::int64_t group, KeyRange keys,
+                                         std::int64_t stop, const TLoad& load, const TVisible& visible) {
+  SoftmaxState<Scalar> state(q.rows(), v_dim);
+  Matrix<Scalar> k(kKeyBlock, q.cols()), v(kKeyBlock, v_dim), scores(q.rows(), kKeyBlock);
   for (std::int64_t start = keys.first - keys.first % kKeyBlock; start < stop; start += kKeyBlock) {
     const KeyRange block{std::max(start, keys.first), std::min(start + kKeyBlock, keys.last)};
     load(block, MatrixRef<Scalar>(k.topRows(block.size())), MatrixRef<Scalar>(v.topRows(block.size())));
@@ -106,6 +107,34 @@ void scatter_rows(const Matrix<Scalar>& rows, const QueryTile& tile, View<Scalar
   }
 }
 
+/// The rows of q [batch, n_query, n_head, head_dim] below one another.
+template <class Scalar>
+[[nodiscard]] Matrix<Scalar> flatten_rows(View<const Scalar, 4> q) {
+  Matrix<Scalar> rows(q.size() / q.extent[3], q.extent[3]);
+  std::int64_t row = 0;
+  for (std::int64_t b = 0; b < q.extent[0]; ++b) {
+    for (std::int64_t t = 0; t < q.extent[1]; ++t) {
+      for (std::int64_t h = 0; h < q.extent[2]; ++h, ++row) {
+        for (std::int64_t i = 0; i < q.extent[3]; ++i) rows(row, i) = q(b, t, h, i);
+      }
+    }
+  }
+  return rows;
+}
+
+/// The inverse of flatten_rows.
+template <class Scalar>
+void unflatten_rows(const Matrix<Scalar>& rows, View<Scalar, 4> out) {
+  std::int64_t row = 0;
+  for (std::int64_t b = 0; b < out.extent[0]; ++b) {
+    for (std::int64_t t = 0; t < out.extent[1]; ++t) {
+      for (std::int64_t h = 0; h < out.extent[2]; ++h, ++row) {
+        for (std::int64_t i = 0; i < out.extent[3]; ++i) out(b, t, h, i) = rows(row, i);
+      }
+    }
+  }
+}
+
 /// Calls attend(tile) for every tile of a call, in parallel; each writes its own part of the output.
 template <class TAttend>
 void for_each_tile(const AttentionShape& shape, const TAttend& attend) {
@@ -124,7 +153,8 @@ void for_each_tile(const AttentionShape& shape, const TAttend& attend) {
 }
 
 /// Attention over a flat cache: the contract of gemma4/attention.hpp, for arguments that have been checked.
-/// @param load load(batch, head_kv, KeyRange, k, v) fills k and v [n_key, head_dim]
+/// @param q    [batch, n_query, n_head, k_dim], k_dim being head_dim wherever K and V are stored alike
+/// @param load load(batch, head_kv, KeyRange, k, v) fills k [n_key, k_dim] and v [n_key, head_dim]
 template <class Scalar, class TLoad>
 void attend_flat(View<const Scalar, 4> q, const AttentionShape& shape, const AttentionOptions& options,
                  std::int64_t kv_len, const TLoad& load, View<Scalar, 4> out) {
@@ -144,9 +174,9 @@ void attend_flat(View<const Scalar, 4> q, const AttentionShape& shape, const Att
     const auto load_block = [&](KeyRange block, MatrixRef<Scalar> k, MatrixRef<Scalar> v) {
       load(tile.batch, tile.head_kv, block, k, v);
     };
-    scatter_rows<Scalar>(
-        attend_tile<Scalar>(gather_queries(q, tile, options.scale), tile.group, {0, kv_len}, stop, load_block, visible),
-        tile, out);
+    scatter_rows<Scalar>(attend_tile<Scalar>(gather_queries(q, tile, options.scale), shape.head_dim, tile.group,
+                                             {0, kv_len}, stop, load_block, visible),
+                         tile, out);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <utility>
 #include <variant>
@@ -33,13 +34,16 @@ struct BackendOptions {
 template <class Scalar>
 class Backend {
  public:
-  /// @throws std::invalid_argument when the context or the chunk cannot be had
+  /// @throws std::invalid_argument when the context, the chunk or the cache cannot be had
   Backend(const ModelWeights& weights, const BackendOptions& options) : weights_(weights), options_(options) {
     require(options.context >= 1 && options.context <= config().context, "backend: context ", options.context,
             ", need 1 to the model's ", config().context);
     require(options.max_chunk >= 1, "backend: max_chunk ", options.max_chunk, ", need at least 1");
     reset();
   }
+
+  /// A forward pass of what is not finite throws, with the layer.
+  static constexpr bool kNoticesAtOnce = true;
 
   [[nodiscard]] const ModelConfig& config() const { return weights_.config; }
   [[nodiscard]] std::int64_t context() const { return options_.context; }
@@ -50,10 +54,12 @@ class Backend {
     x_.resize(static_cast<Eigen::Index>(tokens.size()), config().hidden);
     pending_ = {};
     embedding<Scalar>(tokens, weights_.token_embd, config().embedding_scale(), x_);
+    note(x_, -1);
   }
 
   void project_qkv(std::int64_t layer) {
     qkv_ = reference::project_qkv(config(), config().attention(layer), weights(layer), position_, x_, pending_);
+    note(x_, layer - 1);
   }
 
   void attend(std::int64_t layer) {
@@ -63,7 +69,10 @@ class Backend {
 
   void project_output(std::int64_t layer) { pending_ = reference::project_output(weights(layer), attended_); }
 
-  void gate_up(std::int64_t layer) { activation_ = reference::gate_up(config(), weights(layer), x_, pending_); }
+  void gate_up(std::int64_t layer) {
+    activation_ = reference::gate_up(config(), weights(layer), x_, pending_);
+    note(x_, layer);
+  }
 
   void down(std::int64_t layer) { pending_ = reference::down(weights(layer), activation_); }
 
@@ -72,8 +81,22 @@ class Backend {
     Matrix<Scalar> wanted(static_cast<Eigen::Index>(rows.size()), h.cols());
     for (std::size_t i = 0; i < rows.size(); ++i) wanted.row(static_cast<Eigen::Index>(i)) = h.row(rows[i]);
     logits_.resize(wanted.rows(), config().vocab);
-    reference::lm_head<Scalar>(wanted, weights_.token_embd, config().softcap, logits_);
+    reference::lm_head<Scalar>(wanted, weights_.output, config().softcap, logits_);
+    note(x_, config().n_layer() - 1);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      if (!logits_.row(static_cast<Eigen::Index>(i)).allFinite())
+        note_position(position_ + rows[i], config().n_layer());
+    }
   }
+
+  /// What is pending on the last layer's output when no logits were asked for; the rest was looked at on the way.
+  void watch(std::span<const std::int64_t> /*logit_rows*/) {
+    if (pending_.value.size() == 0) return;
+    note(finished_residual(), config().n_layer() - 1);
+  }
+
+  /// The first position since reset() whose residual stream or logits were not finite, and the layer behind which.
+  [[nodiscard]] std::optional<NotFinite> first_not_finite() const { return not_finite_; }
 
   /// [n_rows, vocab] of the last lm_head.
   [[nodiscard]] const Matrix<Scalar>& logits() const { return logits_; }
@@ -97,9 +120,7 @@ class Backend {
   void copy_residual(std::span<float> out) const {
     require(static_cast<Eigen::Index>(out.size()) == x_.size(), "backend: room for ", out.size(),
             " values of the residual stream, need ", x_.size());
-    Matrix<Scalar> x = x_;
-    Pending<Scalar> pending = pending_;
-    finish_residual(x, pending, config().rms_epsilon);
+    const Matrix<Scalar> x = finished_residual();
     std::transform(x.data(), x.data() + x.size(), out.begin(), [](Scalar value) { return static_cast<float>(value); });
   }
 
@@ -128,7 +149,11 @@ class Backend {
     return {plan("decode", 1), plan("prefill", options_.max_chunk)};
   }
 
-  void reset() { caches_ = make_layer_caches<Scalar>(config(), options_.cache, options_.context, options_.ring); }
+  void reset() {
+    caches_.clear();  // before the new ones are made: there may not be room for both
+    caches_ = make_layer_caches<Scalar>(weights_, options_.cache, options_.context, options_.ring);
+    not_finite_.reset();
+  }
 
   /// The reference is not profiled.
   [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }
@@ -136,6 +161,25 @@ class Backend {
  private:
   [[nodiscard]] const LayerWeights& weights(std::int64_t layer) const {
     return weights_.layers[static_cast<std::size_t>(layer)];
+  }
+
+  /// With what is pending added, which stays pending.
+  [[nodiscard]] Matrix<Scalar> finished_residual() const {
+    Matrix<Scalar> x = x_;
+    Pending<Scalar> pending = pending_;
+    finish_residual(x, pending, config().rms_epsilon);
+    return x;
+  }
+
+  /// Notes the first row of x that is not finite behind a layer.
+  void note(const Matrix<Scalar>& x, std::int64_t layer) {
+    if (x.allFinite()) return;
+    Eigen::Index row = 0;
+    while (x.row(row).allFinite()) ++row;
+    note_position(position_ + row, layer);
+  }
+  void note_position(std::int64_t position, std::int64_t layer) {
+    if (!not_finite_ || position < not_finite_->position) not_finite_ = {position, layer};
   }
 
   const ModelWeights& weights_;
@@ -146,8 +190,9 @@ class Backend {
   Pending<Scalar> pending_;
   Qkv<Scalar> qkv_;
   Matrix<Scalar> attended_, activation_, logits_;
+  std::optional<NotFinite> not_finite_;
 };
 
-static_assert(gemma4::Backend<Backend<float>>);
+static_assert(WatchedBackend<Backend<float>>);
 
 }  // namespace gemma4::reference

@@ -46,6 +46,7 @@ template <class Scalar>
 template <class Scalar>
 struct Qkv {
   Matrix<Scalar> q, k, v;
+  std::span<const float> k_norm = {};  ///< [head_dim], of a layer whose K is its V: k = rope(k_norm * v); else none
 };
 
 /// q and k: projected, normalised per head with weights, rotated by position. v: projected (on a full layer it is the
@@ -62,6 +63,7 @@ template <class Scalar>
   quantized_linear<Scalar>(h, weights.attn_k, out.k);
   if (weights.attn_v.empty()) {
     out.v = out.k;
+    out.k_norm = weights.attn_k_norm;
   } else {
     quantized_linear<Scalar>(h, weights.attn_v, out.v);
   }

@@ -44,6 +44,25 @@ namespace detail {
 
 }  // namespace detail
 
+/// How far the weights of a norm are spread, in magnitude. Where K is read from V (gemma4/kv_format.hpp), the codes of
+/// V serve K the better the more alike the weights of k's norm are.
+struct WeightSpread {
+  double min = 0, max = 0;
+  double ratio = 0;            ///< max over min; infinite where min is 0
+  std::int64_t near_zero = 0;  ///< weights below a hundredth of their RMS
+};
+
+/// @throws std::invalid_argument for no weights
+[[nodiscard]] inline WeightSpread weight_spread(std::span<const float> weights) {
+  require(!weights.empty(), "weight_spread: no weights");
+  const Eigen::ArrayXd sizes = as_row<double>(weights).array().abs().transpose();
+  const double rms = std::sqrt(sizes.square().mean());
+  return {.min = sizes.minCoeff(),
+          .max = sizes.maxCoeff(),
+          .ratio = sizes.maxCoeff() / sizes.minCoeff(),
+          .near_zero = (sizes < 0.01 * rms).count()};
+}
+
 /// What rows have in common: sqrt of |mean of the rows|^2 over the mean of |row|^2, free of what the mean of n
 /// unrelated rows has by chance.
 [[nodiscard]] inline double common_share(const Matrix<float>& rows) {
@@ -60,9 +79,9 @@ class LayerProbe {
   /// @param context     tokens that will be run at most
   LayerProbe(const ModelWeights& weights, const CacheSpec& base, const CacheSpec& test, std::int64_t context)
       : weights_(weights),
-        base_{make_layer_caches<float>(weights.config, base, context), {}},
-        test_{make_layer_caches<float>(weights.config, test, context), {}},
-        codes_(make_layer_caches<float>(weights.config, test, context)),
+        base_{make_layer_caches<float>(weights, base, context), {}},
+        test_{make_layer_caches<float>(weights, test, context), {}},
+        codes_(make_layer_caches<float>(weights, test, context)),
         keys_(static_cast<std::size_t>(weights.config.n_layer())) {}
 
   /// The next tokens of the text; statistics of the last `n_row` of them, a layer an entry. No rows: no statistics.

@@ -7,7 +7,7 @@ namespace gemma4::reference {
 
 /// logits = softcap * tanh(x table^T / softcap).
 /// @param x       [n_row, hidden], after the output norm; only the rows whose logits are wanted
-/// @param table   [vocab, hidden], the tied embedding
+/// @param table   [vocab, hidden], the tied embedding or an output matrix of its own
 /// @param logits  [n_row, vocab]
 /// Mirror: cuda/lm_head.cuh
 template <class Scalar>

@@ -44,8 +44,9 @@ void sliding_attention(View<const Scalar, 3> q, View<const TStorage, 3> ring_k, 
     };
     const detail::KeyRange keys{visible(0).range.first, visible(tile.n_token - 1).range.last};
     const Matrix<Scalar> rows = detail::gather_queries(with_batch(q), tile, scale);
-    detail::scatter_rows<Scalar>(detail::attend_tile<Scalar>(rows, tile.group, keys, keys.last, load, visible), tile,
-                                 with_batch(out));
+    detail::scatter_rows<Scalar>(
+        detail::attend_tile<Scalar>(rows, shape.head_dim, tile.group, keys, keys.last, load, visible), tile,
+        with_batch(out));
   });
 }
 

@@ -12,38 +12,6 @@
 
 namespace gemma4::reference {
 
-namespace detail {
-
-/// The rows of q [batch, n_query, n_head, head_dim] below one another.
-template <class Scalar>
-[[nodiscard]] Matrix<Scalar> flatten_rows(View<const Scalar, 4> q) {
-  Matrix<Scalar> rows(q.size() / q.extent[3], q.extent[3]);
-  std::int64_t row = 0;
-  for (std::int64_t b = 0; b < q.extent[0]; ++b) {
-    for (std::int64_t t = 0; t < q.extent[1]; ++t) {
-      for (std::int64_t h = 0; h < q.extent[2]; ++h, ++row) {
-        for (std::int64_t i = 0; i < q.extent[3]; ++i) rows(row, i) = q(b, t, h, i);
-      }
-    }
-  }
-  return rows;
-}
-
-/// The inverse of flatten_rows.
-template <class Scalar>
-void unflatten_rows(const Matrix<Scalar>& rows, View<Scalar, 4> out) {
-  std::int64_t row = 0;
-  for (std::int64_t b = 0; b < out.extent[0]; ++b) {
-    for (std::int64_t t = 0; t < out.extent[1]; ++t) {
-      for (std::int64_t h = 0; h < out.extent[2]; ++h, ++row) {
-        for (std::int64_t i = 0; i < out.extent[3]; ++i) out(b, t, h, i) = rows(row, i);
-      }
-    }
-  }
-}
-
-}  // namespace detail
-
 /// Attention of the last n_query tokens over a TQ4 cache: the contract of gemma4/attention.hpp with K and V as decoded.
 /// It attends in the rotated space, R being the codec's rotation:
 ///   <q, K[j]> = <R q, R K[j]>  and  sum_j p[j] V[j] = R^T sum_j p[j] R V[j],

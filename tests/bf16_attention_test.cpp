@@ -221,7 +221,7 @@ TEST(Bf16Attention, SkippingOneBlockTooManyWouldBeSeen) {
   };
   const auto visible = [&](std::int64_t) { return detail::VisibleKeys{.range = {0, n_key}}; };
   const auto attend = [&](std::int64_t stop) {
-    return detail::attend_tile<float>(q, 2, {0, n_key}, stop, load, visible);
+    return detail::attend_tile<float>(q, q.cols(), 2, {0, n_key}, stop, load, visible);
   };
   EXPECT_EQ(attend(n_key), attend(n_key + 100));
   EXPECT_NE(attend(n_key), attend(n_key - 1));

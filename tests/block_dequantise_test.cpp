@@ -74,19 +74,89 @@ double q80_weight(const Bytes& block, int i) {
   return f16_at(block, 0) * static_cast<std::int8_t>(block[2 + i]);
 }
 
+/// Nibble of a block of 32: weight i in byte at + i % 16.
+int nibble(const Bytes& block, std::size_t at, int i) {
+  return bits_of(block[at + static_cast<std::size_t>(i % 16)], i / 16 * 4, 4);
+}
+
+double q40_weight(const Bytes& block, int i) {
+  return f16_at(block, 0) * (nibble(block, 2, i) - 8);
+}
+
+double q41_weight(const Bytes& block, int i) {
+  return f16_at(block, 0) * nibble(block, 4, i) + f16_at(block, 2);
+}
+
+double q50_weight(const Bytes& block, int i) {
+  return f16_at(block, 0) * (nibble(block, 6, i) + 16 * bits_of(block[2 + i / 8], i % 8, 1) - 16);
+}
+
+double q51_weight(const Bytes& block, int i) {
+  return f16_at(block, 0) * (nibble(block, 8, i) + 16 * bits_of(block[4 + i / 8], i % 8, 1)) + f16_at(block, 2);
+}
+
+double iq4_value(int code) {
+  constexpr int kPositive[8] = {1, 13, 25, 38, 53, 69, 89, 113}, kNegative[8] = {127, 104, 83, 65, 49, 35, 22, 10};
+  return code < 8 ? -kNegative[code] : kPositive[code - 8];
+}
+
+double iq4nl_weight(const Bytes& block, int i) {
+  return f16_at(block, 0) * iq4_value(nibble(block, 2, i));
+}
+
+double iq4xs_weight(const Bytes& block, int i) {
+  const int b = i / 32;
+  const int scale = bits_of(block[4 + b / 2], b % 2 * 4, 4) + 16 * bits_of(block[2 + b / 4], b % 4 * 2, 2);
+  return f16_at(block, 0) * (scale - 32) * iq4_value(nibble(block, static_cast<std::size_t>(8 + 16 * b), i % 32));
+}
+
+double q3k_weight(const Bytes& block, int i) {
+  const int half = i / 128, quarter = i % 128 / 32, l = i % 32, b = i / 16;
+  const int scale = bits_of(block[96 + b % 8], b / 8 * 4, 4) + 16 * bits_of(block[104 + b % 4], b / 4 * 2, 2);
+  const int quant = bits_of(block[32 + 32 * half + l], 2 * quarter, 2) + 4 * bits_of(block[l], 4 * half + quarter, 1);
+  return f16_at(block, 108) * (scale - 32) * (quant - 4);
+}
+
+double q2k_weight(const Bytes& block, int i) {
+  const int half = i / 128, quarter = i % 128 / 32, l = i % 32, b = i / 16;
+  return f16_at(block, 80) * bits_of(block[b], 0, 4) * bits_of(block[16 + 32 * half + l], 2 * quarter, 2) -
+         f16_at(block, 82) * bits_of(block[b], 4, 4);
+}
+
+struct Fill {
+  std::size_t begin, end;
+  std::uint8_t byte;
+};
+
 struct Format {
   TensorType type;
   std::function<double(const Bytes&, int)> weight;
   std::vector<std::size_t> steps;  ///< where the f16 numbers lie
   std::size_t quants_begin, quants_end;
+  std::vector<Fill> unit = {};  ///< bytes that make every scale 1
 };
 
 const std::vector<Format>& formats() {
-  static const std::vector<Format> kFormats = {{TensorType::kQ4K, q4k_weight, {0, 2}, 16, 144},
-                                               {TensorType::kQ5K, q5k_weight, {0, 2}, 16, 176},
-                                               {TensorType::kQ6K, q6k_weight, {208}, 0, 192},
-                                               {TensorType::kQ8_0, q80_weight, {0}, 2, 34}};
+  static const std::vector<Format> kFormats = {
+      {TensorType::kQ4_0, q40_weight, {0}, 2, 18},
+      {TensorType::kQ4_1, q41_weight, {0, 2}, 4, 20},
+      {TensorType::kQ5_0, q50_weight, {0}, 2, 22},
+      {TensorType::kQ5_1, q51_weight, {0, 2}, 4, 24},
+      {TensorType::kQ8_0, q80_weight, {0}, 2, 34},
+      {TensorType::kQ2K, q2k_weight, {80, 82}, 16, 80, {{0, 16, 1}}},
+      {TensorType::kQ3K, q3k_weight, {108}, 0, 96, {{96, 104, 0x11}, {104, 108, 0xAA}}},
+      {TensorType::kQ4K, q4k_weight, {0, 2}, 16, 144, {{4, 16, 1}}},
+      {TensorType::kQ5K, q5k_weight, {0, 2}, 16, 176, {{4, 16, 1}}},
+      {TensorType::kQ6K, q6k_weight, {208}, 0, 192, {{192, 208, 1}}},
+      {TensorType::kIq4Nl, iq4nl_weight, {0}, 2, 18},
+      {TensorType::kIq4Xs, iq4xs_weight, {0}, 8, 136, {{2, 4, 0xAA}, {4, 8, 0x11}}}};
   return kFormats;
+}
+
+TEST(BlockDequantise, EveryTypeOfBlocksHasAByteMapHere) {
+  for (const TensorType type : kWeightTypes) {
+    EXPECT_EQ(std::ranges::count(formats(), type, &Format::type), block_size(type) > 1) << type_name(type);
+  }
 }
 
 std::vector<float> dequantise(TensorType type, const Bytes& bytes) {
@@ -135,8 +205,10 @@ TEST(BlockDequantise, EveryBitOfTheQuantsBelongsToOneWeight) {
     Bytes block = random_bytes(format, 1, 5);
     // Unit scales: each weight is its quant, times a step of 1, with no minimum.
     for (const std::size_t step : format.steps) block[step] = 0, block[step + 1] = step == format.steps[0] ? 0x3C : 0;
-    if (format.type == TensorType::kQ6K) std::fill(block.begin() + 192, block.begin() + 208, std::uint8_t{1});
-    if (format.steps.size() == 2) std::fill(block.begin() + 4, block.begin() + 16, std::uint8_t{1});
+    for (const Fill& fill : format.unit) {
+      for (std::size_t at = fill.begin; at < fill.end; ++at) block[at] = fill.byte;
+    }
+    const bool is_linear = format.type != TensorType::kIq4Nl && format.type != TensorType::kIq4Xs;
     const std::vector<float> before = dequantise(format.type, block);
     std::vector<int> n_bits(before.size());
     for (std::size_t bit = format.quants_begin * 8; bit < format.quants_end * 8; ++bit) {
@@ -148,6 +220,7 @@ TEST(BlockDequantise, EveryBitOfTheQuantsBelongsToOneWeight) {
         if (after[i] == before[i]) continue;
         ++changed;
         ++n_bits[i];
+        if (!is_linear) continue;
         EXPECT_EQ(std::exp2(std::round(std::log2(std::abs(after[i] - before[i])))), std::abs(after[i] - before[i]));
       }
       EXPECT_EQ(changed, 1u) << type_name(format.type) << " bit " << bit;
@@ -239,6 +312,7 @@ TEST(BlockDequantise, RefusesWrongSizesAndTypes) {
   EXPECT_THROW(dequantise_row(TensorType::kQ4K, std::span(bytes).first(143), values), std::invalid_argument);
   EXPECT_THROW(dequantise_row(TensorType::kQ4K, bytes, std::span(values).first(255)), std::invalid_argument);
   EXPECT_THROW(dequantise_row(TensorType::kI8, bytes, std::span(values).first(144)), std::invalid_argument);
+  EXPECT_THROW(dequantise_row(TensorType{18}, std::span(bytes).first(98), values), std::invalid_argument) << "IQ3_XXS";
   EXPECT_NO_THROW(dequantise_row(TensorType::kQ4K, bytes, values));
 }
 

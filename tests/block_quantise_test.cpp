@@ -21,8 +21,8 @@ namespace {
 using testkit::close;
 using testkit::rc_require;
 
-constexpr std::array kBlockTypes = {TensorType::kQ4K, TensorType::kQ6K, TensorType::kQ8_0};
-constexpr std::array kEncodedTypes = {TensorType::kQ4K,  TensorType::kQ6K, TensorType::kQ8_0,
+constexpr std::array kBlockTypes = {TensorType::kQ4_0, TensorType::kQ4K, TensorType::kQ6K, TensorType::kQ8_0};
+constexpr std::array kEncodedTypes = {TensorType::kQ4_0, TensorType::kQ4K, TensorType::kQ6K, TensorType::kQ8_0,
                                       TensorType::kBf16, TensorType::kF16, TensorType::kF32};
 
 std::vector<std::byte> encode(TensorType type, const std::vector<float>& values) {
@@ -59,6 +59,7 @@ double relative_rms(const std::vector<float>& actual, const std::vector<float>& 
 }
 
 double promised_rms(TensorType type) {
+  if (type == TensorType::kQ4_0) return 0.10;
   if (type == TensorType::kQ4K) return 0.09;
   return type == TensorType::kQ6K ? 0.02 : 0.007;
 }
@@ -99,6 +100,14 @@ double q80_bound(std::span<const float> block) {
   return kSlack * (0.5 * range_of(block).magnitude / 127 + subnormal(127));
 }
 
+/// Q4_0: half a step of max|x| / 8. Values of the other side than the extreme's end at 7 steps: one that lies between
+/// 7.5 and 8 steps is up to a whole step short.
+double q40_bound(std::span<const float> block, std::size_t i) {
+  const Range range = range_of(block);
+  const double step = range.magnitude / 8, side = range.max == range.magnitude ? 1 : -1;
+  return kSlack * std::max(0.5 * step, -side * static_cast<double>(block[i]) - 7 * step) + subnormal(8);
+}
+
 /// Q6_K: with s = max|x| / 32 in the sub-block and d = max(s) / 127 in the block, the coded step is within d / 2 of s.
 /// A value of the longer side, up to 32 s, is coded within half a step, plus 16 d where the coded step is too short;
 /// one of the other side ends at the quant 31, which is a whole s short.
@@ -127,6 +136,7 @@ std::vector<double> bounds(TensorType type, const std::vector<float>& values) {
   const auto size = static_cast<std::size_t>(block_size(type));
   for (std::size_t i = 0; i < values.size(); ++i) {
     const auto block = std::span(values).subspan(i / size * size, size);
+    if (type == TensorType::kQ4_0) bound.push_back(q40_bound(block, i % size));
     if (type == TensorType::kQ4K) bound.push_back(q4k_bound(block, i % size));
     if (type == TensorType::kQ6K) bound.push_back(q6k_bound(block, i % size));
     if (type == TensorType::kQ8_0) bound.push_back(q80_bound(block));
@@ -183,6 +193,24 @@ RC_GTEST_PROP(BlockEncode, EvenlyScaledWeightsAreEncodedOnceAndForAll, ()) {
     const std::vector<std::byte> once = encode(type, values);
     RC_ASSERT((encode(type, decode(type, once, values.size())) == once));
   }
+}
+
+// What was trained for Q4_0 lies on its grid: nothing is lost. A block whose quants all lie within 7 steps has no such
+// promise, and is the control.
+RC_GTEST_PROP(BlockEncode, ABlockOfQ4_0WithAQuantAtItsEndSurvives, ()) {
+  std::mt19937 random(*rc::gen::arbitrary<std::uint32_t>());
+  Q40Block block;
+  block.d = F16{static_cast<std::uint16_t>(*rc::gen::inRange(1, 0x6C00) | *rc::gen::element(0, 0x8000))};
+  for (std::uint8_t& byte : block.quants) byte = static_cast<std::uint8_t>(random());
+  const auto bytes_of = [](const Q40Block& from) {
+    const auto view = std::as_bytes(std::span(&from, 1));
+    return std::vector<std::byte>(view.begin(), view.end());
+  };
+  const auto again = [&] { return encode(TensorType::kQ4_0, decode(TensorType::kQ4_0, bytes_of(block), 32)); };
+  block.quants[random() % 16] &= 0xF0;
+  RC_ASSERT((again() == bytes_of(block)));
+  for (std::uint8_t& byte : block.quants) byte = static_cast<std::uint8_t>(byte % 2 == 0 ? 0x99 : 0x77);
+  RC_ASSERT((again() != bytes_of(block)));
 }
 
 RC_GTEST_PROP(BlockEncode, ABlockDependsOnItsOwnWeightsOnly, ()) {

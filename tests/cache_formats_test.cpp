@@ -91,7 +91,7 @@ TEST(CacheFormats, AWrongNameIsRefusedWithItselfAndTheGrammar) {
 }
 
 RC_GTEST_PROP(CacheFormats, AnyTextIsReadOrRefused, (const std::string& tail)) {
-  for (const std::string& name : {tail, "tq4" + tail, "tq4-k" + tail}) {
+  for (const std::string& name : {tail, "tq4" + tail, "tq4-k" + tail, "kv" + tail, "kv5r4" + tail}) {
     try {
       const CacheSpec spec = parse_cache_spec(name);
       RC_ASSERT(parse_cache_spec(to_string(spec)) == spec);

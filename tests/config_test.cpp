@@ -15,9 +15,11 @@
 #include <utility>
 #include <vector>
 
+#include "gemma4/config_json.hpp"
 #include "gemma4/gguf/config_from_gguf.hpp"
 #include "gemma4/gguf/gguf_writer.hpp"
 #include "gemma4/model/weights.hpp"
+#include "gemma4/synthetic/synthetic_model.hpp"
 #include "tests/support/temp_dir.hpp"
 
 namespace {
@@ -26,21 +28,44 @@ using namespace gemma4;
 
 const std::filesystem::path kData = GEMMA4_TEST_DATA;
 
-TEST(Config, Gemma4Of31BHasItsParameters) {
-  const ModelConfig config = gemma4_31b();
-  require_config(config);
-  EXPECT_EQ(config.n_layer(), 60);
-  EXPECT_EQ(config.n_full_layer(), 10);
+std::int64_t matrix_weights(const ModelConfig& config) {
   std::int64_t weights = config.vocab * config.hidden;
   for (std::int64_t layer = 0; layer < config.n_layer(); ++layer) {
     const AttentionConfig& attention = config.attention(layer);
     const std::int64_t q = config.n_head * attention.head_dim, kv = attention.n_head_kv * attention.head_dim;
     weights += config.hidden * (2 * q + (config.sliding_layer(layer) ? 2 : 1) * kv + 3 * config.ffn_hidden);
   }
-  EXPECT_EQ(weights, 30'696'013'824) << "29.287 G in the layers and 1.409 G in the embedding";
+  return weights;
+}
+
+TEST(Config, Gemma4Of31BHasItsParameters) {
+  const ModelConfig config = gemma4_31b();
+  require_config(config);
+  EXPECT_EQ(config.n_layer(), 60);
+  EXPECT_EQ(config.n_full_layer(), 10);
+  EXPECT_EQ(matrix_weights(config), 30'696'013'824) << "29.287 G in the layers and 1.409 G in the embedding";
   EXPECT_FALSE(config.sliding_layer(5)) << "every sixth layer is full";
   EXPECT_FALSE(config.sliding_layer(59));
   EXPECT_TRUE(config.sliding_layer(0));
+}
+
+TEST(Config, Gemma4Of12BHasItsParameters) {
+  const ModelConfig config = gemma4_12b();
+  require_config(config);
+  EXPECT_EQ(config.n_layer(), 48);
+  EXPECT_EQ(config.n_full_layer(), 8);
+  EXPECT_EQ(config.n_head / config.full.n_head_kv, 16);
+  EXPECT_EQ(matrix_weights(config), 11'906'580'480) << "10.900 G in the layers and 1.007 G in the embedding";
+  EXPECT_EQ(config_from_name("12b"), config);
+}
+
+TEST(Config, TheAttentionOfThe12BComesBackFromMetadata) {
+  const testkit::TempDir folder;
+  ModelConfig config = gemma4_12b();
+  config.vocab = 300, config.hidden = config.ffn_hidden = 256;
+  config.is_sliding = {1, 0};
+  write_synthetic_model(folder.file("m.gguf"), config);
+  EXPECT_EQ(weights_from_gguf(GgufFile::open(folder.file("m.gguf"))).config, config);
 }
 
 TEST(Config, GgufMetadataGivesTheSameShapes) {
@@ -196,10 +221,12 @@ TEST_F(ConfigFromGguf, FeaturesThatAreNotImplementedAreRefusedByName) {
   EXPECT_NE(refusal_with("gemma4.attention.shared_kv_layers", u32(2)).find("shared KV layers"), std::string::npos);
   EXPECT_NE(refusal_with("gemma4.expert_count", u32(8)).find("experts"), std::string::npos);
   const auto with_tensor = [&](const char* name) { return refusal(tiny_keys(), {.added = name}); };
-  EXPECT_NE(with_tensor("v.patch_embd.weight").find("vision"), std::string::npos);
   EXPECT_NE(with_tensor("blk.0.ffn_gate_exps.weight").find("experts"), std::string::npos);
   EXPECT_NE(with_tensor("per_layer_token_embd.weight").find("per-layer embeddings"), std::string::npos);
-  EXPECT_NE(with_tensor("output.weight").find("not tied"), std::string::npos);
+  EXPECT_NE(with_tensor("blk.0.attn_q.scale").find("NVFP4"), std::string::npos);
+  EXPECT_NE(with_tensor("blk.0.attn_q.input_scale").find("NVFP4"), std::string::npos);
+  EXPECT_NE(with_tensor("output.weight").find("'output.weight' has dimensions [4], expected [256, 1024]"),
+            std::string::npos);
   EXPECT_NE(with_tensor("blk.0.mystery.weight").find("blk.0.mystery.weight"), std::string::npos);
 }
 
@@ -213,6 +240,12 @@ TEST_F(ConfigFromGguf, ValuesThatContradictAreRefusedWithBothOfThem) {
             std::string::npos);
   EXPECT_NE(refusal_with("gemma4.feed_forward_length", u32(768)).find("[256, 768]"), std::string::npos);
   EXPECT_NE(refusal_with("gemma4.attention.head_count", u32(3)).find("n_head 3"), std::string::npos);
+  for (const char* key : {"gemma4.embedding_length", "gemma4.feed_forward_length", "gemma4.attention.head_count",
+                          "gemma4.attention.key_length", "gemma4.attention.sliding_window", "gemma4.context_length"}) {
+    const std::string message = refusal_with(key, value(std::uint64_t{1} << 60));
+    EXPECT_NE(message.find(concat(key, " is 1152921504606846976, expected at most 16777216")), std::string::npos)
+        << message;
+  }
 }
 
 TEST_F(ConfigFromGguf, EveryNumberIsTheFilesAndNoOtherChanges) {
@@ -247,9 +280,11 @@ TEST_F(ConfigFromGguf, RopeFactorsAreOnesAndThenHugeOnes) {
     return values;
   };
   const auto with = [&](const std::vector<float>& values) { return refusal(tiny_keys(), {.rope_freqs = values}); };
-  for (const std::size_t n_one : {std::size_t{0}, std::size_t{1}, kRotated, kPairs}) {
-    const GgufFile file = changed(tiny_keys(), {.rope_freqs = factors(n_one)});
-    EXPECT_EQ(config_from_gguf(file).full.rope_pairs, static_cast<std::int64_t>(n_one));
+  const GgufFile file = changed(tiny_keys(), {.rope_freqs = factors(kRotated)});
+  EXPECT_EQ(config_from_gguf(file).full.rope_pairs, static_cast<std::int64_t>(kRotated));
+  for (const std::size_t n_one : {std::size_t{0}, std::size_t{1}, kRotated - 1, kRotated + 1, kPairs}) {
+    const std::string message = with(factors(n_one));  // the factors of another model
+    EXPECT_NE(message.find(concat("rotates ", n_one, " of 64 pairs, expected 16")), std::string::npos) << message;
   }
   // A factor that is neither, or a 1 behind the huge ones, wherever it stands.
   for (const float bad : {1.0f, 0.5f, 0.0f, 8.0f, 1e19f, -1e30f, std::numeric_limits<float>::quiet_NaN()}) {

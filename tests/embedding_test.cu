@@ -5,11 +5,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <span>
 #include <vector>
 
 #include "cuda/device/device_buffer.cuh"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "reference/embedding.hpp"
 #include "tests/support/device_weights.cuh"
+#include "tests/support/packed_types.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 
@@ -47,6 +52,26 @@ RC_GTEST_PROP(EmbeddingGpu, HasTheBitsOfTheReferenceInEveryFormat, ()) {
   // Control: another scale is seen.
   const std::vector<float> other = embedded<float>(tokens, weights.view(), 2.0f * scale);
   RC_ASSERT(!std::equal(other.begin(), other.end(), expected.data()));
+}
+
+/// Rows of a peer's blocks have the peer's values to the bit. Control: one bit of a block is seen.
+TEST(EmbeddingGpu, PeersBlocksHaveThePeersValues) {
+  constexpr std::int32_t kRows = 8;
+  const GgufFile file = GgufFile::open(std::filesystem::path(GEMMA4_TEST_DATA) / "blocks/blocks.gguf");
+  const auto has_bits = [](const std::vector<float>& a, std::span<const float> b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), b.size_bytes()) == 0;
+  };
+  for (const TensorType type : kPackedTypes) {
+    const auto values = data_as<float>(file.tensor(concat(type_name(type), ".values")));
+    const auto blocks = file.tensor(concat(type_name(type), ".blocks")).data;
+    const auto n_value = static_cast<std::int64_t>(values.size());
+    ASSERT_EQ(n_value % (kRows * block_size(type)), 0) << type_name(type);
+    OwnedMatrix table{type, kRows, n_value / kRows, {blocks.begin(), blocks.end()}};
+    const std::vector<std::int32_t> tokens = {0, 1, 2, 3, 4, 5, 6, 7};
+    EXPECT_TRUE(has_bits(embedded<float>(tokens, DeviceWeights(table).view(), 1.0f), values)) << type_name(type);
+    table.bytes[static_cast<std::size_t>(block_bytes(type) + block_bytes(type) / 2)] ^= std::byte{1};
+    EXPECT_FALSE(has_bits(embedded<float>(tokens, DeviceWeights(table).view(), 1.0f), values)) << type_name(type);
+  }
 }
 
 TEST(EmbeddingGpu, AnUnknownTokenIsNaN) {

@@ -239,12 +239,15 @@ TEST(Gguf, RowBytesCountWholeBlocks) {
   EXPECT_EQ(row_bytes(TensorType::kQ5K, 512), 352);
   EXPECT_EQ(row_bytes(TensorType::kQ6K, 512), 420);
   EXPECT_EQ(row_bytes(TensorType::kQ8_0, 64), 68);
+  EXPECT_EQ(row_bytes(TensorType::kQ4_0, 64), 36);
+  EXPECT_EQ(row_bytes(TensorType::kIq4Xs, 512), 272);
+  EXPECT_EQ(row_bytes(TensorType{18}, 512), 196) << "IQ3_XXS, which nothing decodes";
   EXPECT_EQ(row_bytes(TensorType::kBf16, 3), 6);
   EXPECT_EQ(row_bytes(TensorType::kF32, 0), 0);
   EXPECT_THROW(static_cast<void>(row_bytes(TensorType::kQ4K, 255)), std::invalid_argument);
   EXPECT_THROW(static_cast<void>(row_bytes(TensorType::kF32, -1)), std::invalid_argument);
   EXPECT_THROW(static_cast<void>(row_bytes(TensorType::kF32, std::int64_t{1} << 62)), std::invalid_argument);
-  EXPECT_THROW(static_cast<void>(row_bytes(static_cast<TensorType>(2), 32)), std::invalid_argument);
+  EXPECT_THROW(static_cast<void>(row_bytes(static_cast<TensorType>(43), 32)), std::invalid_argument);
 }
 
 }  // namespace

@@ -105,7 +105,8 @@ std::vector<RandomTensor> random_tensors() {
   std::vector<RandomTensor> tensors;
   const int count = *rc::gen::inRange(0, 5);
   for (int index = 0; index < count; ++index) {
-    RandomTensor tensor{concat("t.", index), (*rc::gen::elementOf(kTensorTypes)).type, {}, {}};
+    const auto info = *rc::gen::oneOf(rc::gen::elementOf(kTensorTypes), rc::gen::elementOf(kForeignTensorTypes));
+    RandomTensor tensor{concat("t.", index), info.type, {}, {}};
     tensor.dims = *rc::gen::container<std::vector<std::int64_t>>(static_cast<std::size_t>(*rc::gen::inRange(1, 5)),
                                                                  rc::gen::inRange<std::int64_t>(1, 4));
     tensor.dims[0] *= block_size(tensor.type);
@@ -245,7 +246,7 @@ TEST(GgufWriter, RefusesWrongDeclarations) {
   EXPECT_NE(refusal([&] { writer.add_tensor("b", TensorType::kF32, {1, 1, 1, 1, 1}); }), "");
   EXPECT_NE(refusal([&] { writer.add_tensor("c", TensorType::kF32, {4, 0}); }), "");
   EXPECT_NE(refusal([&] { writer.add_tensor("d", TensorType::kQ4K, {255}); }), "");
-  EXPECT_NE(refusal([&] { writer.add_tensor("e", static_cast<TensorType>(2), {32}); }), "");
+  EXPECT_NE(refusal([&] { writer.add_tensor("e", static_cast<TensorType>(43), {32}); }), "");
   EXPECT_NE(refusal([&] { writer.add_tensor("f", TensorType::kF32, {1 << 30, 1 << 30, 1 << 30}); }), "");
   // Refused declarations leave no trace: the name is free, and the file below is whole.
   writer.add_tensor("c", TensorType::kI8, {1});

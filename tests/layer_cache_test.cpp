@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <variant>
@@ -13,6 +15,7 @@
 
 #include "tests/support/attention_case.hpp"
 #include "tests/support/close.hpp"
+#include "tests/support/kv_rows.hpp"
 
 /// The caches of a layer against attention over what they ought to hold, written out: which format a layer gets, what
 /// it rounds, which tokens a query sees, chunk after chunk. In double, so that nothing else rounds.
@@ -40,6 +43,16 @@ ModelConfig config_of_two() {
   return config;
 }
 
+/// [128] weights of a k norm, from 0.05 to 5.
+std::span<const float> k_norm() {
+  static const std::vector<float> weights = [] {
+    std::vector<float> values;
+    for (int i = 0; i < 128; ++i) values.push_back(0.5f * std::pow(10.0f, std::sin(static_cast<float>(i))));
+    return values;
+  }();
+  return weights;
+}
+
 /// q, k and v of kContext tokens that no storage holds exactly.
 Qkv<double> random_qkv(const ModelConfig& config, const AttentionConfig& attention, std::uint64_t seed) {
   const auto matrix = [&](std::uint64_t stream, std::int64_t n_head) {
@@ -50,11 +63,22 @@ Qkv<double> random_qkv(const ModelConfig& config, const AttentionConfig& attenti
                            Eigen::Map<const Matrix<float>>(rest.data(), kContext, cols))
                               .cast<double>());
   };
-  return {matrix(1, config.n_head), matrix(2, attention.n_head_kv), matrix(3, attention.n_head_kv)};
+  return {matrix(1, config.n_head), matrix(2, attention.n_head_kv), matrix(3, attention.n_head_kv), k_norm()};
+}
+
+/// The same for a layer whose K is its V: its values, and the weighted and turned ones.
+Qkv<double> one_vector_qkv(const ModelConfig& config, const AttentionConfig& attention, std::uint64_t seed) {
+  Qkv<double> qkv = random_qkv(config, attention, seed);
+  qkv.k = qkv.v;
+  for (Eigen::Index i = 0; i < qkv.k.cols(); ++i) {
+    qkv.k.col(i) *= static_cast<double>(qkv.k_norm[static_cast<std::size_t>(i % attention.head_dim)]);
+  }
+  reference::rope<double>(qkv.k, 0, attention);
+  return qkv;
 }
 
 Qkv<double> rows_of(const Qkv<double>& qkv, std::int64_t first, std::int64_t count) {
-  return {qkv.q.middleRows(first, count), qkv.k.middleRows(first, count), qkv.v.middleRows(first, count)};
+  return {qkv.q.middleRows(first, count), qkv.k.middleRows(first, count), qkv.v.middleRows(first, count), qkv.k_norm};
 }
 
 /// What a cache of this format holds of m [n_token, n_head_kv * head_dim].
@@ -153,10 +177,54 @@ INSTANTIATE_TEST_SUITE_P(Formats, LayerCacheOf,
                            return name;
                          });
 
+/// V and the rotated quarter of K as codes give them back; K's other places are V's times the weight.
+TEST(LayerCache, OneVectorForKAndVIsVAndTheRotatedQuarterOfK) {
+  const ModelConfig config = config_of_two();
+  const AttentionConfig& attention = config.full;
+  const std::int64_t head_dim = attention.head_dim;
+  const Qkv<double> qkv = one_vector_qkv(config, attention, 8);
+  const auto read = [](const reference::KvVectorCodec<double>& codec, const Matrix<double>& rows) {
+    return testkit::decompress(codec, testkit::compress(codec, rows));
+  };
+  const auto keys = [&](const Matrix<double>& v, const Matrix<double>& r) {
+    Matrix<double> k = v * reference::as_row<double>(qkv.k_norm).asDiagonal();
+    for (Eigen::Index j = 0; j < head_dim / 4; ++j) {
+      k.col(kv_rotated_place(head_dim, j)) = r.col(j) * kv_rotated_scale(qkv.k_norm.data(), head_dim, j);
+    }
+    return k;
+  };
+  Matrix<double> r(kContext, head_dim / 4);
+  for (Eigen::Index j = 0; j < r.cols(); ++j) {
+    r.col(j) = qkv.k.col(kv_rotated_place(head_dim, j)) / kv_rotated_scale(qkv.k_norm.data(), head_dim, j);
+  }
+  const auto out_of = [&](const char* format) {
+    auto caches = reference::make_layer_caches<double>(config, parse_cache_spec(format), kContext);
+    return through(caches[1], qkv);
+  };
+  for (const char* format : {"kv5r4", "kv3r6-cut-raw-haar"}) {
+    const reference::KvCodec<double> codec(head_dim, std::get<KvFormat>(parse_cache_spec(format)).options);
+    const Matrix<double> v_read = read(codec.v(), qkv.v), r_read = read(codec.r(), r);
+    const auto expected = [&](const Matrix<double>& k, const Matrix<double>& v) {
+      return attended(qkv.q, k, v, head_dim, kContext);
+    };
+    const Matrix<double> out = out_of(format);
+    EXPECT_LE(largest_difference(out, expected(keys(v_read, r_read), v_read)), kSameFormula) << format;
+    EXPECT_GT(largest_difference(out, expected(keys(qkv.v, r_read), v_read)), 100 * kSameFormula) << "K's from V";
+    EXPECT_GT(largest_difference(out, expected(keys(v_read, r), v_read)), 100 * kSameFormula) << "R as it was";
+    EXPECT_GT(largest_difference(out, expected(keys(v_read, r_read), qkv.v)), 100 * kSameFormula) << "V as it was";
+  }
+  // bf16 is 2^-9 of a value, and scores of some ten.
+  EXPECT_LE(largest_difference(out_of("kv16r16"), attended(qkv.q, qkv.k, qkv.v, head_dim, kContext)), 0.05);
+  Qkv<double> own_values = qkv;
+  own_values.k_norm = {};
+  auto caches = reference::make_layer_caches<double>(config, parse_cache_spec("kv5r4"), kContext);
+  EXPECT_THROW((void)through(caches[1], own_values), std::invalid_argument) << "a layer whose K is not its V";
+}
+
 TEST(LayerCache, EveryLayerHasItsOwn) {
   ModelConfig config = config_of_two();
   config.is_sliding = {0, 0, 1, 1};
-  for (const char* format : {"f32", "bf16", "tq4"}) {
+  for (const char* format : {"f32", "bf16", "tq4", "kv5r4", "kv16r16"}) {
     auto caches = reference::make_layer_caches<double>(config, parse_cache_spec(format), kContext);
     ASSERT_EQ(caches.size(), 4u);
     for (std::size_t layer : {0, 2}) {

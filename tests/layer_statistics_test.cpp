@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <span>
+#include <stdexcept>
 #include <vector>
 
 #include "gemma4/cache_formats.hpp"
@@ -94,6 +95,19 @@ TEST_F(LayerStatisticsOfNano, TheStreamIsTheModels) {
 TEST_F(LayerStatisticsOfNano, RefusesRowsThatAreNotInOneChunk) {
   EXPECT_THROW((void)run(15, "bf16"), std::invalid_argument);
   EXPECT_THROW((void)run(0, "bf16"), std::invalid_argument);
+}
+
+TEST(WeightSpread, IsOfMagnitudes) {
+  const auto of = [](const std::vector<float>& weights) { return gemma4::reference::weight_spread(weights); };
+  const auto spread = of({-4.0f, 2.0f, 0.5f, -1.0f});
+  EXPECT_EQ(spread.min, 0.5);
+  EXPECT_EQ(spread.max, 4.0);
+  EXPECT_EQ(spread.ratio, 8.0);
+  EXPECT_EQ(spread.near_zero, 0);
+  const auto with_zeros = of({1.0f, -1.0f, 0.0f, 0.008f, -0.006f, 1.0f, 1.0f, 1.0f});  // RMS 0.79
+  EXPECT_EQ(with_zeros.near_zero, 2);
+  EXPECT_TRUE(std::isinf(with_zeros.ratio));
+  EXPECT_THROW((void)of({}), std::invalid_argument);
 }
 
 TEST(CommonShare, IsThatOfTheVectorThatRowsHaveInCommon) {

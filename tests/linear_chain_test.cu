@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -30,7 +31,9 @@ class Chain {
  public:
   Chain() : device_(current_device()) {
     for (std::uint32_t i = 0; i < kLayers; ++i) {
-      const TensorType type = i % 2 == 0 ? TensorType::kQ4K : TensorType::kQ6K;
+      // Two kernels in turn: that of the four formats and that of all.
+      constexpr std::array kTypes = {TensorType::kQ4K, TensorType::kQ6K, TensorType::kQ4_0, TensorType::kQ2K};
+      const TensorType type = kTypes[i % kTypes.size()];
       layers_.push_back({DeviceWeights(random_weights(type, kHidden, kHidden, 10 * i + 1)),
                          DeviceWeights(random_weights(type, kFfn, kHidden, 10 * i + 2),
                                        random_weights(type, kFfn, kHidden, 10 * i + 3)),

@@ -15,6 +15,7 @@
 #include "tests/support/close.hpp"
 #include "tests/support/device_weights.cuh"
 #include "tests/support/linear_case.hpp"
+#include "tests/support/packed_types.hpp"
 #include "tests/support/property.hpp"
 
 namespace gemma4::cuda {
@@ -74,7 +75,7 @@ RC_GTEST_PROP(LinearPrefill, AgreesWithTheReferenceInEveryFormat, ()) {
 }
 
 TEST(LinearPrefill, FusedGateUpHasTheBitsOfUnfused) {
-  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ6K}) {
+  for (const TensorType type : kPackedTypes) {
     const OwnedMatrix gate = random_weights(type, 300, 512, 1, 0.1f), up = random_weights(type, 300, 512, 2, 0.1f);
     const DeviceWeights joined(gate, up), gate_alone(gate), up_alone(up);
     const DeviceBuffer<Bf16> in(as_bf16(random_activations(33 * 512, 3)));

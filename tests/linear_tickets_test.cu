@@ -13,14 +13,13 @@
 #include "cuda/quantized_linear.cuh"
 #include "tests/support/device_weights.cuh"
 #include "tests/support/linear_case.hpp"
+#include "tests/support/packed_types.hpp"
 #include "tests/support/property.hpp"
 
 namespace gemma4::cuda {
 namespace {
 
 using namespace gemma4::testkit;
-
-constexpr std::array kPackedTypes = {TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0};
 
 template <class T>
 bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {

@@ -57,10 +57,14 @@ struct Shapes {
 };
 
 /// A model whose matrices in Q6_K are the given ones: of attn_v (counted over sliding layers) and of ffn_down. The rows
-/// of Q6_K on a device: 26 bytes for 32 values and half a byte of scale for 16, each chunk of 5376 a multiple of 16.
+/// of Q6_K on a device: 26 bytes for 32 values and half a byte of scale for 16, each chunk (5376
+/// values at most, 5120 in rows of 15360) a multiple of 16 bytes.
 Shapes shapes_of(std::string name, const ModelConfig& config, const std::vector<std::int64_t>& wide_v,
                  const std::vector<std::int64_t>& wide_down) {
-  Shapes shapes{std::move(name), config, {}, {{512, 432}, {768, 640}, {5376, 4416}, {21504, 17664}}};
+  Shapes shapes{std::move(name),
+                config,
+                {},
+                {{512, 432}, {768, 640}, {3840, 3152}, {5376, 4416}, {15360, 12624}, {21504, 17664}}};
   const auto has = [](const std::vector<std::int64_t>& all, std::int64_t value) {
     return std::find(all.begin(), all.end(), value) != all.end();
   };
@@ -89,6 +93,16 @@ Shapes shapes_31b() {
     if (i < 7 || i >= 52 || i % 3 == 0) down.push_back(i);
   }
   return shapes_of("31b", gemma4_31b(), v, down);
+}
+Shapes shapes_12b() {
+  std::vector<std::int64_t> v, down;
+  for (std::int64_t i = 0; i < 40; ++i) {
+    if (i < 5 || i >= 35 || i % 3 == 1) v.push_back(i);
+  }
+  for (std::int64_t i = 0; i < 48; ++i) {
+    if (i < 6 || i >= 42 || i % 3 == 2) down.push_back(i);
+  }
+  return shapes_of("12b", gemma4_12b(), v, down);
 }
 Shapes shapes_nano() {
   return shapes_of("nano", gemma4_nano(), {0, 3, 6, 8, 9}, {0, 3, 6, 9, 10, 11});
@@ -139,11 +153,11 @@ std::int64_t decode_bytes(const Shapes& s, std::int64_t chunk) {
   const ModelConfig& c = s.config;
   const std::int64_t n = std::min<std::int64_t>(chunk, 8);
   return up256(n * c.hidden * 4)                         // pending, f32
-                     + up256(n * s.widest_qkv() * 4)                 // q, k and v as projected, f32
-                     + up256(n * s.widest(&LayerShape::q) * 2)       // q, then what attention gives, bf16
-                     + up256(n * 2 * s.widest(&LayerShape::kv) * 2)  // K and V of a sliding layer, bf16
-                     + up256(n * c.ffn_hidden * 2)                   // bf16
-                     + up256(n * 2 * c.ffn_hidden * 4);              // gate and up, f32
+         + up256(n * s.widest_qkv() * 4)                 // q, k and v as projected, f32
+         + up256(n * s.widest(&LayerShape::q) * 2)       // q, then what attention gives, bf16
+         + up256(n * 2 * s.widest(&LayerShape::kv) * 2)  // K and V of a sliding layer, bf16
+         + up256(n * c.ffn_hidden * 2)                   // bf16
+         + up256(n * 2 * c.ffn_hidden * 4);              // gate and up, f32
 }
 
 Bytes device_bytes_of(const Shapes& s, const Run& run) {
@@ -238,7 +252,7 @@ void expect_every_buffer(const Shapes& s, const Run& run) {
 }
 
 TEST(MemoryPlanBuffers, EveryOneIsOfItsShapes) {
-  for (const Shapes& s : {shapes_31b(), shapes_nano(), shapes_one_kind(true), shapes_one_kind(false)}) {
+  for (const Shapes& s : {shapes_31b(), shapes_12b(), shapes_nano(), shapes_one_kind(true), shapes_one_kind(false)}) {
     for (const char* cache : {"f32", "bf16", "tq4", "tq4-haar"}) {
       for (const auto target : {PlanTarget::kCuda, PlanTarget::kReference}) {
         for (const std::int64_t context : {1, 100, 131072}) {

@@ -80,7 +80,7 @@ TEST(Model, AWindowShortByOneKeyExceedsTheRounding) {  // the control of the pro
 RC_GTEST_PROP(Model, LaterTokensDoNotReachEarlierLogits, ()) {
   const SmallModel small(any_config(), 5);
   auto tokens = any_tokens(small.weights.config, 24);
-  const std::string cache = *rc::gen::element<std::string>("f32", "bf16", "tq4");
+  const std::string cache = *rc::gen::element<std::string>("f32", "bf16", "tq4", "kv5r4", "kv16r16");
   reference::Backend<double> backend(small.weights, {.cache = parse_cache_spec(cache), .context = 64, .max_chunk = 64});
   const std::vector<double> before = logits_of(backend, tokens, {64});
   const auto at = *rc::gen::inRange<std::size_t>(1, 24);
@@ -93,7 +93,7 @@ RC_GTEST_PROP(Model, LaterTokensDoNotReachEarlierLogits, ()) {
 
 RC_GTEST_PROP(Model, ASecondSequenceSeesNothingOfTheFirst, ()) {
   const SmallModel small(any_config(), 9);
-  const std::string cache = *rc::gen::element<std::string>("f32", "bf16", "tq4");
+  const std::string cache = *rc::gen::element<std::string>("f32", "bf16", "tq4", "kv5r4", "kv16r16");
   const reference::BackendOptions options{.cache = parse_cache_spec(cache), .context = 32, .max_chunk = 16};
   const auto first = any_tokens(small.weights.config, 30), second = any_tokens(small.weights.config, 30);
   reference::Backend<double> used(small.weights, options), fresh(small.weights, options);

@@ -14,8 +14,11 @@
 #include <vector>
 
 #include "cuda/device/allocation_count.cuh"
+#include "tests/support/linear_case.hpp"
+#include "tests/support/packed_types.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
+#include "tests/support/retyped_model.hpp"
 #include "tests/support/small_model.hpp"
 
 /// Loading: every byte of the file arrives, however it is cut; what is wrong with a file is said, and no memory stays.
@@ -110,7 +113,7 @@ TEST(CudaModelWeights, AnotherFileDoesNotCompareEqual) {  // the control
 
 RC_GTEST_PROP(CudaModelWeights, SlotsAndThreadsOnlyCutTheWay, ()) {
   const auto type = *rc::gen::element(TensorType::kQ8_0, TensorType::kBf16, TensorType::kF16, TensorType::kF32,
-                                      TensorType::kQ4K, TensorType::kQ6K);
+                                      TensorType::kQ4K, TensorType::kQ6K, TensorType::kQ4_0);
   const SmallModel small(gemma4_tiny(), {.seed = 5, .only = type});
   cuda::LoadOptions options;
   options.join_gate_up = *rc::gen::arbitrary<bool>();
@@ -119,6 +122,52 @@ RC_GTEST_PROP(CudaModelWeights, SlotsAndThreadsOnlyCutTheWay, ()) {
   options.upload.slot_bytes = *rc::gen::element<std::int64_t>(4096, 5000, 16384, 1 << 20);
   const cuda::PackedModel model = cuda::load_model(*small.file, options);
   testkit::rc_require(holds_file(model, small.weights));
+}
+
+/// Every weight type as the type of every matrix, and all of them in one model.
+TEST(CudaModelWeights, MatricesOfEveryTypeArrive) {
+  const GgufFile source = GgufFile::open(kData / "tiny/tiny-a-Q4_K_M.gguf");
+  for (const TensorType type : kWeightTypes) {
+    const testkit::RetypedModel retyped(source, testkit::all_matrices(type));
+    const cuda::PackedModel model = cuda::load_model(retyped.file());
+    EXPECT_TRUE(holds_file(model, retyped.weights())) << type_name(type);
+    EXPECT_EQ(model.layer(0).gate_up.is_fused(), is_packed_type(type)) << type_name(type);
+  }
+  std::size_t n_matrix = 0;
+  const testkit::RetypedModel mixed(source, [&](const GgufTensor& tensor) {
+    return tensor.dims.size() > 1 ? std::optional(kWeightTypes[n_matrix++ / 2 % kWeightTypes.size()]) : std::nullopt;
+  });
+  EXPECT_TRUE(holds_file(cuda::load_model(mixed.file()), mixed.weights()));
+}
+
+/// Whether the upload of three rows refuses them, by name.
+testing::AssertionResult upload_refuses(const testkit::OwnedMatrix& matrix) {
+  cuda::DeviceBuffer<std::byte> packed(matrix.rows * cuda::packed_row_bytes(matrix.type, matrix.cols));
+  try {
+    cuda::upload({{"the matrix", matrix.view(), packed.data(), 1}}, {.slot_bytes = 4096});
+  } catch (const FormatError& error) {
+    if (std::string(error.what()).find("'the matrix'") != std::string::npos) return testing::AssertionSuccess();
+    return testing::AssertionFailure() << "another message: " << error.what();
+  }
+  return testing::AssertionFailure() << "taken";
+}
+
+/// Steps, and the minima or offsets beside them, are looked at in every format, wherever the block has them.
+TEST(CudaModelWeights, NoFormatHidesAStepThatIsNotFinite) {
+  for (const TensorType type : testkit::kPackedTypes) {
+    const testkit::OwnedMatrix clean = testkit::random_weights(type, 3, 512, 1);
+    EXPECT_FALSE(upload_refuses(clean)) << type_name(type);
+    std::vector<std::size_t> places = {testkit::place_of_step(type)};
+    if (const auto minimum = testkit::place_of_minimum(type)) places.push_back(*minimum);
+    for (const std::size_t place : places) {
+      for (const std::uint16_t bits : {0x7C00, 0xFC00, 0x7E01}) {
+        testkit::OwnedMatrix matrix = clean;
+        const std::size_t last = matrix.bytes.size() - static_cast<std::size_t>(block_bytes(type));
+        testkit::detail::put(std::span(matrix.bytes), last + place, bits);
+        EXPECT_TRUE(upload_refuses(matrix)) << type_name(type) << ", " << bits << " at " << place;
+      }
+    }
+  }
 }
 
 /// The model's file with one byte pair changed, somewhere in the data of a tensor.

@@ -14,7 +14,7 @@
 #include "tests/support/close.hpp"
 
 /// What the project claims of the trained model at 8192 tokens, measured once for all tests: the figures that another
-/// implementation gives for a bf16 cache, and what a TQ4 cache costs.
+/// implementation gives for a bf16 cache, and what a TQ4 cache and one vector for K and V cost.
 namespace {
 
 using namespace gemma4;
@@ -30,6 +30,9 @@ constexpr double kTq4SameTopAcceptance = 0.982;  ///< share of the same first to
 constexpr double kTq4LossAcceptance = 0.005;     ///< nll of tq4 above that of bf16: 0.0017
 constexpr double kPeerKlRatioAcceptance = 1.8;   ///< mean KL of the peer's format over that of tq4: 2.2
 
+constexpr double kOneVectorKlRatioAcceptance = 0.5;  ///< mean KL of kv5r4, three quarters of the bytes, over tq4's: 0.3
+constexpr double kSmallOneVectorKlRatioAcceptance = 1.25;  ///< of kv4r4, 0.63 of the bytes: 1.0
+
 class NanoAccuracy : public testing::Test {
  protected:
   static constexpr std::int64_t kContext = 8192;
@@ -37,7 +40,7 @@ class NanoAccuracy : public testing::Test {
   static void SetUpTestSuite() {
     file_ = std::make_unique<GgufFile>(GgufFile::open(kNano / "nano-Q4_K_M.gguf"));
     weights_ = std::make_unique<ModelWeights>(weights_from_gguf(*file_));
-    const std::vector<std::string> caches = {"bf16", "tq4", "tq4-peer"};
+    const std::vector<std::string> caches = {"bf16", "tq4", "tq4-peer", "kv5r4", "kv4r4"};
     std::vector<std::unique_ptr<NanoBackend>> backends;
     std::vector<NanoBackend*> borrowed;
     for (const std::string& cache : caches) {
@@ -66,7 +69,7 @@ class NanoAccuracy : public testing::Test {
   static AccuracySummary summary(const std::string& cache) { return summary(cache, 0, kContext); }
 
   static RecallResult recall(const std::string& cache) {
-    const RecallTask task = read_recall_task(kNano / "recall-public-8192.gguf");
+    const RecallTask task = read_recall_task(kNano / "recall-public-8192.gguf", gemma4_nano().vocab);
     return measure_recall(*make_backend(cache), task, 512, [](std::int64_t) {});
   }
 
@@ -94,8 +97,18 @@ TEST_F(NanoAccuracy, ThePeersFormatCostsTwiceAsMuch) {
   EXPECT_LT(summary("tq4-peer").same_top, summary("tq4").same_top);
 }
 
-TEST_F(NanoAccuracy, EveryKeyIsRecalledWithBothCaches) {
-  for (const char* cache : {"bf16", "tq4"}) {
+TEST_F(NanoAccuracy, OneVectorForKAndVCostsLessThanTq4) {
+  const double tq4 = summary("tq4").kl_mean;
+  EXPECT_LE(summary("kv5r4").kl_mean, kOneVectorKlRatioAcceptance * tq4);
+  EXPECT_GT(summary("kv5r4").same_top, summary("tq4").same_top);
+  EXPECT_LE(summary("kv5r4").nll - summary("bf16").nll, kTq4LossAcceptance);
+  EXPECT_GT(summary("kv5r4").kl_mean, 1e-5) << "the control: a cache that costs nothing is not compressed";
+  EXPECT_LE(summary("kv4r4").kl_mean, kSmallOneVectorKlRatioAcceptance * tq4);
+  EXPECT_GT(summary("kv4r4").kl_mean, summary("kv5r4").kl_mean);
+}
+
+TEST_F(NanoAccuracy, EveryKeyIsRecalledWithEachCache) {
+  for (const char* cache : {"bf16", "tq4", "kv5r4"}) {
     const RecallResult result = recall(cache);
     EXPECT_EQ(result.correct, 32) << cache;
     EXPECT_EQ(result.total, 32) << cache;
@@ -103,7 +116,7 @@ TEST_F(NanoAccuracy, EveryKeyIsRecalledWithBothCaches) {
 }
 
 TEST_F(NanoAccuracy, AModelThatCannotSeeTheKeysRecallsNone) {  // the control: the answers are not guessed
-  RecallTask task = read_recall_task(kNano / "recall-public-8192.gguf");
+  RecallTask task = read_recall_task(kNano / "recall-public-8192.gguf", gemma4_nano().vocab);
   task.questions.resize(16);
   task.documents.resize(1);  // the questions of the first document
   const std::int64_t begin = task.questions.front().position - 400;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "gemma4/quantized_matrix.hpp"
+
 /// Bytes of rows as they lie on a device, by figures worked out by hand from the formats.
 namespace {
 
@@ -46,16 +48,37 @@ TEST(PackedRows, BytesAreThoseOfTheFormatsAndEveryChunkAMultipleOf16) {
                         {TensorType::kQ8_0, 800, 32 * 25 + 64},  // scales of 2 bytes: 50 to 64
                         {TensorType::kQ8_0, 5376, 32 * 168 + 336},
                         {TensorType::kQ8_0, 5664, 32 * 96 + 192 + 32 * 81 + 176},  // 162 to 176
+                        {TensorType::kQ4_0, 32, 32},                               // 18 bytes and 14 of padding
+                        {TensorType::kQ4_0, 800, 16 * 25 + 64},                    // steps of 2 bytes: 50 to 64
+                        {TensorType::kQ4_0, 5376, 168 * 18},
+                        {TensorType::kQ4_0, 21504, 672 * 18},
+                        {TensorType::kIq4Nl, 5664, 96 * 18 + 81 * 16 + 176},  // 162 to 176
+                        {TensorType::kQ4_1, 96, 64},                          // 60 and 4
+                        {TensorType::kQ4_1, 5376, 168 * 20},
+                        {TensorType::kQ5_0, 32, 32},  // 22 and 10
+                        {TensorType::kQ5_0, 5376, 168 * 22},
+                        {TensorType::kQ5_1, 32, 32},  // 24 and 8
+                        {TensorType::kQ5_1, 5376, 168 * 24},
+                        {TensorType::kIq4Xs, 256, 144},    // 136 and 8
+                        {TensorType::kIq4Xs, 5376, 2864},  // 21 times 136 and 8
+                        {TensorType::kIq4Xs, 8192, 32 * 136},
+                        {TensorType::kQ3K, 256, 112},    // 110 and 2
+                        {TensorType::kQ3K, 5376, 2320},  // 21 times 110 and 10
+                        {TensorType::kQ3K, 21504, 4 * 2320},
+                        {TensorType::kQ2K, 256, 96},     // 84 and 12
+                        {TensorType::kQ2K, 5376, 1776},  // 21 times 84 and 12
+                        {TensorType::kQ2K, 8192, 2 * 1344},
                         {TensorType::kBf16, 300, 600},
                         {TensorType::kF16, 300, 600},
                         {TensorType::kF32, 300, 1200}};
   for (const Case& c : cases)
     EXPECT_EQ(packed_row_bytes(c.type, c.cols), c.bytes) << type_name(c.type) << ' ' << c.cols;
-  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0}) {
-    EXPECT_TRUE(is_packed_type(type));
+  for (const TensorType type : kWeightTypes) {
+    if (block_size(type) == 1) continue;
+    EXPECT_TRUE(is_packed_type(type)) << type_name(type);
     for (std::int64_t groups = 8; groups <= 168; groups += 8) EXPECT_EQ(chunk_bytes(type, groups) % 16, 0) << groups;
   }
-  for (const TensorType type : {TensorType::kF32, TensorType::kF16, TensorType::kBf16}) {
+  for (const TensorType type : {TensorType::kF32, TensorType::kF16, TensorType::kBf16, TensorType::kI32}) {
     EXPECT_FALSE(is_packed_type(type));
   }
 }

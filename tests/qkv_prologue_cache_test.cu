@@ -86,6 +86,23 @@ testing::AssertionResult same_as_unfused_tq4(const QkvInputs& in, const Tq4Optio
                          });
 }
 
+testing::AssertionResult same_as_unfused_kv(const QkvInputs& in, const KvOptions& options, std::int64_t buffer_len) {
+  const AttentionConfig& a = in.c.attention;
+  const KvCodec codec(a.head_dim, options);
+  const auto cache = [&](Poisoned& memory) {
+    return KvKv{codec, {memory.bytes(), 1, a.n_head_kv, buffer_len, a.head_dim, options.v_bits, options.r_bits}};
+  };
+  std::vector<std::int32_t> positions(static_cast<std::size_t>(in.c.n_token));
+  std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(in.c.position));
+  const DeviceBuffer<std::int32_t> where(positions);
+  return same_as_unfused(in, kv_cache_bytes(1, a.n_head_kv, buffer_len, a.head_dim, options), cache,
+                         [&](Poisoned& memory, const QkvUnfused& parts) {
+                           kv_cache_update<float>(codec, with_batch(in.kv(parts.k.data())),
+                                                  with_batch(in.kv(parts.v.data())), in.k_norm.data(),
+                                                  {where.data(), in.c.n_token, {}}, cache(memory).records, nullptr);
+                         });
+}
+
 /// Into a ring, and the fresh K and V beside it: one memory holds k_new | v_new | ring_k | ring_v.
 testing::AssertionResult same_as_unfused_ring(const QkvInputs& in, std::int64_t ring_len, std::int64_t window) {
   const AttentionConfig& a = in.c.attention;
@@ -125,6 +142,21 @@ RC_GTEST_PROP(QkvPrologueCacheGpu, Tq4CacheHasTheBitsOfTheComponents, ()) {
       same_as_unfused_tq4(QkvInputs(c), options, *rc::gen::inRange<std::int64_t>(c.position + 1, c.position + 60)));
 }
 
+RC_GTEST_PROP(QkvPrologueCacheGpu, OneVectorHasTheBitsOfTheComponents, ()) {
+  QkvCase c = some_qkv_case(40);
+  c.attention.rope_pairs = std::min(c.attention.rope_pairs, c.attention.head_dim / 8);
+  RC_LOG() << c;
+  const int plain = *rc::gen::inRange(0, 5);
+  KvOptions options{.norm = *rc::gen::element(NormKind::kCorrected, NormKind::kRaw),
+                    .v_bits = *rc::gen::inRange(3, 7),
+                    .r_bits = *rc::gen::inRange(3, 7),
+                    .seed = c.seed};
+  if (plain == 0) options.v_bits = options.r_bits = 16;
+  RC_LOG() << ", kv" << options.v_bits << "r" << options.r_bits;
+  rc_require(
+      same_as_unfused_kv(QkvInputs(c), options, *rc::gen::inRange<std::int64_t>(c.position + 1, c.position + 60)));
+}
+
 RC_GTEST_PROP(QkvPrologueCacheGpu, RingHasTheBitsOfTheComponents, ()) {
   const QkvCase c = some_qkv_case(262143 - 33);
   RC_LOG() << c;
@@ -133,12 +165,18 @@ RC_GTEST_PROP(QkvPrologueCacheGpu, RingHasTheBitsOfTheComponents, ()) {
   rc_require(same_as_unfused_ring(QkvInputs(c), window + c.n_token - 1 + spare, window));
 }
 
-/// The 31B's layers: one token far out, and a chunk; the last token of the longest context.
+/// The 31B's layers, and full ones of the 12B, whose one head of keys serves sixteen of queries: one token far out, and
+/// a chunk; the last token of the longest context.
 TEST(QkvPrologueCacheGpu, RealShapesHaveTheBitsOfTheComponents) {
   EXPECT_TRUE(same_as_unfused_tq4(QkvInputs(real_qkv_case(false, 1, 131071)), {}, 131072));
   EXPECT_TRUE(same_as_unfused_tq4(QkvInputs(real_qkv_case(false, 2048, 2048 - 5)), {}, 4096));
+  EXPECT_TRUE(same_as_unfused_kv(QkvInputs(real_qkv_case(false, 1, 131071)), {}, 131072));
+  EXPECT_TRUE(same_as_unfused_kv(QkvInputs(real_qkv_case(false, 2048, 2048 - 5)), {.v_bits = 4}, 4096));
   EXPECT_TRUE(same_as_unfused_flat(QkvInputs(real_qkv_case(false, 1, 8191)), 8192));
   EXPECT_TRUE(same_as_unfused_flat(QkvInputs(real_qkv_case(false, 600, 77)), 700));
+  EXPECT_TRUE(same_as_unfused_tq4(QkvInputs(real_qkv_case(false, 1, 131071, gemma4_12b())), {}, 131072));
+  EXPECT_TRUE(same_as_unfused_tq4(QkvInputs(real_qkv_case(false, 600, 77, gemma4_12b())), {}, 700));
+  EXPECT_TRUE(same_as_unfused_flat(QkvInputs(real_qkv_case(false, 9, 8000, gemma4_12b())), 8192));
   EXPECT_TRUE(same_as_unfused_ring(QkvInputs(real_qkv_case(true, 1, 262143)), 1024, 1024));
   EXPECT_TRUE(same_as_unfused_ring(QkvInputs(real_qkv_case(true, 1025, 262143 - 1025)), 2048, 1024));
 }
@@ -152,6 +190,7 @@ TEST(QkvPrologueCacheGpu, PositionsOutsideAreNotWritten) {
             .seed = 3};
   const std::int64_t buffer_len = 20, size = 2 * buffer_len * 128;
   const Tq4Codec codec(128, {});
+  const KvCodec kv_codec(128, {});
   for (const std::int64_t position : {-3L, 20L, 31L, 2147483640L, 17L}) {
     c.position = position;
     const QkvInputs in(c);
@@ -161,6 +200,9 @@ TEST(QkvPrologueCacheGpu, PositionsOutsideAreNotWritten) {
     in.fused(q.data(), FlatKv{make_view(flat.values(), 1, 2, buffer_len, 128),
                               make_view(flat.values() + size, 1, 2, buffer_len, 128)});
     in.fused(q.data(), Tq4Kv{codec, {records.bytes(), 1, 2, buffer_len, 128}});
+    Poisoned one_vector(kv_cache_bytes(1, 2, buffer_len, 128, {}));
+    in.fused(q.data(), KvKv{kv_codec, {one_vector.bytes(), 1, 2, buffer_len, 128, 5, 4}});
+    EXPECT_EQ(one_vector.now() == one_vector.before(), position != 17) << position;
     EXPECT_EQ(flat.now() == flat.before(), position != 17) << position;
     EXPECT_EQ(records.now() == records.before(), position != 17) << position;
     const std::vector<Bf16> written = q.to_host();

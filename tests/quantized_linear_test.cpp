@@ -83,11 +83,17 @@ RC_GTEST_PROP(QuantizedLinear, EqualsTheDequantisedMatrixInEveryFormat, ()) {
 }
 
 TEST(QuantizedLinear, ABoundThatASingleWrongCodeBreaks) {  // the control: one code of one weight changed by one
-  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0}) {
+  const auto place_of_a_code = [](TensorType type) -> std::int64_t {
+    if (type == TensorType::kQ2K) return 16;
+    if (type == TensorType::kQ3K) return 32;
+    return type == TensorType::kQ6K ? 0 : block_bytes(type) - 1;
+  };
+  for (const TensorType type : kWeightTypes) {
+    if (block_size(type) == 1) continue;
     Case c{testkit::random_weights(type, 3, 256, 7), Matrix<double>::Ones(1, 256)};
     const Expected expected = by_definition(c);
     EXPECT_TRUE(testkit::close(run<float>(c), expected.value, bounds<float>(c, expected)));
-    c.weight.bytes[static_cast<std::size_t>(type == TensorType::kQ6K ? 0 : block_bytes(type) - 1)] ^= std::byte{1};
+    c.weight.bytes[static_cast<std::size_t>(place_of_a_code(type))] ^= std::byte{1};
     EXPECT_FALSE(testkit::close(run<float>(c), expected.value, bounds<float>(c, expected))) << type_name(type);
   }
 }

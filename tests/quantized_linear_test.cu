@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,6 +14,7 @@
 #include "tests/support/close.hpp"
 #include "tests/support/device_weights.cuh"
 #include "tests/support/linear_case.hpp"
+#include "tests/support/packed_types.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 
@@ -22,8 +22,6 @@ namespace gemma4::cuda {
 namespace {
 
 using namespace gemma4::testkit;
-
-constexpr std::array kPackedTypes = {TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0};
 
 template <class T>
 std::vector<T> to_storage(const std::vector<float>& values) {
@@ -197,9 +195,12 @@ TEST(QuantizedLinearGpu, AdversarialActivations) {
   }
 }
 
-/// Weights at the edges: largest and smallest steps, all codes at one end, steps of zero.
+/// Weights at the edges: largest and smallest steps, all codes at one end, steps of zero. The last two tokens have the
+/// largest codes in every place, so that the integer sums are as large as they become.
 TEST(QuantizedLinearGpu, AdversarialWeights) {
-  const std::vector<float> x = random_activations(3 * 512, 5);
+  std::vector<float> x = random_activations(3 * 512, 5);
+  x.insert(x.end(), 512, 1.0f);
+  x.insert(x.end(), 512, -1.0f);
   for (const TensorType type : kPackedTypes) {
     const auto step = static_cast<std::size_t>(block_bytes(type));
     for (const unsigned fill : {0x00u, 0xFFu, 0x7Fu, 0x80u, 0x11u}) {
@@ -207,9 +208,9 @@ TEST(QuantizedLinearGpu, AdversarialWeights) {
         OwnedMatrix weight = random_weights(type, 9, 512, 1);
         for (std::byte& byte : weight.bytes) byte = static_cast<std::byte>(fill);
         for (std::size_t at = 0; at < weight.bytes.size(); at += step) {
-          testkit::detail::put(std::span(weight.bytes), at + (type == TensorType::kQ6K ? 208 : 0), F16{d});
-          if (type == TensorType::kQ4K || type == TensorType::kQ5K) {
-            testkit::detail::put(std::span(weight.bytes), at + 2, F16{d});
+          testkit::detail::put(std::span(weight.bytes), at + place_of_step(type), F16{d});
+          if (const auto at_min = place_of_minimum(type)) {
+            testkit::detail::put(std::span(weight.bytes), at + *at_min, F16{d});
           }
         }
         EXPECT_TRUE(close(multiply(x, DeviceWeights(weight).view()), exact(x, weight),
@@ -242,10 +243,13 @@ struct Shape {
 TEST(QuantizedLinearGpu, MatricesOfThe31B) {
   constexpr std::int64_t kPool = 97;
   const Shape shapes[] = {
-      {TensorType::kQ4K, 8192, 5376},  {TensorType::kQ4K, 4096, 5376},  {TensorType::kQ6K, 4096, 5376},
-      {TensorType::kQ4K, 16384, 5376}, {TensorType::kQ4K, 2048, 5376},  {TensorType::kQ4K, 5376, 8192},
-      {TensorType::kQ4K, 5376, 16384}, {TensorType::kQ4K, 43008, 5376}, {TensorType::kQ4K, 5376, 21504},
-      {TensorType::kQ6K, 5376, 21504}, {TensorType::kQ6K, 262144, 5376}};
+      {TensorType::kQ4K, 8192, 5376},   {TensorType::kQ4K, 4096, 5376},    {TensorType::kQ6K, 4096, 5376},
+      {TensorType::kQ4K, 16384, 5376},  {TensorType::kQ4K, 2048, 5376},    {TensorType::kQ4K, 5376, 8192},
+      {TensorType::kQ4K, 5376, 16384},  {TensorType::kQ4K, 43008, 5376},   {TensorType::kQ4K, 5376, 21504},
+      {TensorType::kQ6K, 5376, 21504},  {TensorType::kQ6K, 262144, 5376},  {TensorType::kQ4_0, 43008, 5376},
+      {TensorType::kQ4_0, 5376, 21504}, {TensorType::kQ4_1, 8192, 5376},   {TensorType::kQ5_0, 5376, 8192},
+      {TensorType::kQ5_1, 4096, 5376},  {TensorType::kIq4Nl, 43008, 5376}, {TensorType::kIq4Xs, 5376, 16384},
+      {TensorType::kQ3K, 43008, 5376},  {TensorType::kQ3K, 5376, 21504},   {TensorType::kQ2K, 43008, 5376}};
   for (const Shape& shape : shapes) {
     const OwnedMatrix pool = random_weights(shape.type, kPool, shape.cols, 31);
     const DeviceWeights pool_weights(pool);
@@ -288,6 +292,20 @@ TEST(QuantizedLinearPlan, FitsTheDeviceAndKeepsEnoughInFlight) {
   const TensorType q4 = TensorType::kQ4K;
   EXPECT_EQ(plan_linear_decode(5376, 8, std::span(&q4, 1), h200).n_token, 8);
   EXPECT_EQ(plan_linear_decode(21504, 8, std::span(&q4, 1), h200).n_token, 4) << "wide rows: two launches";
+}
+
+/// The kernel with all formats runs where one of the others takes part, and only there.
+TEST(QuantizedLinearPlan, FourFormatsHaveAKernelOfTheirOwn) {
+  const DeviceInfo h200{.sm_count = 132, .compute_capability = 90, .smem_limit_bytes = 227 * 1024};
+  std::vector<TensorType> four = {TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0};
+  EXPECT_FALSE(plan_linear_decode(5376, 1, four, h200).is_every);
+  for (const TensorType type : kPackedTypes) {
+    const bool is_other = std::find(four.begin(), four.end(), type) == four.end();
+    EXPECT_EQ(plan_linear_decode(5376, 1, std::span(&type, 1), h200).is_every, is_other) << type_name(type);
+    const std::vector<TensorType> mixed = {TensorType::kQ6K, type};
+    EXPECT_EQ(plan_linear_decode(5376, 1, mixed, h200).is_every, is_other) << type_name(type);
+    EXPECT_EQ(detail::stage_rows<false>(type, true), is_other ? 4 : detail::stage_rows(type, true));
+  }
 }
 
 TEST(QuantizedLinearPlan, Refusals) {

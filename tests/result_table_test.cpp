@@ -15,6 +15,7 @@
 #include <clocale>
 #include <cmath>
 #include <csignal>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -88,7 +89,7 @@ RunInfo example_run() {
 std::string message_of(const std::function<void()>& action) {
   try {
     action();
-  } catch (const std::invalid_argument& error) {
+  } catch (const std::exception& error) {
     return error.what();
   }
   return "";
@@ -389,6 +390,81 @@ TEST(ResultTable, ARowThatTheDiskTookInPartIsTakenBack) {
   EXPECT_EQ(read_text(path), before);
   table.row().set("context", 3).commit();
   EXPECT_EQ(parse_csv(read_text(path)).size(), 3u);
+}
+
+/// call() in a process that may write files of `bytes` at most. @return what it throws
+template <class TCall>
+std::string at_a_limit(std::uint64_t bytes, TCall&& call) {
+  rlimit limit{};
+  EXPECT_EQ(getrlimit(RLIMIT_FSIZE, &limit), 0);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  rlimit small = limit;
+  small.rlim_cur = bytes;
+  EXPECT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+  const std::string said = message_of(call);
+  EXPECT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
+  std::signal(SIGXFSZ, handler);
+  return said;
+}
+
+TEST(ResultTable, RowsThatAreLostAreKeptPrintedAndTriedAgain) {
+  const TemporaryFolder folder;
+  const auto path = folder / "t.csv";
+  ResultTable table(path, example_run(), {"context"}, {"nll"});
+  table.keep_rows();
+  table.row().set("context", 1).commit();
+  const auto size = std::filesystem::file_size(path);
+  const std::string lost = at_a_limit(size + 10, [&] {
+    for (const int context : {2, 3}) table.row().set("context", context).commit();
+    table.finish();
+  });
+  EXPECT_NE(lost.find("2 of 3 rows are not in " + path.string() + ": "), std::string::npos) << lost;
+  EXPECT_NE(lost.find("cannot append"), std::string::npos) << lost;
+  EXPECT_EQ(std::filesystem::file_size(path), size);
+  std::ostringstream printed;
+  table.print(printed, {"context"});
+  EXPECT_EQ(printed.str(), "context\n      1\n      2\n      3\n");
+  table.row().set("context", 4).commit();
+  EXPECT_NO_THROW(table.finish()) << "the disk has room again";
+  const auto rows = parse_csv(read_text(path));
+  ASSERT_EQ(rows.size(), 5u);
+  for (std::size_t i = 1; i < 5; ++i) EXPECT_EQ(rows[i][gemma4::kRunColumns.size()], std::to_string(i));
+}
+
+TEST(ResultTable, WithoutRoomForALineItIsRefusedBeforeTheRun) {
+  const TemporaryFolder folder;
+  const auto path = folder / "new/deep/t.csv";
+  const auto open = [&] { ResultTable(path, example_run(), {}, {"nll"}); };
+  EXPECT_NE(at_a_limit(20, open).find("cannot write in"), std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(folder / "new")) << "folders for nothing";
+  EXPECT_EQ(at_a_limit(1 << 20, open), "");
+  EXPECT_FALSE(std::filesystem::exists(folder / "new")) << "no row came";
+  ResultTable table(path, example_run(), {}, {"nll"});
+  EXPECT_NE(at_a_limit(20, [&] { table.row().set("nll", 1).commit(); }), "");
+  EXPECT_FALSE(std::filesystem::exists(path)) << "a first row that failed leaves no file";
+  table.row().set("nll", 1).commit();
+  EXPECT_EQ(parse_csv(read_text(path)).size(), 2u);
+}
+
+TEST(ResultTable, ARowOfWhatIsNoNumberIsNeverOk) {
+  for (const double bad : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
+    const TemporaryFolder folder;
+    ResultTable table(folder / "t.csv", example_run(), {"context"}, {"nll"});
+    table.row().set("context", 1).set("nll", bad).commit();
+    const auto rows = parse_csv(read_text(folder / "t.csv"));
+    ASSERT_EQ(rows.size(), 2u);
+    EXPECT_EQ(rows[1].back().rfind("failed: nll is ", 0), 0u) << rows[1].back();
+    EXPECT_NE(message_of([&] { table.finish(); }).find("1 rows hold a number that is not finite"), std::string::npos);
+    std::ostringstream printed;
+    table.print_with_failures(printed, {"context"});
+    EXPECT_NE(printed.str().find("failed: nll"), std::string::npos);
+  }
+  ResultTable table("", example_run(), {}, {"nll"});
+  table.row().set("nll", 1.0).commit();
+  EXPECT_NO_THROW(table.finish());
+  std::ostringstream printed;
+  table.print_with_failures(printed, {"nll"});
+  EXPECT_EQ(printed.str().find("status"), std::string::npos) << "the control: all rows are ok";
 }
 
 TEST(ResultTable, PrintsChosenColumnsAligned) {

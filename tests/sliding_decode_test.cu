@@ -235,10 +235,9 @@ RC_GTEST_PROP(SlidingDecodeGpu, AKeyThatIsMissingIsFound, ()) {
   RC_ASSERT(tells_windows_apart(c));
 }
 
-/// A layer of the 31B, from the first token to beyond the longest context; and it is the path of three launches to a
+/// A layer of a model, from the first token to beyond the longest context; and it is the path of three launches to a
 /// rounding of its bf16 weights.
-TEST(SlidingDecodeGpu, RealShape) {
-  const ModelConfig model = gemma4_31b();
+void expect_real_shape(const ModelConfig& model) {
   for (const std::int64_t position : {0, 1, 127, 128, 1022, 1023, 1024, 1087, 1088, 1500, 131071, 200000}) {
     const Case c{.n_head_kv = model.sliding.n_head_kv,
                  .group = model.n_head / model.sliding.n_head_kv,
@@ -270,6 +269,14 @@ TEST(SlidingDecodeGpu, RealShape) {
     for (double& bound : bounds) bound *= 2;
     EXPECT_TRUE(close(widen(actual.out), widen(before.out), bounds)) << c;
   }
+}
+
+TEST(SlidingDecodeGpu, RealShape) {
+  expect_real_shape(gemma4_31b());
+}
+
+TEST(SlidingDecodeGpu, RealShapeOfThe12B) {
+  expect_real_shape(gemma4_12b());
 }
 
 /// Layers behind each other: one graph, replayed token after token across the wrap, gives what calls that wait for each
@@ -333,6 +340,7 @@ TEST(SlidingDecodeGpu, GraphReplaysAcrossTheWrap) {
   }
 }
 
+constexpr AttentionShape k12bShape{.n_query = 1, .n_head = 16, .n_head_kv = 8, .head_dim = 256, .buffer_len = 1088};
 constexpr AttentionShape k31bShape{.n_query = 1, .n_head = 32, .n_head_kv = 16, .head_dim = 256, .buffer_len = 1088};
 const DeviceInfo kH200{.sm_count = 132, .compute_capability = 90, .smem_limit_bytes = 232448};
 
@@ -342,6 +350,7 @@ TEST(SlidingDecodePlan, KeysAreSharedByAsManyBlocksAsTheDeviceHas) {
   EXPECT_EQ(plan.n_split, 8);
   EXPECT_EQ(plan.n_pair, 1);
   EXPECT_LE(plan.smem_bytes, 115712) << "two blocks no longer share a multiprocessor";
+  EXPECT_EQ(plan_sliding_decode(k12bShape, 1024, kH200).n_split, 8);
   DeviceInfo small = kH200;
   small.sm_count = 40;
   EXPECT_EQ(plan_sliding_decode(k31bShape, 256, small).n_split, 2);

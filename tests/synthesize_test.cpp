@@ -93,17 +93,23 @@ double mean_square(std::span<const float> values) {
   return sum / static_cast<double>(values.size());
 }
 
+/// Blocks of random bits with minima: 32 weights of a sub-block have an offset in common, n is that of the sub-blocks.
+bool type_has_random_minima(TensorType type) {
+  return type == TensorType::kQ2K || type == TensorType::kQ5K;
+}
+
 // Over n weights the mean is within 5 / sqrt(n) deviations of 0, the mean square within 5 sqrt(k / n) of 1, k = 2 for a
 // normal distribution and less for one that is cut off: at n = 2^20 these are 0.5 % and 0.7 %. Steps of tiny weights
 // are subnormal in 16 bits: a step of 1e-6 is rounded by up to 3 %, hence deviations down to 1 / sqrt(21504) only.
 TEST(SyntheticWeights, HaveTheMeanAndDeviationAskedFor) {
   constexpr std::int64_t kCount = std::int64_t{1} << 20;
-  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ6K, TensorType::kQ8_0, TensorType::kF32}) {
+  for (const TensorType type : gemma4::kWeightTypes) {
     for (const double deviation : {1 / std::sqrt(21504.0), 1 / std::sqrt(512.0), 1.0}) {
       const std::vector<float> values = draw(type, 1, "w", 0, kCount, deviation);
       double sum = 0;
       for (const float value : values) sum += value;
-      EXPECT_LE(std::abs(sum / kCount) / deviation, 0.005) << type_name(type) << " " << deviation;
+      EXPECT_LE(std::abs(sum / kCount) / deviation, type_has_random_minima(type) ? 0.028 : 0.005)
+          << type_name(type) << " " << deviation;
       EXPECT_LE(std::abs(mean_square(values) / (deviation * deviation) - 1), 0.01)
           << type_name(type) << " " << deviation;
     }
@@ -113,7 +119,7 @@ TEST(SyntheticWeights, HaveTheMeanAndDeviationAskedFor) {
 // A standard normal number lies within one deviation with probability 0.683 and within two with 0.954; codes are
 // coarse (Q4_K has 15 steps over 4.2 deviations), which moves these shares by a few percent.
 TEST(SyntheticWeights, AreBellShaped) {
-  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ6K}) {
+  for (const TensorType type : {TensorType::kQ4_0, TensorType::kQ4K, TensorType::kQ6K}) {
     const std::vector<float> values = draw(type, 1, "w", 0, 1 << 18, 1.0);
     int within_one = 0, within_two = 0;
     for (const float value : values) within_one += std::abs(value) < 1, within_two += std::abs(value) < 2;
@@ -126,7 +132,7 @@ TEST(SyntheticWeights, AreBellShaped) {
 // taken off; N = 512 columns leave it uncertain by a few percent. 0 is the control.
 TEST(SyntheticWeights, RowsHaveTheShareInCommonThatIsAskedFor) {
   constexpr std::int64_t kRows = 500, kColumns = 512;
-  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ6K, TensorType::kF16}) {
+  for (const TensorType type : {TensorType::kQ4_0, TensorType::kQ4K, TensorType::kQ6K, TensorType::kF16}) {
     for (const double share : {0.0, 0.4, 0.8}) {
       gemma4::reference::Matrix<float> rows(kRows, kColumns);
       for (std::int64_t row = 0; row < kRows; ++row) {
@@ -140,7 +146,8 @@ TEST(SyntheticWeights, RowsHaveTheShareInCommonThatIsAskedFor) {
 }
 
 RC_GTEST_PROP(SyntheticWeights, RowsDependOnSeedNameAndRowAlone, (std::uint64_t seed, std::uint16_t row)) {
-  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ6K, TensorType::kBf16}) {
+  for (const TensorType type : {TensorType::kQ4_0, TensorType::kQ4K, TensorType::kQ6K, TensorType::kBf16,
+                                TensorType::kQ2K, TensorType::kIq4Xs}) {
     const auto base = draw(type, seed, "a", row, 256, 1.0);
     RC_ASSERT(draw(type, seed, "a", row, 256, 1.0) == base);
     RC_ASSERT(draw(type, seed + 1, "a", row, 256, 1.0) != base);
@@ -153,6 +160,7 @@ TEST(SyntheticVocabulary, AnySizeMakesATokenizerThatRoundTrips) {
   const TemporaryFolder folder;
   for (const std::int64_t size : {267, 300, 1024, 20000}) {
     gemma4::GgufWriter writer(folder / "v.gguf");
+    writer.set("general.architecture", "gemma4");
     gemma4::set_vocabulary_keys(writer, size);
     writer.finish();
     const GgufFile file = GgufFile::open(folder / "v.gguf");
@@ -178,7 +186,8 @@ TEST(SyntheticVocabulary, Of262144TokensAreUnique) {
 TEST(SyntheticModel, FileSaysWhatTheConfigSays) {
   const TemporaryFolder folder;
   ModelConfig config = gemma4::gemma4_tiny();
-  config.full.rope_pairs = 11;
+  config.full.head_dim = 256;
+  config.full.rope_pairs = 32;  // an eighth of the head, as all files have it
   config.softcap = 25;
   gemma4::write_synthetic_model(folder / "m.gguf", config);
   const GgufFile file = GgufFile::open(folder / "m.gguf");
@@ -247,18 +256,6 @@ TEST(SyntheticModel, RefusesAndLeavesNothingBehind) {
                                              [](std::int64_t) { throw std::runtime_error("stop"); }),
                std::runtime_error);
   EXPECT_TRUE(folder.empty());
-}
-
-TEST(SyntheticModel, AnyTypeOfMatrixLoads) {
-  const TemporaryFolder folder;
-  for (const TensorType type :
-       {TensorType::kQ4K, TensorType::kQ8_0, TensorType::kBf16, TensorType::kF16, TensorType::kF32}) {
-    gemma4::write_synthetic_model(folder / "m.gguf", gemma4::gemma4_tiny(), {.only = type});
-    const GgufFile file = GgufFile::open(folder / "m.gguf");
-    const gemma4::ModelWeights weights = gemma4::weights_from_gguf(file);
-    EXPECT_EQ(weights.token_embd.type, type);
-    EXPECT_EQ(weights.layers[5].ffn_down.type, type);
-  }
 }
 
 /// Statistics of the last 32 of `n_token` random ids, a layer an entry, with a bf16 and a TQ4 cache side by side.

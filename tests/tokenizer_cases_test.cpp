@@ -197,11 +197,18 @@ TEST(Tokenizer, EndsAreTheEndOfSequenceAndOfATurn) {
   EXPECT_TRUE(toy.is_end(5));
   EXPECT_FALSE(toy.is_end(2));
   EXPECT_FALSE(toy.is_end(300));
-  VocabularyData data = toy_vocabulary();
-  data.eos_id = -1;
-  data.types[5] = static_cast<std::int32_t>(TokenType::kNormal);
-  EXPECT_FALSE(Tokenizer(data).is_end(1));
-  EXPECT_FALSE(Tokenizer(data).is_end(5));
+  EXPECT_FALSE(toy.is_end(-1));
+}
+
+TEST(Tokenizer, NoEndIsPrintedWhateverItsType) {
+  for (const TokenType type : {TokenType::kNormal, TokenType::kControl, TokenType::kUserDefined, TokenType::kUnused}) {
+    VocabularyData data = toy_vocabulary();
+    data.types[5] = static_cast<std::int32_t>(type);
+    const Tokenizer toy(data);
+    EXPECT_EQ(toy.decode_piece(5, {.skip_control = true}), "");
+    EXPECT_EQ(toy.decode(Ids{1, 5}, {.skip_control = true}), "");
+    EXPECT_EQ(toy.decode_piece(5), "<turn|>") << "asked for everything";
+  }
 }
 
 TEST(Tokenizer, AMillionBytesInOnePieceAreNoWork) {

@@ -96,8 +96,12 @@ constexpr double kScaleBound = 1e-3;
 TEST(Tq4DecodeGpu, KeysAndValuesHaveTheirScale) {
   constexpr float kSharper = 1.0f + 0x1p-6f;
   constexpr double kShareBound = kScaleBound / 0x1p-6;
-  for (const auto& [n_head, n_head_kv, head_dim, n_query] :
-       {std::array<std::int64_t, 4>{32, 4, 512, 1}, {32, 4, 512, 4}, {16, 2, 256, 1}, {16, 2, 128, 2}}) {
+  for (const auto& [n_head, n_head_kv, head_dim, n_query] : {std::array<std::int64_t, 4>{32, 4, 512, 1},
+                                                             {32, 4, 512, 4},
+                                                             {16, 1, 512, 1},
+                                                             {16, 1, 512, 4},
+                                                             {16, 2, 256, 1},
+                                                             {16, 2, 128, 2}}) {
     BigCall call({.batch = 1,
                   .n_query = n_query,
                   .n_head = n_head,
@@ -125,8 +129,11 @@ TEST(Tq4DecodeGpu, RealShapesAgreeWithTheReference) {
     std::int64_t n_head, n_head_kv, head_dim, n_query, buffer_len;
     std::vector<std::int64_t> kv_len;
   };
-  for (const Real& r : {Real{32, 4, 512, 1, 131072, {1, 17, 512, 8191, 32768, 131071, 131072}},
-                        Real{32, 4, 512, 4, 131072, {70001}}, Real{16, 2, 256, 1, 131072, {1000, 131072}}}) {
+  for (const Real& r :
+       {Real{32, 4, 512, 1, 131072, {1, 17, 512, 8191, 32768, 131071, 131072}}, Real{32, 4, 512, 4, 131072, {70001}},
+        Real{16, 2, 256, 1, 131072, {1000, 131072}},
+        // The 12B: two tiles of query rows on the records of one head.
+        Real{16, 1, 512, 1, 131072, {1, 17, 512, 8191, 131072}}, Real{16, 1, 512, 3, 131072, {70001}}}) {
     BigCall call({.batch = 1,
                   .n_query = r.n_query,
                   .n_head = r.n_head,
@@ -257,6 +264,10 @@ TEST(Tq4AttentionDecodePlan, EveryShapeFitsASmallCardAndNoDecodePlanDependsOnThe
   EXPECT_EQ(plan_tq4_attention({.n_head = 32, .n_head_kv = 4, .head_dim = 512, .buffer_len = 131072}, {}, large)
                 .decode.n_split,
             33);
+  EXPECT_EQ(plan_tq4_attention({.n_head = 16, .n_head_kv = 1, .head_dim = 512, .buffer_len = 131072}, {}, large)
+                .decode.n_split,
+            66)
+      << "two tiles of rows of the one head share 132 multiprocessors";
   // Control: less than any tile needs is refused, not truncated.
   const DeviceInfo tiny{.smem_limit_bytes = 16 * 1024};
   EXPECT_TRUE(refuses([&] { (void)plan_tq4_attention({.head_dim = 512, .buffer_len = 9}, {}, tiny); }, {"16384 B"}));

@@ -131,16 +131,18 @@ RC_GTEST_PROP(Tq4AttentionPrefillGpu, EqualsItsPartsBitForBit, (const AttentionC
   RC_ASSERT(!same_bits(fixture.run(c.options(), c.kv_len, scratch_limit, choice), expected));
 }
 
-/// The model's layer against the reference in float on the same rows. Control: a seventh of the keys missing shows.
+/// The models' layers, 31B and 12B, against the reference in float on the same rows. Control: a seventh of the keys
+/// missing shows.
 TEST(Tq4AttentionPrefillGpu, RealShapesAgreeWithTheReference) {
   struct Real {
-    std::int64_t n_query, kv_len, buffer_len;
+    std::int64_t n_head, n_head_kv, n_query, kv_len, buffer_len;
   };
-  for (const Real& r : {Real{64, 64, 4096}, Real{200, 1500, 4096}, Real{16, 70001, 131072}}) {
+  for (const Real& r : {Real{32, 4, 64, 64, 4096}, Real{32, 4, 200, 1500, 4096}, Real{32, 4, 16, 70001, 131072},
+                        Real{16, 1, 64, 64, 4096}, Real{16, 1, 200, 1500, 4096}, Real{16, 1, 32, 70001, 131072}}) {
     const AttentionCase c{.shape = {.batch = 1,
                                     .n_query = r.n_query,
-                                    .n_head = 32,
-                                    .n_head_kv = 4,
+                                    .n_head = r.n_head,
+                                    .n_head_kv = r.n_head_kv,
                                     .head_dim = 512,
                                     .buffer_len = r.buffer_len},
                           .kv_len = r.kv_len,
@@ -152,9 +154,9 @@ TEST(Tq4AttentionPrefillGpu, RealShapesAgreeWithTheReference) {
       std::vector<float> result(values.size());
       AttentionOptions options = c.options();
       options.scale *= scale_factor;
-      reference::tq4_attention<float>(make_view(values.data(), 1, r.n_query, 32, 512), fixture.rows.view(),
+      reference::tq4_attention<float>(make_view(values.data(), 1, r.n_query, r.n_head, 512), fixture.rows.view(),
                                       codec_of<reference::Tq4Codec<float>>(512), options, c.kv_len,
-                                      make_view(result.data(), 1, r.n_query, 32, 512));
+                                      make_view(result.data(), 1, r.n_query, r.n_head, 512));
       return result;
     };
     const std::vector<float> expected = expect(1.0f);

@@ -5,10 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <filesystem>
 #include <vector>
 
 #include "gemma4/gguf/block_dequantise.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
 #include "tests/support/device_weights.cuh"
+#include "tests/support/packed_types.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/random_weights.hpp"
 #include "tests/support/refuses.hpp"
@@ -57,6 +60,27 @@ RC_GTEST_PROP(WeightDequantiseGpu, HasTheBitsOfTheHost, ()) {
   const std::vector<Bf16> dequantised = on_device(packed.view(), first, count, step);
   RC_ASSERT(dequantised == on_host(matrix, first, count, step));
   RC_ASSERT(dequantised != on_host(matrix, first + 1, count, step));
+}
+
+/// A peer's blocks, repacked and dequantised, have the bits of the peer's values rounded to bf16. Control: one bit of a
+/// block is seen.
+TEST(WeightDequantiseGpu, PeersBlocksHaveThePeersValues) {
+  const GgufFile file = GgufFile::open(std::filesystem::path(GEMMA4_TEST_DATA) / "blocks/blocks.gguf");
+  for (const TensorType type : kPackedTypes) {
+    const auto values = data_as<float>(file.tensor(concat(type_name(type), ".values")));
+    const auto blocks = file.tensor(concat(type_name(type), ".blocks")).data;
+    const auto n_value = static_cast<std::int64_t>(values.size());
+    ASSERT_GE(n_value, 8192) << type_name(type);
+    std::vector<Bf16> expected(values.size());
+    std::transform(values.begin(), values.end(), expected.begin(), to_bf16);
+    for (const std::int64_t rows : {1, 4}) {  // several chunks, one chunk
+      ASSERT_EQ(n_value % (rows * block_size(type)), 0) << type_name(type);
+      OwnedMatrix matrix{type, rows, n_value / rows, {blocks.begin(), blocks.end()}};
+      EXPECT_EQ(on_device(DeviceWeights(matrix).view(), 0, rows, 1), expected) << type_name(type) << ", rows " << rows;
+      matrix.bytes[static_cast<std::size_t>(block_bytes(type) + block_bytes(type) / 2)] ^= std::byte{1};
+      EXPECT_NE(on_device(DeviceWeights(matrix).view(), 0, rows, 1), expected) << type_name(type);
+    }
+  }
 }
 
 /// Widths that no block format has.

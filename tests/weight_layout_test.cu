@@ -4,11 +4,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <cstring>
 #include <random>
 #include <vector>
 
+#include "cuda/weights/packing.cuh"
 #include "cuda/weights/repack.cuh"
+#include "tests/support/packed_types.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/random_weights.hpp"
 #include "tests/support/refuses.hpp"
@@ -56,19 +60,8 @@ void pack_on_host(const OwnedMatrix& matrix, std::vector<std::byte>& packed) {
 std::vector<std::byte> packed_on_host(const OwnedMatrix& matrix) {
   if (!is_packed_type(matrix.type)) return matrix.bytes;
   std::vector<std::byte> packed(static_cast<std::size_t>(matrix.rows * packed_row_bytes(matrix.type, matrix.cols)));
-  switch (matrix.type) {
-    case TensorType::kQ4K:
-      pack_on_host<Q4KBlock>(matrix, packed);
-      break;
-    case TensorType::kQ5K:
-      pack_on_host<Q5KBlock>(matrix, packed);
-      break;
-    case TensorType::kQ6K:
-      pack_on_host<Q6KBlock>(matrix, packed);
-      break;
-    default:
-      pack_on_host<Q80Block>(matrix, packed);
-  }
+  detail::for_packed_block(matrix.type,
+                           [&]<TensorType kType, class TBlock>() { pack_on_host<TBlock>(matrix, packed); });
   return packed;
 }
 
@@ -81,6 +74,14 @@ TEST(WeightLayoutPlan, BitsOfAWeightAtTheShapesOfThe31B) {
     EXPECT_EQ(bits(TensorType::kQ5K), 5.5) << cols;
     EXPECT_LE(bits(TensorType::kQ6K), 6.58) << cols;
     EXPECT_EQ(bits(TensorType::kQ8_0), 8.5) << cols;
+    EXPECT_EQ(bits(TensorType::kQ4_0), 4.5) << cols;
+    EXPECT_EQ(bits(TensorType::kQ4_1), 5.0) << cols;
+    EXPECT_EQ(bits(TensorType::kQ5_0), 5.5) << cols;
+    EXPECT_EQ(bits(TensorType::kQ5_1), 6.0) << cols;
+    EXPECT_EQ(bits(TensorType::kIq4Nl), 4.5) << cols;
+    EXPECT_LE(bits(TensorType::kIq4Xs), 4.27) << cols;
+    EXPECT_LE(bits(TensorType::kQ3K), 3.46) << cols;
+    EXPECT_LE(bits(TensorType::kQ2K), 2.65) << cols;
   }
 }
 
@@ -94,7 +95,7 @@ RC_GTEST_PROP(WeightLayoutPlan, ChunksCoverARowInWholePieces, ()) {
   }
   RC_ASSERT(groups == row_groups(cols));
   RC_ASSERT(chunk_groups(cols) % 8 == 0);
-  for (const TensorType type : {TensorType::kQ4K, TensorType::kQ5K, TensorType::kQ6K, TensorType::kQ8_0}) {
+  for (const TensorType type : kPackedTypes) {
     if (cols % block_size(type) == 0) RC_ASSERT(packed_row_bytes(type, cols) % 16 == 0);
   }
 }
@@ -111,13 +112,48 @@ RC_GTEST_PROP(WeightRepack, RoundTripKeepsEveryBit, ()) {
   unpack_rows(matrix.type, matrix.rows, matrix.cols, packed.data(), back.data(), 1, nullptr);
   RC_ASSERT(back.to_host() == matrix.bytes);
 
-  // Control: a bit changed in the packed codes of a row changes the file that comes back.
+  // Control: a bit changed in the packed codes of a row changes the file that comes back. (The codes of the narrowest
+  // format, which come first in a chunk, have 8 bytes a group.)
   std::vector<std::byte> bytes = packed.to_host();
-  const auto at = static_cast<std::size_t>(*rc::gen::inRange<std::int64_t>(0, matrix.cols / 2));
+  const std::int64_t n_code_byte = 8 * groups_of_chunk(matrix.cols, 0);
+  const auto at = static_cast<std::size_t>(*rc::gen::inRange<std::int64_t>(0, n_code_byte));
   bytes[at] ^= static_cast<std::byte>(1 << *rc::gen::inRange(0, 8));
   const DeviceBuffer<std::byte> changed(bytes);
   unpack_rows(matrix.type, matrix.rows, matrix.cols, changed.data(), back.data(), 1, nullptr);
   RC_ASSERT(back.to_host() != matrix.bytes);
+}
+
+/// No bit of a block is lost or shared: each one, set alone in a block of zeros, sets one bit of the packed chunk, each
+/// its own; the zeros set none. Needs no device.
+template <class TBlock>
+void expect_permutation(TensorType type) {
+  constexpr int kGroups = static_cast<int>(TBlock::kSize) / kGroup, kChunkGroups = 3 * kGroups, kAt = 1;
+  const auto size = static_cast<std::size_t>(chunk_bytes(type, kChunkGroups));
+  const auto packed_with = [&](std::size_t bit) {  // 8 * sizeof(TBlock): none
+    std::vector<std::uint8_t> file(sizeof(TBlock) + 1), chunk(size);
+    file[bit / 8] = static_cast<std::uint8_t>(1u << (bit % 8));
+    TBlock block;
+    std::memcpy(&block, file.data(), sizeof(TBlock));
+    detail::BlockPacking<TBlock>::pack(block, chunk.data(), kChunkGroups, kAt);
+    return chunk;
+  };
+  std::vector<std::uint8_t> seen = packed_with(8 * sizeof(TBlock));
+  ASSERT_TRUE(std::all_of(seen.begin(), seen.end(), [](std::uint8_t byte) { return byte == 0; })) << type_name(type);
+  for (std::size_t bit = 0; bit < 8 * sizeof(TBlock); ++bit) {
+    const std::vector<std::uint8_t> chunk = packed_with(bit);
+    int n_bit = 0;
+    for (std::size_t i = 0; i < size; ++i) {
+      n_bit += std::popcount(chunk[i]);
+      ASSERT_EQ(seen[i] & chunk[i], 0) << type_name(type) << ": bit " << bit << " and one before it share byte " << i;
+      seen[i] = static_cast<std::uint8_t>(seen[i] | chunk[i]);
+    }
+    ASSERT_EQ(n_bit, 1) << type_name(type) << ": bit " << bit;
+  }
+}
+TEST(WeightLayoutPlan, EveryBitOfABlockHasItsPlace) {
+  for (const TensorType type : kPackedTypes) {
+    detail::for_packed_block(type, [type]<TensorType kType, class TBlock>() { expect_permutation<TBlock>(type); });
+  }
 }
 
 /// A gate and its up, row by row in turn, through a staging buffer that holds only some rows.

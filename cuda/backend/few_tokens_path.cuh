@@ -37,7 +37,7 @@ class FewTokensPath {
     const ProjectedHeads<float> heads = this->heads(layer, pass);
     const std::array<PackedMatrix, 3> matrices{weights.attn_q, weights.attn_k, weights.attn_v};
     const std::array<View<float, 2>, 3> outs{heads_as_rows(heads.q), heads_as_rows(heads.k), heads_as_rows(heads.v)};
-    const std::size_t count = context_.config().sliding_layer(layer) ? 3 : 2;
+    const std::size_t count = weights.has_own_v() ? 3 : 2;
     normalise(weights.attn_norm, pass);
     quantized_linear_decode(normed(pass), std::span<const PackedMatrix>(matrices).first(count),
                             std::span<const View<float, 2>>(outs).first(count), context_.device, context_.stream,
@@ -111,7 +111,7 @@ class FewTokensPath {
     ProjectedHeads<float> out;
     out.q = view(qkv_, config.n_head);
     out.k = view(qkv_ + q_dim, attention.n_head_kv);
-    out.v = config.sliding_layer(layer) ? view(qkv_ + q_dim + kv_dim, attention.n_head_kv) : out.k;
+    out.v = context_.model.layer(layer).has_own_v() ? view(qkv_ + q_dim + kv_dim, attention.n_head_kv) : out.k;
     out.q_out = view(attended_, config.n_head);
     out.k_out = view(fresh_, attention.n_head_kv);
     out.v_out = view(fresh_ + kv_dim, attention.n_head_kv);

@@ -33,7 +33,7 @@ class PrefillPath {
     };
     multiply(weights.attn_q, heads.q);
     multiply(weights.attn_k, heads.k);
-    if (context_.config().sliding_layer(layer)) multiply(weights.attn_v, heads.v);
+    if (weights.has_own_v()) multiply(weights.attn_v, heads.v);
     store_heads(context_, pass, layer, heads);
   }
 
@@ -98,11 +98,12 @@ class PrefillPath {
     out.q = out.q_out = view(activations_, config.n_head);
     out.k = out.k_out = view(activations_ + q_dim, attention.n_head_kv);
     out.v_out = view(activations_ + q_dim + kv_dim, attention.n_head_kv);
-    out.v = config.sliding_layer(layer) ? out.v_out : out.k;
-    // On a full layer v is k as projected: K has a place of its own where a cache asks for it, and so the plan for
+    const bool has_own_v = context_.model.layer(layer).has_own_v();
+    out.v = has_own_v ? out.v_out : out.k;
+    // On most full layers v is k as projected: K has a place of its own where a cache asks for it, and so the plan for
     // room.
     const std::int64_t k_out = q_dim + 2 * kv_dim;
-    if (!config.sliding_layer(layer) && k_out + kv_dim <= width_ * pass.n_token()) {
+    if (!has_own_v && k_out + kv_dim <= width_ * pass.n_token()) {
       out.k_out = view(activations_ + k_out, attention.n_head_kv);
     }
     return out;

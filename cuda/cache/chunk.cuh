@@ -39,6 +39,7 @@ struct FullAttentionCall {
   DeviceCount kv_len;
   std::span<std::byte> partials;              ///< of split keys
   std::span<std::byte> scratch_and_partials;  ///< K and V as bf16, then what split keys leave
+  const float* k_weight = nullptr;            ///< [head_dim] the layer's weight of k's norm
   unsigned long long* work_count = nullptr;   ///< of visited records or key tiles; tests only
 };
 

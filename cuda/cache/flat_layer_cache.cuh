@@ -68,7 +68,7 @@ class FullLayerCaches<Bf16Format> : public FlatFullLayers {
 
   [[nodiscard]] FlatKv sink(std::int64_t index, const FreshKv& /*fresh*/) const { return {k(index), v(index)}; }
   void store(std::int64_t index, const View<const Bf16, 3>& new_k, const View<const Bf16, 3>& new_v,
-             const DevicePositions& positions, cudaStream_t stream) const {
+             const float* /*k_weight*/, const DevicePositions& positions, cudaStream_t stream) const {
     bf16_cache_update<Bf16>(with_batch(new_k), with_batch(new_v), positions, k(index), v(index), stream);
   }
 };

@@ -15,7 +15,8 @@
 ///   StepPlanRow row(const Plan& plan) const;           // the same for the eye
 ///   static constexpr bool kSinkStores;                 // whether sink() puts K and V into the cache
 ///   auto sink(std::int64_t index, const FreshKv& fresh) const;  // what qkv_prologue() writes to
-///   void store(index, k, v, positions, stream) const;  // K and V [n_token, n_head_kv, head_dim] into the cache
+///   void store(index, k, v, k_weight, positions, stream) const;  // K and V [n_token, n_head_kv, head_dim] into the
+///                                                                // cache; k_weight [head_dim] of k's norm
 ///   void attend(index, call, plan, stream) const;      // over the cache, the chunk's own tokens included
 ///   static constexpr bool borrows_scratch(const Plan& plan);
 ///

@@ -41,7 +41,7 @@ class FullLayerCaches<Simulated<TQuantiser>> : public FlatFullLayers {
   [[nodiscard]] FreshKv sink(std::int64_t /*index*/, const FreshKv& fresh) const { return fresh; }
   /// Nothing where there is a tail: attend() stores piece by piece.
   void store(std::int64_t index, const View<const Bf16, 3>& new_k, const View<const Bf16, 3>& new_v,
-             const DevicePositions& positions, cudaStream_t stream) const {
+             const float* /*k_weight*/, const DevicePositions& positions, cudaStream_t stream) const {
     if (tail() > 0) return;
     simulated_cache_update<Bf16>(codec_, with_batch(new_k), with_batch(new_v), positions, k(index), v(index), stream);
   }

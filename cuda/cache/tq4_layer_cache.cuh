@@ -64,7 +64,7 @@ class FullLayerCaches<Tq4Format> {
   }
 
   [[nodiscard]] Tq4Kv sink(std::int64_t index, const FreshKv& /*fresh*/) const { return {*codec_, records(index)}; }
-  void store(std::int64_t index, const View<const Bf16, 3>& k, const View<const Bf16, 3>& v,
+  void store(std::int64_t index, const View<const Bf16, 3>& k, const View<const Bf16, 3>& v, const float* /*k_weight*/,
              const DevicePositions& positions, cudaStream_t stream) const {
     tq4_cache_update<Bf16>(*codec_, with_batch(k), with_batch(v), positions, records(index), stream);
   }

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <source_location>
 #include <stdexcept>
 #include <string>
@@ -29,6 +31,18 @@ class Error : public std::runtime_error {
 inline void check(cudaError_t status, const char* what,
                   const std::source_location& where = std::source_location::current()) {
   if (status != cudaSuccess) throw Error(status, what, where);
+}
+
+/// Throws Error unless an allocation of `bytes` was granted, with what was asked for and what the device has.
+inline void check_allocation(cudaError_t status, std::int64_t bytes, const char* what,
+                             const std::source_location& where = std::source_location::current()) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();  // it does not concern the next call
+  std::size_t free = 0, total = 0;
+  const bool is_known = cudaMemGetInfo(&free, &total) == cudaSuccess;
+  const std::string asked = concat(what, " of ", bytes, " B");
+  const std::string has = is_known ? concat(" (the device has ", free, " B free of ", total, " B)") : std::string();
+  throw Error(status, concat(asked, has).c_str(), where);
 }
 
 /// After a launch: the launch itself was accepted. (What the kernel does shows at the next synchronisation.)

@@ -30,7 +30,9 @@ class DeviceBuffer {
     require(count >= 0, "DeviceBuffer: count ", count, ", need at least 0");
     if (count == 0) return;
     void* data = nullptr;
-    check(cudaMalloc(&data, static_cast<std::size_t>(bytes())), "allocation of device memory");
+    require(count <= INT64_MAX / static_cast<std::int64_t>(sizeof(T)), "DeviceBuffer: ", count, " elements of ",
+            sizeof(T), " B, more than can be addressed");
+    check_allocation(cudaMalloc(&data, static_cast<std::size_t>(bytes())), bytes(), "allocation of device memory");
     data_ = static_cast<T*>(data);
     detail::allocation_ledger.device(bytes());
   }

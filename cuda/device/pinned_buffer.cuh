@@ -27,7 +27,10 @@ class PinnedBuffer {
     require(count >= 0, "PinnedBuffer: count ", count, ", need at least 0");
     if (count == 0) return;
     void* data = nullptr;
-    check(cudaMallocHost(&data, static_cast<std::size_t>(bytes())), "allocation of page-locked memory");
+    require(count <= INT64_MAX / static_cast<std::int64_t>(sizeof(T)), "PinnedBuffer: ", count, " elements of ",
+            sizeof(T), " B, more than can be addressed");
+    check_allocation(cudaMallocHost(&data, static_cast<std::size_t>(bytes())), bytes(),
+                     "allocation of page-locked memory");
     data_ = static_cast<T*>(data);
     detail::allocation_ledger.pinned(bytes());
   }

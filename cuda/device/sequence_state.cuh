@@ -16,6 +16,8 @@ struct SequenceState {
   std::int32_t token;     ///< the one that was sampled last
   std::int32_t position;  ///< of the last token that went, or is going, through the model
   std::int32_t kv_len;    ///< position + 1
+  std::int32_t
+      not_finite;  ///< INT_MAX minus the first position whose numbers were not finite; 0: none (backend/finite.cuh)
 };
 
 namespace detail {

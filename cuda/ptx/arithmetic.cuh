@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-/// Arithmetic that C++ does not spell. Source: the PTX ISA, "ex2", "rcp", "max", "dp4a", "prmt".
+/// Arithmetic that C++ does not spell. Source: the PTX ISA, "ex2", "rcp", "max", "dp4a", "dp2a", "prmt".
 namespace gemma4::cuda {
 
 /// 2^x, error below 2 ulp; -inf gives 0.
@@ -38,6 +38,13 @@ namespace gemma4::cuda {
 [[nodiscard]] __device__ __forceinline__ int dot4_unsigned(std::uint32_t a, std::uint32_t b, int c) {
   int d;
   asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+/// Both 16-bit halves of a times bytes 0 and 1 of b, the halves signed and the bytes not, plus c.
+[[nodiscard]] __device__ __forceinline__ int dot2(std::uint32_t a, std::uint32_t b, int c) {
+  int d;
+  asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-/// Warp-level products of matrices of 16-bit values with float32 accumulation, from sm_80 on:
+/// Warp-level products of matrices of 16-bit values with float32 accumulation (but for the last), from sm_80 on:
 ///   c += a b,   a [16, 16], b [16, 8], c [16, 8].
 /// Lane l holds, with g = l / 4 and t = l % 4:
 ///   a: rows g and g + 8, columns 2t, 2t + 1 and those + 8: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8),
@@ -29,6 +29,14 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const std::uint32_t (&a)[
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// a b of fp16 values, rounded to fp16: c[0] (g, 2t), c[1] (g + 8, 2t), each with its right neighbour in the high half.
+__device__ __forceinline__ void mma_f16_to_f16(std::uint32_t (&c)[2], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                               std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %8};"
+      : "=r"(c[0]), "=r"(c[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0u));
 }
 
 }  // namespace gemma4::cuda

@@ -10,6 +10,7 @@
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/quantized_linear/activation_blocks.cuh"
 #include "cuda/quantized_linear/dot.cuh"
+#include "cuda/quantized_linear/dot_every.cuh"
 #include "cuda/quantized_linear/input.cuh"
 #include "cuda/quantized_linear/stages.cuh"
 #include "cuda/weights/layout.cuh"
@@ -167,7 +168,7 @@ __device__ __forceinline__ void end_tickets(LinearTickets& tickets) {
 
 /// The finishing warp: adds the tasks' sums of a stage to those of the chunks before, and after the last chunk ends the
 /// rows. Lane l holds row l % 8 of tokens l / 8, l / 8 + 4, ...
-template <int kTokens>
+template <int kTokens, bool kEvery>
 __device__ __forceinline__ void finish_stages(const LinearParams& params, unsigned char* smem) {
   constexpr int kEach = (kTokens + 3) / 4;
   const RingBarriers barriers(params, smem);
@@ -181,7 +182,7 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
     mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase);
     return warp_value(note_of(params, smem, stage));
   };
-  for_each_stage(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  for_each_stage<kEvery>(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     const int n_task = ((stage.is_last_chunk ? params.last_groups : params.full_groups) + 31) / 32;
     const float* const from = partials + stage.slot * params.n_task * kTokens * kMaxStageRows;
     mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase);
@@ -226,9 +227,9 @@ __device__ __forceinline__ void multiply_task(const std::uint8_t* slot, int grou
   }
 }
 
-/// Calls body.operator()<kType>() for a packed type.
+/// Calls body.operator()<kType>() for a type of the four.
 template <class TBody>
-__device__ __forceinline__ void for_packed_type(TensorType type, TBody&& body) {
+__device__ __forceinline__ void for_type_of_four(TensorType type, TBody&& body) {
   switch (type) {
     case TensorType::kQ4K:
       return body.template operator()<TensorType::kQ4K>();
@@ -241,10 +242,38 @@ __device__ __forceinline__ void for_packed_type(TensorType type, TBody&& body) {
   }
 }
 
+/// Calls body.operator()<kType>() for a packed type; one of the four where kEvery is false.
+template <bool kEvery, class TBody>
+__device__ __forceinline__ void for_packed_type(TensorType type, TBody&& body) {
+  if constexpr (kEvery) {
+    switch (type) {
+      case TensorType::kQ4_0:
+        return body.template operator()<TensorType::kQ4_0>();
+      case TensorType::kQ4_1:
+        return body.template operator()<TensorType::kQ4_1>();
+      case TensorType::kQ5_0:
+        return body.template operator()<TensorType::kQ5_0>();
+      case TensorType::kQ5_1:
+        return body.template operator()<TensorType::kQ5_1>();
+      case TensorType::kIq4Nl:
+        return body.template operator()<TensorType::kIq4Nl>();
+      case TensorType::kIq4Xs:
+        return body.template operator()<TensorType::kIq4Xs>();
+      case TensorType::kQ3K:
+        return body.template operator()<TensorType::kQ3K>();
+      case TensorType::kQ2K:
+        return body.template operator()<TensorType::kQ2K>();
+      default:
+        break;
+    }
+  }
+  for_type_of_four(type, body);
+}
+
 /// The warps that multiply: tasks are dealt in turn, short ones apart, so that each gets as many of both. Every warp
 /// passes every stage in order, with or without a task in it: a wait for a barrier's parity tells only neighbouring
 /// phases apart.
-template <int kTokens>
+template <int kTokens, bool kEvery>
 __device__ __forceinline__ void multiply(const LinearParams& params, unsigned char* smem) {
   std::uint8_t* const activations = smem + params.smem.activations;
   load_and_quantize<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
@@ -262,7 +291,7 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
     if (row < 0) mbarrier_arrive(barriers.empty + 8 * stage.slot);
     return row;
   };
-  for_each_stage(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  for_each_stage<kEvery>(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     const int groups = stage.is_last_chunk ? params.last_groups : params.full_groups;
     const std::uint8_t* const slot = smem + stage.slot * params.slot_bytes;
     mbarrier_wait(barriers.full + 8 * stage.slot, stage.phase);
@@ -278,7 +307,7 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
                   stage.chunk * params.full_groups + group, valid);
       }
       float* const to = partials + (stage.slot * n_task + task) * kTokens * kMaxStageRows;
-      for_packed_type(matrix.type, [&]<TensorType kType>() {
+      for_packed_type<kEvery>(matrix.type, [&]<TensorType kType>() {
         multiply_task<kType, kTokens>(slot, groups, group, stage.n_row, x, to, is_short, params.is_tall);
       });
     };
@@ -294,7 +323,8 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
 }
 
 /// @tparam kTokens tokens as compiled, 1, 2, 4 or 8; those beyond params.n_token are zeros and not stored
-template <int kTokens>
+/// @tparam kEvery  whether matrices may have any packed type, or one of the four
+template <int kTokens, bool kEvery>
 __global__ void __launch_bounds__(kLinearThreads, kTokens <= 2 ? 2 : 1)
     linear_decode_kernel(const __grid_constant__ LinearParams params) {
   extern __shared__ __align__(128) unsigned char linear_smem_bytes[];
@@ -302,11 +332,11 @@ __global__ void __launch_bounds__(kLinearThreads, kTokens <= 2 ? 2 : 1)
   __syncthreads();
   const int warp = static_cast<int>(threadIdx.x / 32);
   if (warp == kLinearWarps) {
-    copy_stages(params, linear_smem_bytes);
+    copy_stages<kEvery>(params, linear_smem_bytes);
   } else if (warp > kLinearWarps) {
-    finish_stages<kTokens>(params, linear_smem_bytes);
+    finish_stages<kTokens, kEvery>(params, linear_smem_bytes);
   } else {
-    multiply<kTokens>(params, linear_smem_bytes);
+    multiply<kTokens, kEvery>(params, linear_smem_bytes);
   }
 }
 

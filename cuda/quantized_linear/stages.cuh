@@ -47,11 +47,21 @@ inline constexpr int kMaxStageRows = 8;
 inline constexpr int kTaskRows = 4;  ///< rows that a lane has under way at a time, for more than one token
 inline constexpr int kMaxTasks = (kMaxChunkGroups + 31) / 32;
 
-/// Rows of a stage: 24 KB of the widest chunk for Q4_K, 15 to 23 KB for the others. Stages of Q6_K may be tall: 35 KB,
-/// which leaves room for little else, and pays for one token where rows are one chunk and all of this type: the output
-/// matrix of the 31B (lm_head in `linear`).
+/// Whether the kernel that has only four formats knows this type: the K-quants of 4 bits and more, and Q8_0. The other
+/// kernel has all, so that matrices of any types go in one launch, and three times the code.
+[[nodiscard]] GEMMA4_HD constexpr bool is_of_four_formats(TensorType type) {
+  return type == TensorType::kQ4K || type == TensorType::kQ5K || type == TensorType::kQ6K || type == TensorType::kQ8_0;
+}
+
+/// Rows of a stage: eight where that is 14 to 27 KB of the widest chunk (Q2_K to Q4_1), four of the wider formats, 15
+/// to 23 KB. Stages of Q6_K may be tall: 35 KB, which leaves room for little else, and pays for one token where rows
+/// are one chunk and all of this type: the output matrix of the 31B (lm_head in `linear`).
+/// @tparam kEvery  false: for the four formats of is_of_four_formats() alone
+template <bool kEvery = true>
 [[nodiscard]] GEMMA4_HD constexpr int stage_rows(TensorType type, bool is_tall) {
-  return type == TensorType::kQ4K || (type == TensorType::kQ6K && is_tall) ? 8 : 4;
+  if (type == TensorType::kQ4K || (type == TensorType::kQ6K && is_tall)) return 8;
+  if (kEvery && !is_of_four_formats(type) && type != TensorType::kQ5_0 && type != TensorType::kQ5_1) return 8;
+  return 4;
 }
 
 struct LinearMatrix {
@@ -154,7 +164,7 @@ struct LinearStage {
 /// Calls body(matrix, stage) for the stages of this block: matrix by matrix, some rows at a time, chunk by chunk. Keeps
 /// a matrix in registers: parameters at an index that is not known at compile time take long to come.
 /// @param next(stage)  the first row of a ticket, whose first stage is `stage`; below zero: there are no more
-template <class TNext, class TBody>
+template <bool kEvery, class TNext, class TBody>
 __device__ __forceinline__ void for_each_stage(const LinearParams& params, TNext&& next, TBody&& body) {
   LinearStage stage{};
 #pragma unroll 1
@@ -163,7 +173,7 @@ __device__ __forceinline__ void for_each_stage(const LinearParams& params, TNext
     const bool is_dealt = params.tickets != nullptr && index + 1 == params.n_matrix;
     // Mirrored for every other matrix, so that it is not always the same blocks that get a row more.
     const std::uint32_t block = index % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const int step = stage_rows(matrix.type, params.is_tall);
+    const int step = stage_rows<kEvery>(matrix.type, params.is_tall);
     int row = is_dealt ? params.share_rows * static_cast<int>(blockIdx.x)
                        : linear_first_row(matrix.rows, params.row_align, block, gridDim.x);
     int end =
@@ -233,13 +243,14 @@ __device__ __forceinline__ void init_ring(const LinearParams& params, unsigned c
 
 /// The copying warp: takes a ticket for the stage to come, and notes its rows. It waits for the kernel in front, which
 /// may have the same tickets; that one has ended long before, where a block's share fills the ring.
+template <bool kEvery>
 __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned char* smem, const LinearStage& stage) {
   const RingBarriers barriers(params, smem);
   const LinearMatrix& matrix = params.matrix[params.n_matrix - 1];
   const int lane = threadIdx.x & 31;
   wait_for_previous_kernel();
   const int ticket = warp_value(lane == 0 ? static_cast<int>(atomicAdd(&params.tickets->next, 1u)) : 0);
-  int row = params.share_rows * static_cast<int>(gridDim.x) + stage_rows(matrix.type, params.is_tall) * ticket;
+  int row = params.share_rows * static_cast<int>(gridDim.x) + stage_rows<kEvery>(matrix.type, params.is_tall) * ticket;
   if (row >= matrix.rows) row = -1;
   mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
   if (lane == 0) note_of(params, smem, stage) = row;
@@ -257,6 +268,7 @@ __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned 
 /// wait.
 /// Nor does it pay to go on into the L2 cache while a full ring waits for the activations: a launch that follows one
 /// like itself gains, a step of a model does not, and where all rows come that way the stream is slower.
+template <bool kEvery>
 __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned char* smem) {
   const std::uint32_t ring = shared_address(smem);
   const RingBarriers barriers(params, smem);
@@ -266,8 +278,8 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
   const std::uint64_t policy = evict_first_policy();  // weights are not read again before everything else has been
 #endif
   int n_asked = 0;
-  const auto next = [&](const LinearStage& stage) { return take_ticket(params, smem, stage); };
-  for_each_stage(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  const auto next = [&](const LinearStage& stage) { return take_ticket<kEvery>(params, smem, stage); };
+  for_each_stage<kEvery>(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     if (n_asked > 0 && n_asked < params.n_slot) mbarrier_wait(barriers.full + 8 * (n_asked - 1), 0);
     ++n_asked;
     const std::uint32_t bytes = stage.is_last_chunk ? matrix.last_bytes : matrix.chunk_bytes;

@@ -74,7 +74,7 @@ __device__ __forceinline__ void merge_pairs(Tq4DecodeState<TTraits>& state, cons
     return reinterpret_cast<float*>(smem + p * TTraits::kStages * TTraits::kRecordBytes);
   };
   if ((live >> at.pair) & 1u) {
-    float* const mine = slot(at.pair) + 2 * at.t * kStride + at.half * (kHeadDim / 2) + at.g;
+    float* const mine = slot(at.pair) + 2 * at.t * kStride + at.half * (kHeadDim / TTraits::kTeamWarps) + at.g;
 #pragma unroll
     for (int m = 0; m < TTraits::kVWords; ++m) {
       mine[16 * m] = state.o[m][0] * factor[0];

@@ -85,6 +85,7 @@ struct Tq4DecodeTraits {
   static constexpr int kHeadDim = kTile.head_dim, kPairs = kTile.pairs, kStages = kTile.n_stage;
   static constexpr bool kByteLevels = kBytes;
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
+  static constexpr int kTeamWarps = 2;  ///< that share a record
   static constexpr int kThreads = 64 * kPairs;
   static constexpr int kValues = kHeadDim / 32;  ///< of a vector in a lane
   static constexpr int kRecordBytes = static_cast<int>(tq4_record_bytes(kHeadDim));

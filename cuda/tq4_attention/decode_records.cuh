@@ -83,9 +83,8 @@ __device__ __forceinline__ void score_record(float (&s)[4], const unsigned char*
 /// Gives the score -inf and the norm zero to keys that a row does not see, whose norms may be NaN: those of the record
 /// that begins at key `first`. Most records are seen whole, so what this needs is worked out here and not kept in
 /// registers.
-__device__ __forceinline__ void hide_tokens(float (&s)[4], float (&v_norm)[4], const Tq4DecodeParams& params, int first,
-                                            const Tq4DecodeThread& at) {
-  const Tq4DecodeUnit unit = Tq4DecodeUnit::here(params);
+__device__ __forceinline__ void hide_tokens(float (&s)[4], float (&v_norm)[4], const Tq4DecodeParams& params,
+                                            const Tq4DecodeUnit& unit, int first, const Tq4DecodeThread& at) {
   const int kv_len = decode_keys(params).kv_len;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
@@ -231,7 +230,9 @@ __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, c
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] *= k_norm.value[i >> 1] * row_scale[i & 1];
     const int first = index * kTq4RecordTokens;
-    if (first + kTq4RecordTokens > run.seen_by_all) hide_tokens(s, v_norm, params, first, at);
+    if (first + kTq4RecordTokens > run.seen_by_all) {
+      hide_tokens(s, v_norm, params, Tq4DecodeUnit::here(params), first, at);
+    }
     std::uint32_t weights[2];
     weigh_tokens(state, s, v_norm, weights);
     add_values(state, record, weights, at, params.levels);

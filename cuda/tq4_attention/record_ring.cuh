@@ -17,10 +17,21 @@
 /// team shares the record in 16-byte asynchronous copies.
 namespace gemma4::cuda::detail {
 
+/// The length of a record: known when the kernel is compiled, or told to start().
+template <int kBytes>
+struct FixedRecordBytes {
+  [[nodiscard]] static __device__ constexpr int get() { return kBytes; }
+};
+struct ToldRecordBytes {
+  int bytes = 0;
+  [[nodiscard]] __device__ constexpr int get() const { return bytes; }
+};
+
 /// Records of a contiguous sequence, kStages of them in flight or in use; threads of a team are neighbours in the
 /// block. All threads of the team call every function together, except that start() must be followed by a barrier of
-/// the team before the first wait().
-template <int kRecordBytes, int kStages, int kTeamThreads>
+/// the team before the first wait(). With ToldRecordBytes kRecordBytes is the
+/// largest that may come.
+template <int kRecordBytes, int kStages, int kTeamThreads, class TBytes = FixedRecordBytes<kRecordBytes>>
 class RecordRing {
   static_assert(kRecordBytes % 16 == 0, "copies move 16 bytes");
   static_assert(kStages >= 2, "one record is in use while the next one comes");
@@ -30,7 +41,8 @@ class RecordRing {
   /// @param smem     kStages * kRecordBytes, 16-byte aligned, of this team alone
   /// @param barriers kStages * 8 bytes, of this team alone
   __device__ __forceinline__ void start(unsigned char* smem, unsigned char* barriers, const unsigned char* records,
-                                        int begin, int end, int team_barrier) {
+                                        int begin, int end, int team_barrier, TBytes bytes = {}) {
+    bytes_ = bytes;
     smem_ = smem;
     barrier_ = shared_address(barriers);
     records_ = records;
@@ -95,16 +107,16 @@ class RecordRing {
 
   __device__ __forceinline__ void fetch(int stage, int index, int end) {
     if (index < end) {
-      const unsigned char* const source = records_ + static_cast<std::int64_t>(index) * kRecordBytes;
+      const unsigned char* const source = records_ + static_cast<std::int64_t>(index) * bytes_.get();
       const std::uint32_t target = shared_address(smem_ + stage * kRecordBytes);
 #if __CUDA_ARCH__ >= 900
       if (thread() == 0) {
         const std::uint32_t barrier = barrier_ + 8 * stage;
-        mbarrier_expect(barrier, kRecordBytes);
-        bulk_load(target, source, kRecordBytes, barrier);
+        mbarrier_expect(barrier, bytes_.get());
+        bulk_load(target, source, bytes_.get(), barrier);
       }
 #else
-      for (int piece = thread(); piece < kRecordBytes / 16; piece += kTeamThreads) {
+      for (int piece = thread(); piece < bytes_.get() / 16; piece += kTeamThreads) {
         copy_async_16(target + 16 * piece, source + 16 * piece, true);
       }
 #endif
@@ -119,6 +131,7 @@ class RecordRing {
   std::uint32_t barrier_;
   std::uint32_t phase_;
   int stage_, team_barrier_;
+  [[no_unique_address]] TBytes bytes_;
 };
 
 }  // namespace gemma4::cuda::detail

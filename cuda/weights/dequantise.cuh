@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -10,128 +9,18 @@
 #include "cuda/device/check.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/ptx/vector_io.cuh"
+#include "cuda/weights/half_group.cuh"
 #include "cuda/weights/layout.cuh"
+#include "cuda/weights/packing.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 
 /// Packed weights back to numbers, as block_dequantise.hpp makes them on the host, bit for bit: the products are exact
-/// in float, and the one rounding is that of the difference in Q4_K and Q5_K, which a fused product and sum makes too.
+/// in float, and the one rounding is that of the sum or difference in the formats with a minimum or an offset, which a
+/// fused product and sum makes too.
 namespace gemma4::cuda {
 
 namespace detail {
-
-/// Byte i of `codes` as a float: 0x4B000000 is 2^23, and an integer below it, in the low bits, is added to it.
-[[nodiscard]] __device__ __forceinline__ float code_value(std::uint32_t codes, int i, float offset) {
-  return __fsub_rn(__uint_as_float(__byte_perm(codes, 0x4B000000u, 0x7440u | static_cast<unsigned>(i))),
-                   8388608.0f + offset);
-}
-
-/// Scale and minimum of a group of Q4_K and Q5_K: d * s and dmin * m, both exact.
-struct ScaleAndMin {
-  float scale, min;
-
-  __device__ __forceinline__ ScaleAndMin(const uint4& record, int group) {
-    const int j = group & 7;
-    const std::uint32_t byte = (j < 4 ? record.y : record.z) >> (8 * (j & 3));
-    const std::uint32_t minimum = ((byte >> 6) & 3u) | (((record.w >> (4 * j)) & 15u) << 2);
-    const float2 steps = __half22float2(reinterpret_cast<const __half2&>(record.x));
-    scale = __fmul_rn(steps.x, code_value(byte & 63u, 0, 0.0f));
-    min = __fmul_rn(steps.y, code_value(minimum, 0, 0.0f));
-  }
-};
-
-/// Half a group as it lies in memory, then as numbers: weights 8 * half to 8 * half + 7 (`low`) and those 16 further on
-/// (`high`), whose codes share bytes. Loading is one step and dequantising another, so that a thread can have the bytes
-/// of several rows on their way.
-template <TensorType kType>
-struct HalfGroup;
-
-template <TensorType kType>
-requires(kType == TensorType::kQ4K || kType == TensorType::kQ5K) struct HalfGroup<kType> {
-  uint2 codes;
-  std::uint32_t fifth = 0;
-  uint4 meta;
-
-  __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group, int half) {
-    constexpr bool kFifth = kType == TensorType::kQ5K;
-    codes = *reinterpret_cast<const uint2*>(chunk + 16 * group + 8 * half);
-    if (kFifth) fifth = *reinterpret_cast<const std::uint32_t*>(chunk + 16 * groups + 4 * group);
-    meta = *reinterpret_cast<const uint4*>(chunk + (kFifth ? 20 : 16) * groups + 2 * (group & ~7));
-  }
-  __device__ __forceinline__ void dequantise(int group, int half, float (&low)[8], float (&high)[8]) const {
-    const ScaleAndMin step(meta, group);
-    const std::uint32_t upper = fifth >> (2 * half);
-#pragma unroll
-    for (int word = 0; word < 2; ++word) {
-      const std::uint32_t bytes = word == 0 ? codes.x : codes.y;
-      std::uint32_t first = bytes & 0x0F0F0F0Fu, second = (bytes >> 4) & 0x0F0F0F0Fu;
-      if constexpr (kType == TensorType::kQ5K) {
-        first |= ((upper >> word) & 0x01010101u) << 4, second |= ((upper >> (4 + word)) & 0x01010101u) << 4;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // scale * code is exact: the fused form rounds where the difference would
-        low[4 * word + i] = __fmaf_rn(step.scale, code_value(first, i, 0.0f), -step.min);
-        high[4 * word + i] = __fmaf_rn(step.scale, code_value(second, i, 0.0f), -step.min);
-      }
-    }
-  }
-};
-
-template <>
-struct HalfGroup<TensorType::kQ6K> {
-  uint2 codes, upper;
-  char2 scales;
-  __half d;
-
-  __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group, int half) {
-    codes = *reinterpret_cast<const uint2*>(chunk + 16 * group + 8 * half);
-    upper = *reinterpret_cast<const uint2*>(chunk + 16 * groups + 8 * group);
-    scales = *reinterpret_cast<const char2*>(chunk + 24 * groups + 2 * group);
-    d = *reinterpret_cast<const __half*>(chunk + 26 * groups + (group >> 3) * 2);
-  }
-  __device__ __forceinline__ void dequantise(int, int half, float (&low)[8], float (&high)[8]) const {
-    constexpr float kOffset = static_cast<float>(Q6KBlock::kOffset);
-    const float step = __half2float(d), low_step = __fmul_rn(step, static_cast<float>(scales.x)),
-                high_step = __fmul_rn(step, static_cast<float>(scales.y));
-    const std::uint32_t x = upper.x >> (4 * half), y = upper.y >> (4 * half);
-#pragma unroll
-    for (int word = 0; word < 2; ++word) {
-      const std::uint32_t bytes = word == 0 ? codes.x : codes.y;
-      const std::uint32_t first = (bytes & 0x0F0F0F0Fu) | ((x >> (2 * word)) & 0x03030303u) << 4;
-      const std::uint32_t second = ((bytes >> 4) & 0x0F0F0F0Fu) | ((y >> (2 * word)) & 0x03030303u) << 4;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        low[4 * word + i] = __fmul_rn(low_step, code_value(first, i, kOffset));
-        high[4 * word + i] = __fmul_rn(high_step, code_value(second, i, kOffset));
-      }
-    }
-  }
-};
-
-template <>
-struct HalfGroup<TensorType::kQ8_0> {
-  uint2 first, second;
-  __half d;
-
-  __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group, int half) {
-    first = *reinterpret_cast<const uint2*>(chunk + 16 * group + 8 * half);
-    second = *reinterpret_cast<const uint2*>(chunk + 16 * groups + 16 * group + 8 * half);
-    d = *reinterpret_cast<const __half*>(chunk + 32 * groups + 2 * group);
-  }
-  __device__ __forceinline__ void dequantise(int, int, float (&low)[8], float (&high)[8]) const {
-    const float step = __half2float(d);
-#pragma unroll
-    for (int word = 0; word < 2; ++word) {
-      const std::uint32_t a = (word == 0 ? first.x : first.y) ^ 0x80808080u;
-      const std::uint32_t b = (word == 0 ? second.x : second.y) ^ 0x80808080u;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        low[4 * word + i] = __fmul_rn(step, code_value(a, i, 128.0f));
-        high[4 * word + i] = __fmul_rn(step, code_value(b, i, 128.0f));
-      }
-    }
-  }
-};
 
 /// Plain rows are one chunk of numbers.
 template <class TStored>
@@ -197,15 +86,8 @@ __device__ __forceinline__ void load_half_group(const std::uint8_t* row, std::in
 /// Calls body.operator()<kType>() for the type. @throws std::invalid_argument for one that holds no weights
 template <class TBody>
 void for_weight_type(const char* who, TensorType type, TBody&& body) {
+  if (for_packed_block(type, [&]<TensorType kType, class TBlock>() { body.template operator()<kType>(); })) return;
   switch (type) {
-    case TensorType::kQ4K:
-      return body.template operator()<TensorType::kQ4K>();
-    case TensorType::kQ5K:
-      return body.template operator()<TensorType::kQ5K>();
-    case TensorType::kQ6K:
-      return body.template operator()<TensorType::kQ6K>();
-    case TensorType::kQ8_0:
-      return body.template operator()<TensorType::kQ8_0>();
     case TensorType::kBf16:
       return body.template operator()<TensorType::kBf16>();
     case TensorType::kF16:

@@ -17,17 +17,37 @@
 ///
 /// A row is a run of chunks of `chunk_groups(cols)` groups, the last one possibly shorter; each chunk stands for itself
 /// and has a multiple of 16 bytes, so that one bulk copy brings it. For G groups in a chunk and group g in it:
-///   Q4_K  [0:16G) codes of g at 16g | [16G:18G) meta, 16 B for each 8 groups
-///   Q5_K  [0:16G) codes | [16G:20G) fifth bits of g at 4g | [20G:22G) meta
-///   Q6_K  [0:16G) codes | [16G:24G) upper bits of g at 8g | [24G:26G) i8 scales of g at 2g | [26G:..) f16 d of 8
-///   groups Q8_0  [0:16G) weights 0-15 of g | [16G:32G) weights 16-31 | [32G:34G) f16 d codes: byte b of 16 holds bits
-///   0-3 of weight b in nibble 0 and of weight 16 + b in nibble 1 fifth bits (Q5_K): byte e of 4 holds, in bit j, that
-///   of weight 4j + e, in bit 4 + j that of weight 16 + 4j + e upper bits (Q6_K): bytes e and 4 + e of 8 hold, in bits
-///   2j and 2j + 1, those of weights 4j + e and 16 + 4j + e meta: [0:2) f16 d | [2:4) f16 dmin | [4:12) byte j: scale j
-///   in bits 0-5, bits 0-1 of minimum j in bits 6-7 |
+///   Q4_K    [0:16G) codes of g at 16g | [16G:18G) meta, 16 B for each 8 groups
+///   Q5_K    [0:16G) codes | [16G:20G) fifth bits of g at 4g | [20G:22G) meta
+///   Q6_K    [0:16G) codes | [16G:24G) upper bits of g at 8g | [24G:26G) i8 scales of g at 2g |
+///           [26G:26.25G) f16 d of 8 groups
+///   Q8_0    [0:16G) weights 0-15 of g | [16G:32G) weights 16-31 | [32G:34G) f16 d
+///   Q4_0    [0:16G) codes | [16G:18G) f16 d of g at 2g
+///   Q4_1    [0:16G) codes | [16G:20G) f16 d and f16 m of g at 4g
+///   Q5_0    [0:16G) codes | [16G:20G) fifth bits | [20G:22G) f16 d
+///   Q5_1    [0:16G) codes | [16G:20G) fifth bits | [20G:24G) f16 d and f16 m
+///   IQ4_NL  [0:16G) table codes of g at 16g | [16G:18G) f16 d
+///   IQ4_XS  [0:16G) table codes | [16G:17G) for each 8 groups the first 8 bytes of their block: d and the scales
+///   Q3_K    [0:8G) codes of three bits, two words of g at 8g | [8G:12G) their third word at 4g |
+///           [12G:13G) byte g: bits 0-3 of two scales | [13G:13.5G) nibble g: bits 4-5 of two scales |
+///           [13.5G:13.75G) f16 d of 8 groups
+///   Q2_K    [0:8G) codes of two bits of g at 8g | [8G:10G) bytes 2g and 2g + 1: scale and minimum, as in the file |
+///           [10G:10.5G) f16 d and f16 dmin of 8 groups
+/// and zeros up to a multiple of 16.
+///   codes: byte b of 16 holds bits 0-3 of weight b in nibble 0 and of weight 16 + b in nibble 1
+///   fifth bits: byte e of 4 holds, in bit j, that of weight 4j + e, in bit 4 + j that of weight 16 + 4j + e
+///   upper bits (Q6_K): bytes e and 4 + e of 8 hold, in bits 2j and 2j + 1, those of weights 4j + e and 16 + 4j + e
+///   codes of two bits: as the upper bits of Q6_K
+///   table codes: word j of 4 holds, in bits 0-2 of nibbles e and 4 + e, those of weights 4j + e and 16 + 4j + e, as a
+///         byte permutation takes them; bit 3 of the former in bit 7 of byte e, that of the latter in bit 3
+///   codes of three bits: byte e of word 0 holds weight e from bit 0, weight 4 + e from bit 3, bits 0-1 of weight
+///         8 + e from bit 6; word 1 the same, 16 weights further on; word 2 weight 12 + e from bit 0, weight 28 + e
+///         from bit 3, bit 2 of weights 8 + e and 24 + e in bits 6 and 7
+///   meta: [0:2) f16 d | [2:4) f16 dmin | [4:12) byte j: scale j in bits 0-5, bits 0-1 of minimum j in bits 6-7 |
 ///         [12:16) nibble j: bits 2-5 of minimum j
-/// BF16, F16 and F32 rows stay as they are. Bits a weight at 5376 and 21504 columns: Q4_K 4.5, Q5_K 5.5, Q6_K 6.571,
-/// Q8_0 8.5 (the padding of Q6_K's d: 42 to 48 B a chunk).
+/// BF16, F16 and F32 rows stay as they are. Bits a weight at 5376 and 21504 columns: those of the file, but for the
+/// padding of K-quants that are no multiple of 16: Q6_K 6.571 (6.5625), IQ4_XS 4.262 (4.25), Q3_K 3.452 (3.4375),
+/// Q2_K 2.643 (2.625).
 namespace gemma4::cuda {
 
 using gemma4::chunk_bytes;

@@ -6,12 +6,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/device/check.cuh"
 #include "cuda/device/device_buffer.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/weights/layout.cuh"
+#include "cuda/weights/packing.cuh"
 #include "gemma4/error.hpp"
 #include "gemma4/quantized_matrix.hpp"
 
@@ -30,7 +30,7 @@ struct RepackParams {
 };
 
 /// One thread a block of the file. Loading is bound by the host link, so that coalescing is not worth its code here.
-template <class TBlock, bool kPack>
+template <TensorType kType, class TBlock, bool kPack>
 __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ RepackParams params) {
   constexpr int kGroups = static_cast<int>(TBlock::kSize) / kGroup;
   const std::int64_t row_blocks = params.cols / TBlock::kSize;
@@ -43,19 +43,14 @@ __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ Rep
   const int at = static_cast<int>(block_index - chunk_index * (full / kGroups));
   const std::int64_t packed_at = row * params.packed_row_step * params.packed_row_bytes;
   const std::int64_t file_at = row * params.file_row_bytes;
-  constexpr TensorType kType = std::is_same_v<TBlock, Q4KBlock>   ? TensorType::kQ4K
-                               : std::is_same_v<TBlock, Q5KBlock> ? TensorType::kQ5K
-                               : std::is_same_v<TBlock, Q6KBlock> ? TensorType::kQ6K
-                                                                  : TensorType::kQ8_0;
   const std::int64_t chunk_at = packed_at + chunk_index * chunk_bytes(kType, full);
   if constexpr (kPack) {
     std::uint8_t* const chunk = params.to + chunk_at;
     const TBlock block = reinterpret_cast<const TBlock*>(params.from + file_at)[block_index];
     BlockPacking<TBlock>::pack(block, chunk, groups, at);
     if ((at + 1) * kGroups == groups) {  // the last block of a chunk clears its padding
-      constexpr int kUsed = kType == TensorType::kQ6K ? 105 : kType == TensorType::kQ8_0 ? 136 : 0;  // bytes, 4 groups
       const int end = static_cast<int>(chunk_bytes(kType, groups));
-      for (int byte = kUsed == 0 ? end : kUsed * groups / 4; byte < end; ++byte) chunk[byte] = 0;
+      for (int byte = (at + 1) * static_cast<int>(sizeof(TBlock)); byte < end; ++byte) chunk[byte] = 0;
     }
   } else {
     TBlock block;
@@ -70,24 +65,16 @@ void launch_repack(TensorType type, const RepackParams& params, cudaStream_t str
   if (n_block == 0) return;
   const Launch launch{
       .what = "repack_kernel", .grid = static_cast<unsigned>((n_block + 127) / 128), .block = 128, .stream = stream};
-  switch (type) {
-    case TensorType::kQ4K:
-      return launch(repack_kernel<Q4KBlock, kPack>, params);
-    case TensorType::kQ5K:
-      return launch(repack_kernel<Q5KBlock, kPack>, params);
-    case TensorType::kQ6K:
-      return launch(repack_kernel<Q6KBlock, kPack>, params);
-    case TensorType::kQ8_0:
-      return launch(repack_kernel<Q80Block, kPack>, params);
-    default: {  // plain rows: one side is strided by packed_row_step
-      const std::int64_t step = params.packed_row_step * params.packed_row_bytes;
-      check(cudaMemcpy2DAsync(params.to, static_cast<std::size_t>(kPack ? step : params.file_row_bytes), params.from,
-                              static_cast<std::size_t>(kPack ? params.file_row_bytes : step),
-                              static_cast<std::size_t>(params.file_row_bytes), static_cast<std::size_t>(params.n_row),
-                              cudaMemcpyDeviceToDevice, stream),
-            "copy of plain weight rows");
-    }
-  }
+  const bool is_packed = for_packed_block(
+      type, [&]<TensorType kType, class TBlock>() { launch(repack_kernel<kType, TBlock, kPack>, params); });
+  if (is_packed) return;
+  // Plain rows: one side is strided by packed_row_step.
+  const std::int64_t step = params.packed_row_step * params.packed_row_bytes;
+  check(cudaMemcpy2DAsync(params.to, static_cast<std::size_t>(kPack ? step : params.file_row_bytes), params.from,
+                          static_cast<std::size_t>(kPack ? params.file_row_bytes : step),
+                          static_cast<std::size_t>(params.file_row_bytes), static_cast<std::size_t>(params.n_row),
+                          cudaMemcpyDeviceToDevice, stream),
+        "copy of plain weight rows");
 }
 
 inline void require_repackable(const char* who, TensorType type, std::int64_t cols) {

@@ -54,11 +54,12 @@ struct UploadTask {
   QuantizedMatrix from;
   std::byte* to = nullptr;
   std::int64_t row_step = 1;
+  bool is_mapped = true;  ///< of a mapped file: its pages may leave this process once they are copied
 };
 
 namespace detail {
 
-/// Where the f16 scales of a block are; plain types: each value is its own scale.
+/// Where the f16 scales, minima and offsets of a block are; plain types: each value is its own scale.
 struct ScalePlaces {
   int block_bytes;
   int n_scale;
@@ -68,9 +69,15 @@ struct ScalePlaces {
 [[nodiscard]] inline ScalePlaces scale_places(TensorType type) {
   const int bytes = static_cast<int>(block_bytes(type));
   switch (type) {
+    case TensorType::kQ4_1:
+    case TensorType::kQ5_1:
     case TensorType::kQ4K:
     case TensorType::kQ5K:
       return {bytes, 2, {0, 2}};
+    case TensorType::kQ2K:
+      return {bytes, 2, {80, 82}};
+    case TensorType::kQ3K:
+      return {bytes, 1, {108, 0}};
     case TensorType::kQ6K:
       return {bytes, 1, {208, 0}};
     default:
@@ -176,7 +183,7 @@ class Uploader {
     std::int64_t total = 0, done = 0;
     for (const UploadTask& task : tasks_) {
       total += static_cast<std::int64_t>(task.from.data.size());
-      advise_pages(task.from.data, MADV_SEQUENTIAL);
+      if (task.is_mapped) advise_pages(task.from.data, MADV_SEQUENTIAL);
     }
     Progress bar("load", total, options_.progress);
     const Crew crew(*this);
@@ -272,14 +279,16 @@ class Uploader {
 
   void fill(std::size_t index) {
     for (const UploadPiece& piece : batches_[index].pieces) {
-      const QuantizedMatrix& from = tasks_[piece.task].from;
+      const UploadTask& task = tasks_[piece.task];
+      const QuantizedMatrix& from = task.from;
       const auto rows = from.data.subspan(static_cast<std::size_t>(piece.first_row * row_bytes(from.type, from.cols)),
                                           static_cast<std::size_t>(piece_bytes(piece)));
 #if defined(MADV_POPULATE_READ)
-      advise_pages(rows, MADV_POPULATE_READ);  // one call for what would be a fault every few pages
+      if (task.is_mapped) advise_pages(rows, MADV_POPULATE_READ);  // one call for what would be a fault every few pages
 #endif
       std::memcpy(pinned_.data() + slot_offset(index) + piece.offset, rows.data(), rows.size());
-      advise_pages(rows, MADV_DONTNEED);  // stays in the page cache, leaves this process
+      // Stays in the page cache, leaves this process. Memory that is no file's would lose its values.
+      if (task.is_mapped) advise_pages(rows, MADV_DONTNEED);
     }
   }
 

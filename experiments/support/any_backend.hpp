@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -36,6 +37,8 @@ class AnyBackend {
   virtual void copy_logits(std::int64_t row, std::span<float> out) const = 0;
   virtual void copy_logit_rows(std::span<float> out) const = 0;
   virtual void copy_residual(std::span<float> out) = 0;
+  virtual void watch(std::span<const std::int64_t> logit_rows) = 0;
+  [[nodiscard]] virtual std::optional<NotFinite> first_not_finite() const = 0;
   /// As allocated.
   [[nodiscard]] virtual CacheBytes cache_bytes() = 0;
   virtual void reset() = 0;
@@ -44,7 +47,7 @@ class AnyBackend {
   /// The drivers that profile do not come through here.
   [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }
 };
-static_assert(Backend<AnyBackend>);
+static_assert(WatchedBackend<AnyBackend>);
 
 /// Holds a `TBackend` made in place from `arguments`.
 template <class TBackend>
@@ -75,6 +78,8 @@ class HeldBackend final : public AnyBackend {
     }
   }
   void copy_residual(std::span<float> out) override { backend_.copy_residual(out); }
+  void watch(std::span<const std::int64_t> logit_rows) override { backend_.watch(logit_rows); }
+  [[nodiscard]] std::optional<NotFinite> first_not_finite() const override { return backend_.first_not_finite(); }
   [[nodiscard]] CacheBytes cache_bytes() override { return backend_.cache_bytes(); }
   void reset() override { backend_.reset(); }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }

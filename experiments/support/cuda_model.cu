@@ -10,9 +10,11 @@
 #include "cuda/session.cuh"
 #include "experiments/benchmark.cuh"
 #include "experiments/gpu_run_info.cuh"
-#include "gemma4/gguf/config_from_gguf.hpp"
+#include "experiments/support/notes.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/gguf/text_model.hpp"
+#include "gemma4/model/weights.hpp"
 
 namespace gemma4::experiment {
 namespace {
@@ -59,6 +61,7 @@ class Session final : public CudaSession {
 
   [[nodiscard]] std::int64_t position() const override { return session_.position(); }
   void rewind(std::int64_t n_token) override { session_.rewind(n_token); }
+  [[nodiscard]] std::int64_t max_rewind() const override { return session_.max_rewind(); }
   void reset() override { session_.reset(); }
   void set_policy(const ExecutionPolicy& policy) override {
     session_.set_policy(policy);
@@ -115,12 +118,15 @@ std::unique_ptr<CudaModel> load_cuda_model(const std::filesystem::path& path, co
                                            const CudaSettings& planned) {
   if (const auto reason = missing_device()) require(false, *reason);
   const GgufFile file = GgufFile::open(path);
-  cuda::require_fits(config_from_gguf(file), model_tensors(file), backend_options(planned),
-                     cuda::current_device().sm_count, device_bytes_free());
+  const ModelWeights weights = weights_from_gguf(file);
+  show_notes(model_notes(file));
+  cuda::require_fits(weights.config, model_tensors(file), backend_options(planned), cuda::current_device().sm_count,
+                     device_bytes_free());
   std::int64_t peak = 0;
   cuda::UploadOptions upload{.progress = settings.progress};
   upload.on_progress = [&](std::int64_t) { peak = std::max(peak, device_bytes_in_use()); };
-  cuda::PackedModel model = cuda::load_model(file, {.join_gate_up = planned.policy.gate_up_fusion, .upload = upload});
+  cuda::PackedModel model(weights, model_tensors(file),
+                          {.join_gate_up = planned.policy.gate_up_fusion, .upload = upload});
   return std::make_unique<Model>(std::move(model), peak);
 }
 

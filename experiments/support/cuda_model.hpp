@@ -65,6 +65,8 @@ class CudaSession {
   [[nodiscard]] virtual std::int64_t position() const = 0;
   /// The last tokens, fewer than kMaxRewind, never were.
   virtual void rewind(std::int64_t n_token) = 0;
+  /// How many rewind() can take back, now.
+  [[nodiscard]] virtual std::int64_t max_rewind() const = 0;
   virtual void reset() = 0;
   /// From here on; the sequence goes on. Whether gate and up are one matrix was decided when the model was loaded.
   virtual void set_policy(const ExecutionPolicy& policy) = 0;

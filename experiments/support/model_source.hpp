@@ -9,8 +9,10 @@
 #include "experiments/driver.hpp"
 #include "experiments/support/any_backend.hpp"
 #include "experiments/support/cuda_model.hpp"
+#include "experiments/support/notes.hpp"
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/text_model.hpp"
 #include "gemma4/model/weights.hpp"
 #include "reference/backend.hpp"
 
@@ -36,6 +38,7 @@ class ModelSource {
     } else {
       file_.emplace(GgufFile::open(options.model));
       weights_.emplace(weights_from_gguf(*file_));
+      show_notes(model_notes(*file_));
     }
   }
 

@@ -10,6 +10,7 @@
 #include "experiments/driver.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/gguf/text_model.hpp"
 #include "gemma4/plan/execution.hpp"
 #include "gemma4/report/result_table.hpp"
 #include "gemma4/synthetic/synthetic_weights.hpp"
@@ -21,6 +22,7 @@ namespace gemma4::experiment {
 /// "gemma4-synthetic (random weights), 60 layers, 18.69 GB": a table must not leave in doubt what was measured.
 [[nodiscard]] inline std::string model_desc(const std::filesystem::path& path) {
   const GgufFile file = GgufFile::open(path);
+  require_text_model(file);
   const auto name = file.get_or<std::string>("general.name", path.filename().string());
   char text[64];
   std::snprintf(text, sizeof(text), ", %lld layers, %.2f GB",

@@ -35,13 +35,14 @@ concept CacheFormat = std::equality_comparable<TFormat> &&
   { TFormat::kUnpacksForPrefill } -> std::convertible_to<bool>;       // K and V of a head go through scratch as bf16
   { TFormat::kStoredByPrologue } -> std::convertible_to<bool>;        // else K and V are laid beside the cache first
   { TFormat::kRingValueBytes } -> std::convertible_to<std::int64_t>;  // of the sliding layers' rings beside it
+  { TFormat::kReadsKeysFromValues } -> std::convertible_to<bool>;     // for layers whose K is their V alone
 };
 
 /// float32, in the reference alone: what rounding costs.
 struct F32Format {
   static constexpr std::string_view kGrammar = "f32";
   static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 4;
-  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = true;
+  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = true, kReadsKeysFromValues = false;
   [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<F32Format> parse(std::string_view name) {
     return name == kGrammar ? std::optional(F32Format{}) : std::nullopt;
@@ -62,7 +63,7 @@ struct F32Format {
 struct Bf16Format {
   static constexpr std::string_view kGrammar = "bf16";
   static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 2;
-  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = true;
+  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = true, kReadsKeysFromValues = false;
   [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<Bf16Format> parse(std::string_view name) {
     return name == kGrammar ? std::optional(Bf16Format{}) : std::nullopt;
@@ -112,7 +113,7 @@ struct Tq4Format {
   /// Rows of one KV head come in records of this many tokens on the device: one bulk copy brings a record.
   static constexpr std::int64_t kRecordTokens = 16;
   static constexpr std::int64_t kRingValueBytes = 2;
-  static constexpr bool kUnpacksForPrefill = true, kStoredByPrologue = true;
+  static constexpr bool kUnpacksForPrefill = true, kStoredByPrologue = true, kReadsKeysFromValues = false;
 
   [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<Tq4Format> parse(std::string_view name) {

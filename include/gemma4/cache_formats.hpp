@@ -9,6 +9,7 @@
 
 #include "gemma4/cache_format.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/kv_format.hpp"
 #include "gemma4/kvarn_format.hpp"
 #include "gemma4/quantisers.hpp"
 
@@ -39,7 +40,8 @@ struct CacheFormatList {
   }
 };
 
-using CacheFormats = ShippedSimulatedFormats::AppendTo<CacheFormatList, Bf16Format, F32Format, Tq4Format, KvarnFormat>;
+using CacheFormats =
+    ShippedSimulatedFormats::AppendTo<CacheFormatList, Bf16Format, F32Format, Tq4Format, KvFormat, KvarnFormat>;
 
 /// What the flat cache of the full-attention layers holds: one of the list.
 using CacheSpec = CacheFormats::Variant;

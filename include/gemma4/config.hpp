@@ -34,7 +34,7 @@ struct ModelConfig {
   float rms_epsilon = 1e-6f;
   float softcap = 30.0f;  ///< logits = softcap * tanh(raw / softcap)
   AttentionConfig sliding;
-  AttentionConfig full;                  ///< K and V come from one projection: there is no v_proj
+  AttentionConfig full;                  ///< K and V come from one projection, unless the file has a v_proj
   std::vector<std::uint8_t> is_sliding;  ///< [n_layer], 1 = sliding, 0 = full
   bool operator==(const ModelConfig&) const = default;
 
@@ -79,6 +79,22 @@ struct ModelConfig {
           .is_sliding = five_to_one_pattern(60)};
 }
 
+/// Gemma 4 12B: the same architecture; one head of keys and values on the full layers, for sixteen of queries. Source:
+/// the GGUF metadata of published files of google/gemma-4-12B-it.
+[[nodiscard]] inline ModelConfig gemma4_12b() {
+  return {.vocab = 262144,
+          .hidden = 3840,
+          .ffn_hidden = 15360,
+          .n_head = 16,
+          .window = 1024,
+          .context = 262144,
+          .rms_epsilon = 1e-6f,
+          .softcap = 30.0f,
+          .sliding = {.head_dim = 256, .n_head_kv = 8, .rope_theta = 1e4, .rope_pairs = 128},
+          .full = {.head_dim = 512, .n_head_kv = 1, .rope_theta = 1e6, .rope_pairs = 64},
+          .is_sliding = five_to_one_pattern(48)};
+}
+
 /// The trained nano model of this project: the same architecture with 28.6 M parameters.
 [[nodiscard]] inline ModelConfig gemma4_nano() {
   return {.vocab = 4096,
@@ -109,24 +125,27 @@ struct ModelConfig {
           .is_sliding = five_to_one_pattern(6)};
 }
 
-/// Refuses a config that no backend can run, naming the field and its value.
+/// Refuses a config that no backend can run, naming the field and its value. The upper limits are far from any model's,
+/// and such that no number of bytes made of them reaches 2^63: the caches of 2^12 layers, 2^12 heads of 512 and 2^24
+/// positions take 2^60.
 inline void require_config(const ModelConfig& config) {
-  const auto positive = [](const char* name, std::int64_t value) {
+  const auto positive = [](const char* name, std::int64_t value, std::int64_t most) {
     require(value > 0, "config: ", name, " is ", value, ", need at least 1");
+    require(value <= most, "config: ", name, " is ", value, ", need at most ", most);
   };
-  positive("vocab", config.vocab);
-  positive("hidden", config.hidden);
-  positive("ffn_hidden", config.ffn_hidden);
-  positive("n_head", config.n_head);
-  positive("context", config.context);
-  positive("n_layer", config.n_layer());
+  positive("vocab", config.vocab, std::int64_t{1} << 24);
+  positive("hidden", config.hidden, std::int64_t{1} << 20);
+  positive("ffn_hidden", config.ffn_hidden, std::int64_t{1} << 22);
+  positive("n_head", config.n_head, std::int64_t{1} << 12);
+  positive("context", config.context, std::int64_t{1} << 24);
+  positive("n_layer", config.n_layer(), std::int64_t{1} << 12);
   require(config.rms_epsilon > 0, "config: rms_epsilon is ", config.rms_epsilon, ", need a positive number");
   require(config.softcap > 0, "config: softcap is ", config.softcap, ", need a positive number");
   for (const bool sliding : {true, false}) {
     const char* kind = sliding ? "sliding" : "full";
     const AttentionConfig& attention = sliding ? config.sliding : config.full;
     if (config.n_full_layer() == (sliding ? config.n_layer() : 0)) continue;  // no layer of this kind
-    if (sliding) positive("window", config.window);
+    if (sliding) positive("window", config.window, std::int64_t{1} << 24);
     require(is_power_of_two(attention.head_dim) && attention.head_dim >= 64 && attention.head_dim <= 512,
             "config: ", kind, " head_dim is ", attention.head_dim, ", need a power of two from 64 to 512");
     require(attention.n_head_kv > 0 && config.n_head % attention.n_head_kv == 0, "config: n_head ", config.n_head,

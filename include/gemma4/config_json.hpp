@@ -134,12 +134,14 @@ class JsonFields {
   return config;
 }
 
-/// A shape by name (31b, nano, tiny) or, when the name ends in .json, from that file.
+/// A shape by name (31b, 12b, nano, tiny) or, when the name ends in .json, from that file.
 [[nodiscard]] inline ModelConfig config_from_name(const std::string& name) {
   if (name == "31b") return gemma4_31b();
+  if (name == "12b") return gemma4_12b();
   if (name == "nano") return gemma4_nano();
   if (name == "tiny") return gemma4_tiny();
-  require(name.ends_with(".json"), "model shape '", name, "': expected 31b, nano, tiny or a .json file of dimensions");
+  require(name.ends_with(".json"), "model shape '", name,
+          "': expected 31b, 12b, nano, tiny or a .json file of dimensions");
   std::ifstream file(name, std::ios::binary);
   require(file.good(), "model shape: cannot read ", name);
   const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());

@@ -16,15 +16,20 @@
 
 #include "gemma4/error.hpp"
 
-/// A small JSON reader (RFC 8259) for files that people write by hand: numbers are doubles, a repeated key is refused,
-/// \u escapes become UTF-8, surrogate pairs joined.
+/// A small JSON reader (RFC 8259) for files that people write by hand: numbers are doubles that remember how they were
+/// spelled, a repeated key is refused, \u escapes become UTF-8, surrogate pairs joined.
 namespace gemma4 {
+
+struct JsonNumber {
+  double value = 0;
+  std::string text;  ///< as the file has it: 1, 1.0 and 1e0 are three texts of one value
+};
 
 class JsonValue {
  public:
   using Array = std::vector<JsonValue>;
   using Object = std::map<std::string, JsonValue, std::less<>>;
-  using Storage = std::variant<std::nullptr_t, bool, double, std::string, std::shared_ptr<const Array>,
+  using Storage = std::variant<std::nullptr_t, bool, JsonNumber, std::string, std::shared_ptr<const Array>,
                                std::shared_ptr<const Object>>;
 
   JsonValue() = default;
@@ -32,7 +37,14 @@ class JsonValue {
 
   [[nodiscard]] bool is_null() const { return std::holds_alternative<std::nullptr_t>(value_); }
   [[nodiscard]] const bool* boolean() const { return std::get_if<bool>(&value_); }
-  [[nodiscard]] const double* number() const { return std::get_if<double>(&value_); }
+  [[nodiscard]] const double* number() const {
+    const auto* const found = std::get_if<JsonNumber>(&value_);
+    return found == nullptr ? nullptr : &found->value;
+  }
+  [[nodiscard]] const std::string* number_text() const {
+    const auto* const found = std::get_if<JsonNumber>(&value_);
+    return found == nullptr ? nullptr : &found->text;
+  }
   [[nodiscard]] const std::string* string() const { return std::get_if<std::string>(&value_); }
   /// nullptr when the value is of another kind.
   [[nodiscard]] const Array* array() const { return pointee<Array>(); }
@@ -196,7 +208,7 @@ class JsonParser {
     const auto [end, error] = std::from_chars(begin, text_.data() + text_.size(), number);
     check(error == std::errc(), "a number that fits");
     at_ += static_cast<std::size_t>(end - begin);
-    return JsonValue(number);
+    return JsonValue(JsonNumber{number, std::string(begin, end)});
   }
 
   [[nodiscard]] static bool is_digit(char c) { return c >= '0' && c <= '9'; }

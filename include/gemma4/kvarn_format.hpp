@@ -36,7 +36,7 @@ struct KvarnFormat {
   static constexpr std::string_view kGrammar = "sim-kvarn-k<bits>v<bits> (reference)";
   static constexpr std::int64_t kTileTokens = 128, kRounds = 8, kPiece = 16;
   static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 2;
-  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = true;
+  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = true, kReadsKeysFromValues = false;
 
   [[nodiscard]] static std::string grammar() { return std::string(kGrammar); }
   [[nodiscard]] static std::optional<KvarnFormat> parse(std::string_view name) {

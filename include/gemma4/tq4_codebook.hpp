@@ -75,8 +75,9 @@ inline double normal_cell_mean(double lower, double upper) {
 /// The positive half of the Lloyd-Max levels of a unit normal restricted to |x| < limit (infinity for the full one):
 /// n_half levels, the first cell beginning at 0. Lloyd's two rules are applied from the midpoints of 2 n_half equal
 /// cells of [-3, 3] until no level moves by more than 1e-14, but not more than max_rounds times.
+inline constexpr int kMaxLloydHalf = 32;
 struct LloydResult {
-  std::array<double, Codebook::kMaxLevels / 2> level;
+  std::array<double, kMaxLloydHalf> level;
   bool converged;
 };
 inline LloydResult solve_unit_half(int n_half, double limit, int max_rounds) {
@@ -86,7 +87,7 @@ inline LloydResult solve_unit_half(int n_half, double limit, int max_rounds) {
   const auto count = static_cast<std::size_t>(n_half);
   for (std::size_t i = 0; i < count; ++i) level[i] = 3.0 * (static_cast<double>(i) + 0.5) / n_half;
   for (int round = 0; round < max_rounds && !result.converged; ++round) {
-    std::array<double, Codebook::kMaxLevels / 2 + 1> edge = {};
+    std::array<double, kMaxLloydHalf + 1> edge = {};
     for (std::size_t i = 0; i + 1 < count; ++i) edge[i + 1] = 0.5 * (level[i] + level[i + 1]);
     edge[count] = limit;
     double moved = 0.0;

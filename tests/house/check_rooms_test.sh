@@ -24,7 +24,7 @@ clean_tree() {
   put cuda/flash/params.cuh '#pragma once'
   put tests/a_test.cpp '#include "reference/a.hpp"' '#include <gtest/gtest.h>'
   put tests/a_test.cu '#include "cuda/a.cuh"'
-  put experiments/a.cpp '#include "reference/a.hpp"'
+  put experiments/a.cpp '#include "experiments/driver.hpp"' '#include "reference/a.hpp"' '  return run_main(argc, argv, run);'
   printf 'gemma4_test(a cpu)\ngemma4_test(a gpu LABELS slow)\n' > "$tree/tests/CMakeLists.txt"
   printf 'gemma4_experiment(a)\n' > "$tree/experiments/CMakeLists.txt"
   mkdir -p "$tree/.ci"
@@ -71,6 +71,24 @@ put tests/more/b_test.cpp;                                                  find
 put tests/fuzz/b_fuzz.cpp;                                                  finds 'tests/fuzz/b_fuzz.cpp'
 put experiments/b.cpp;                                                      finds 'experiments/b.cpp'
 put include/gemma4/b.hpp '#pragma once';                                    finds 'header list out of date'
+
+# Drivers. driver LINE...: a driver with a main as it must be and these lines.
+driver() { put experiments/a.cpp '#include "experiments/driver.hpp"' "${@}" '  return run_main(argc, argv, run);'; }
+put experiments/a.cpp '#include "experiments/driver.hpp"' '  return 0;';       finds "experiments/a.cpp: its main is not"
+put experiments/a.cpp '  return run_main(argc, argv, run);';                  finds "experiments/a.cpp: its main is not"
+driver '  x->check(CLI::PositiveNumber);';                                    finds 'experiments/a.cpp:3:  x->check(CLI::Pos'
+driver '  const CLI::Range tokens(1, 2);';                                    finds 'say limits in words'
+driver '  ResultTable table(path, info, {}, {});';                            finds 'run_table opens the table'
+driver '  std::ofstream file(path);';                                         finds 'notice what is lost'
+driver '  printf("x");';                                                      finds 'notice what is lost'
+driver '  std::exit(1);';                                                     finds 'notice what is lost'
+for line in '  require(access(path, W_OK) == 0, std::strerror(errno));' '  if (errno == EINTR) continue;' '  fail(errno);'; do
+  put include/gemma4/a.hpp '#pragma once' "$line";                            finds 'errno that is not kept at once'
+done
+driver '#include <fstream>' '  std::snprintf(text, 2, "x");' '  std::ifstream file(path);' '  ResultTable& table;'
+put reference/a.hpp '#pragma once' '/// Mirror: cuda/a.cuh' '  const int reason = errno;' '    reason = errno;'
+if "$ci/check-rooms" "$tree" > /dev/null; then judge 'what a driver may do' ok; else judge 'refused: what a driver may do' no; fi
+clean_tree
 
 # Doors and parts. door NAME LINE...: cuda/NAME.cuh without a twin.
 list() { "$ci/list-headers" "$tree"; }

@@ -68,11 +68,12 @@ struct RandomMask {
   }
 };
 
-/// A call whose weights are so even that every key of it matters far above the bounds: what negative controls need.
+/// A call whose weights are so even, and whose keys so few, that every key of it matters above the bounds: what
+/// negative controls need. (One key of 63 did not always: 0.86 of the bound of bf16 at D = 512.)
 [[nodiscard]] inline AttentionCase even_case(AttentionCase c) {
   c.scale = 0.25f / std::sqrt(static_cast<float>(c.shape.head_dim));
   c.shape.n_query = std::min<std::int64_t>(c.shape.n_query, 24);
-  c.kv_len = std::clamp<std::int64_t>(c.kv_len, c.shape.n_query + 1, 64);
+  c.kv_len = std::clamp<std::int64_t>(c.kv_len, c.shape.n_query + 1, 28);
   c.shape.buffer_len = c.kv_len + 3;
   return c;
 }

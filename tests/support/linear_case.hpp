@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <span>
 #include <vector>
@@ -15,19 +17,48 @@
 /// What products with quantised weights are held to: magnitudes from which error bounds follow.
 namespace gemma4::testkit {
 
-/// Decoded weights, and for each the sum of the magnitudes that the format subtracts to make it: |d s q| + |dmin m|.
+/// Decoded weights, and for each the sum of the magnitudes of which the format makes it: |d s q| + |dmin m|.
 struct DequantisedWeights {
   std::vector<float> value, parts;  ///< [rows, cols]
 };
+
+/// Where a block holds the f16 step of its minima, or its one offset; nothing for the types without.
+[[nodiscard]] inline std::optional<std::size_t> place_of_minimum(TensorType type) {
+  switch (type) {
+    case TensorType::kQ4_1:
+    case TensorType::kQ5_1:
+    case TensorType::kQ4K:
+    case TensorType::kQ5K:
+      return 2;
+    case TensorType::kQ2K:
+      return 82;
+    default:
+      return std::nullopt;
+  }
+}
+
+/// Where a block holds the f16 step of its codes or scales.
+[[nodiscard]] inline std::size_t place_of_step(TensorType type) {
+  switch (type) {
+    case TensorType::kQ6K:
+      return 208;
+    case TensorType::kQ3K:
+      return 108;
+    case TensorType::kQ2K:
+      return 80;
+    default:
+      return 0;
+  }
+}
 
 [[nodiscard]] inline DequantisedWeights dequantise_with_parts(const OwnedMatrix& matrix) {
   const auto size = static_cast<std::size_t>(matrix.rows * matrix.cols);
   DequantisedWeights weights{std::vector<float>(size), std::vector<float>(size)};
   dequantise_row(matrix.type, matrix.bytes, weights.value);
-  if (matrix.type == TensorType::kQ4K || matrix.type == TensorType::kQ5K) {
+  if (const std::optional<std::size_t> at_min = place_of_minimum(matrix.type)) {
     std::vector<std::byte> without_min = matrix.bytes;
     const auto step = static_cast<std::size_t>(block_bytes(matrix.type));
-    for (std::size_t at = 0; at < without_min.size(); at += step) without_min[at + 2] = without_min[at + 3] = {};
+    for (std::size_t at = *at_min; at < without_min.size(); at += step) without_min[at] = without_min[at + 1] = {};
     dequantise_row(matrix.type, without_min, weights.parts);
     for (std::size_t i = 0; i < size; ++i) {
       weights.parts[i] = std::abs(weights.parts[i]) + std::abs(weights.parts[i] - weights.value[i]);

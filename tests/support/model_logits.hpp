@@ -79,4 +79,18 @@ struct RowError {
   return testing::AssertionFailure() << "row " << row << " is off by " << worst << " of its length, allowed " << bound;
 }
 
+/// Success when the logits are equal to the bit; no NaN is equal to anything.
+[[nodiscard]] inline testing::AssertionResult same_rows(std::span<const float> actual,
+                                                        std::span<const float> expected) {
+  if (actual.size() != expected.size() || actual.empty()) {
+    return testing::AssertionFailure() << actual.size() << " values against " << expected.size();
+  }
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    if (!(actual[i] == expected[i])) {
+      return testing::AssertionFailure() << "value " << i << " is " << actual[i] << ", expected " << expected[i];
+    }
+  }
+  return testing::AssertionSuccess();
+}
+
 }  // namespace gemma4::testkit

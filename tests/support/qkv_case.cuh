@@ -39,14 +39,14 @@ inline std::ostream& operator<<(std::ostream& out, const QkvCase& c) {
              << (c.v_is_k ? ", v = k" : "") << ", seed " << c.seed;
 }
 
-/// Any shape: n_head_kv times 1 to 3 query heads, none to all pairs turning.
+/// Any shape: n_head_kv times 1 to 3 or 16 query heads, none to all pairs turning.
 [[nodiscard]] inline QkvCase some_qkv_case(std::int64_t largest_position) {
   QkvCase c;
   c.attention.head_dim = *rc::gen::element<std::int64_t>(64, 128, 256, 512);
   c.attention.n_head_kv = *rc::gen::inRange<std::int64_t>(1, 4);
   c.attention.rope_theta = *rc::gen::element(1e4, 1e6);
   c.attention.rope_pairs = c.attention.head_dim / *rc::gen::element<std::int64_t>(2, 8, 64);
-  c.n_head = c.attention.n_head_kv * *rc::gen::inRange<std::int64_t>(1, 4);
+  c.n_head = c.attention.n_head_kv * *rc::gen::element<std::int64_t>(1, 2, 3, 16);
   c.n_token = *rc::gen::element<std::int64_t>(1, 1, 2, 7, 33);
   c.position =
       *rc::gen::oneOf(rc::gen::inRange<std::int64_t>(0, largest_position), rc::gen::just(largest_position - 1));
@@ -55,8 +55,8 @@ inline std::ostream& operator<<(std::ostream& out, const QkvCase& c) {
   return c;
 }
 
-[[nodiscard]] inline QkvCase real_qkv_case(bool sliding, std::int64_t n_token, std::int64_t position) {
-  const ModelConfig model = gemma4_31b();
+[[nodiscard]] inline QkvCase real_qkv_case(bool sliding, std::int64_t n_token, std::int64_t position,
+                                           const ModelConfig& model = gemma4_31b()) {
   return {.attention = sliding ? model.sliding : model.full,
           .n_head = model.n_head,
           .n_token = n_token,

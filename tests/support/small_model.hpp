@@ -25,7 +25,7 @@ namespace gemma4::testkit {
   config.context = 4096;
   config.hidden = 256;
   config.ffn_hidden = 256;
-  config.n_head = 4;
+  config.n_head = *rc::gen::weightedElement<std::int64_t>({{3, 4}, {1, 16}});
   config.window = *rc::gen::inRange<std::int64_t>(1, 40);
   config.is_sliding = *rc::gen::container<std::vector<std::uint8_t>>(3, rc::gen::element<std::uint8_t>(0, 1));
   config.sliding.head_dim = head_dim();

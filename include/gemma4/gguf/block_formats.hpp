@@ -118,4 +118,145 @@ struct Q80Block {
 };
 static_assert(sizeof(Q80Block) == 34 && std::is_trivially_copyable_v<Q80Block>);
 
+/// Q4_0: 32 weights in 18 bytes (4.5 bits a weight).
+///   [0:2)   d      f16, the step
+///   [2:18)  quants 4 bits: weight l in nibble 0, weight 16 + l in nibble 1 of byte 2 + l
+/// Weight i is d * (q[i] - 8).
+struct Q40Block {
+  static constexpr std::int64_t kSize = 32;
+  static constexpr int kOffset = 8;  ///< what a stored quant holds for the value zero
+  F16 d;
+  std::uint8_t quants[16];
+};
+static_assert(sizeof(Q40Block) == 18 && std::is_trivially_copyable_v<Q40Block>);
+
+/// Q4_1: 32 weights in 20 bytes (5 bits a weight).
+///   [0:2)   d      f16, the step
+///   [2:4)   m      f16, the value of the quant zero
+///   [4:20)  quants 4 bits: weight l in nibble 0, weight 16 + l in nibble 1 of byte 4 + l
+/// Weight i is d * q[i] + m.
+struct Q41Block {
+  static constexpr std::int64_t kSize = 32;
+  F16 d;
+  F16 m;
+  std::uint8_t quants[16];
+};
+static_assert(sizeof(Q41Block) == 20 && std::is_trivially_copyable_v<Q41Block>);
+
+/// Q5_0: 32 weights in 22 bytes (5.5 bits a weight); Q4_0 with a fifth bit for each weight.
+///   [0:2)   d      f16, the step
+///   [2:6)   high   bit 4 of the quants: weight i in bit i % 8 of byte 2 + i / 8
+///   [6:22)  low    bits 0-3 of the quants: weight l in nibble 0, weight 16 + l in nibble 1 of byte 6 + l
+/// Weight i is d * (q[i] - 16).
+struct Q50Block {
+  static constexpr std::int64_t kSize = 32;
+  static constexpr int kOffset = 16;  ///< what a stored quant holds for the value zero
+  F16 d;
+  std::uint8_t high[4];
+  std::uint8_t low[16];
+};
+static_assert(sizeof(Q50Block) == 22 && std::is_trivially_copyable_v<Q50Block>);
+
+/// Q5_1: 32 weights in 24 bytes (6 bits a weight); Q4_1 with a fifth bit for each weight.
+///   [0:2)   d      f16, the step
+///   [2:4)   m      f16, the value of the quant zero
+///   [4:8)   high   bit 4 of the quants: weight i in bit i % 8 of byte 4 + i / 8
+///   [8:24)  low    bits 0-3 of the quants: weight l in nibble 0, weight 16 + l in nibble 1 of byte 8 + l
+/// Weight i is d * q[i] + m.
+struct Q51Block {
+  static constexpr std::int64_t kSize = 32;
+  F16 d;
+  F16 m;
+  std::uint8_t high[4];
+  std::uint8_t low[16];
+};
+static_assert(sizeof(Q51Block) == 24 && std::is_trivially_copyable_v<Q51Block>);
+
+/// The values of the 4-bit codes of IQ4_NL and IQ4_XS: a fixed table, denser near zero, where weights are.
+/// Not for the device, which keeps a copy where its threads can reach it.
+inline constexpr std::int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                               1,    13,   25,  38,  53,  69,  89,  113};
+
+/// IQ4_NL: 32 weights in 18 bytes (4.5 bits a weight); Q4_0 whose quants are indices into kIq4Values.
+///   [0:2)   d      f16, the step
+///   [2:18)  codes  4 bits: weight l in nibble 0, weight 16 + l in nibble 1 of byte 2 + l
+/// Weight i is d * kIq4Values[code[i]].
+struct Iq4NlBlock {
+  static constexpr std::int64_t kSize = 32;
+  F16 d;
+  std::uint8_t codes[16];
+};
+static_assert(sizeof(Iq4NlBlock) == 18 && std::is_trivially_copyable_v<Iq4NlBlock>);
+
+/// IQ4_XS: 256 weights in 136 bytes (4.25 bits a weight), eight sub-blocks of 32 with a scale of 6 bits each.
+///   [0:2)    d            f16, step of the scales
+///   [2:4)    scales_high  bits 4-5 of the scales: scale b in bits 2 (b % 4) and up of byte 2 + b / 4
+///   [4:8)    scales_low   bits 0-3 of the scales: scale b in nibble b % 2 of byte 4 + b / 2
+///   [8:136)  codes        4 bits: weight 32b + l in nibble 0, weight 32b + 16 + l in nibble 1 of byte 8 + 16b + l
+/// Weight i of sub-block b = i / 32 is (d * (scale[b] - 32)) * kIq4Values[code[i]].
+struct Iq4XsBlock {
+  static constexpr std::int64_t kSize = 256;
+  static constexpr int kSubBlocks = 8;
+  static constexpr int kSubBlockSize = 32;
+  static constexpr int kScaleOffset = 32;  ///< what a stored scale holds for the value zero
+  F16 d;
+  std::uint8_t scales_high[2];
+  std::uint8_t scales_low[4];
+  std::uint8_t codes[128];
+
+  /// Scale of a sub-block, without its offset: -32 to 31.
+  [[nodiscard]] GEMMA4_HD constexpr int scale(int sub_block) const {
+    const int low = scales_low[sub_block / 2] >> 4 * (sub_block % 2) & 15;
+    const int high = scales_high[sub_block / 4] >> 2 * (sub_block % 4) & 3;
+    return (low | high << 4) - kScaleOffset;
+  }
+};
+static_assert(sizeof(Iq4XsBlock) == 136 && std::is_trivially_copyable_v<Iq4XsBlock>);
+
+/// Q3_K: 256 weights in 110 bytes (3.4375 bits a weight), sixteen sub-blocks of 16 with a scale of 6 bits each.
+/// The halves h = 0, 1 hold 128 weights, in four quarters r = 0..3 of 32:
+///   [0:32)     high   bit 2 of the quants: weight 128h + 32r + l in bit 4h + r of byte l
+///   [32:96)    low    bits 0-1: weight 128h + 32r + l in bits 2r, 2r + 1 of byte 32 + 32h + l
+///   [96:104)   scales bits 0-3 of the scales: scale b in nibble b / 8 of byte 96 + b % 8
+///   [104:108)  scales bits 4-5 of the scales: scale b in bits 2 (b / 4) and up of byte 104 + b % 4
+///   [108:110)  d      f16, step of the scales
+/// Weight i of sub-block b = i / 16 is (d * (scale[b] - 32)) * (q[i] - 4).
+struct Q3KBlock {
+  static constexpr std::int64_t kSize = 256;
+  static constexpr int kSubBlocks = 16;
+  static constexpr int kSubBlockSize = 16;
+  static constexpr int kOffset = 4;        ///< what a stored quant holds for the value zero
+  static constexpr int kScaleOffset = 32;  ///< what a stored scale holds for the value zero
+  std::uint8_t high[32];
+  std::uint8_t low[64];
+  std::uint8_t scales[12];
+  F16 d;
+
+  /// Scale of a sub-block, without its offset: -32 to 31.
+  [[nodiscard]] GEMMA4_HD constexpr int scale(int sub_block) const {
+    const int low_bits = scales[sub_block % 8] >> 4 * (sub_block / 8) & 15;
+    const int high_bits = scales[8 + sub_block % 4] >> 2 * (sub_block / 4) & 3;
+    return (low_bits | high_bits << 4) - kScaleOffset;
+  }
+};
+static_assert(sizeof(Q3KBlock) == 110 && std::is_trivially_copyable_v<Q3KBlock>);
+
+/// Q2_K: 256 weights in 84 bytes (2.625 bits a weight), sixteen sub-blocks of 16 with a scale and a minimum of 4 bits.
+/// The halves h = 0, 1 hold 128 weights, in four quarters r = 0..3 of 32:
+///   [0:16)   scales byte b: nibble 0 scale[b], nibble 1 min[b]
+///   [16:80)  quants 2 bits: weight 128h + 32r + l in bits 2r, 2r + 1 of byte 16 + 32h + l
+///   [80:82)  d      f16, step of the scales
+///   [82:84)  dmin   f16, step of the minima
+/// Weight i of sub-block b = i / 16 is (d * scale[b]) * q[i] - dmin * min[b].
+struct Q2KBlock {
+  static constexpr std::int64_t kSize = 256;
+  static constexpr int kSubBlocks = 16;
+  static constexpr int kSubBlockSize = 16;
+  std::uint8_t scales[16];
+  std::uint8_t quants[64];
+  F16 d;
+  F16 dmin;
+};
+static_assert(sizeof(Q2KBlock) == 84 && std::is_trivially_copyable_v<Q2KBlock>);
+
 }  // namespace gemma4

@@ -8,13 +8,12 @@
 
 #include "gemma4/config.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/text_model.hpp"
 
 /// Reads a ModelConfig from GGUF metadata (`gemma4.*`) and refuses, by the feature's name, what is not implemented.
 namespace gemma4 {
 
 namespace detail {
-
-inline constexpr std::string_view kArchitecture = "gemma4";
 
 inline void refuse_feature(const GgufFile& file, bool present, const char* feature, const std::string& evidence) {
   require_format(!present, file.path().string(), ": the model uses ", feature, " (", evidence,
@@ -33,15 +32,23 @@ inline void refuse_unimplemented(const GgufFile& file) {
                  concat("gemma4.expert_count = ", count("gemma4.expert_count")));
   for (const GgufTensor& tensor : file.tensors()) {
     const std::string_view name = tensor.name;
+    if (!is_text_tensor(name)) continue;
     const auto evidence = [&] { return concat("tensor '", tensor.name, "'"); };
     refuse_feature(file, name.starts_with("per_layer_") || name.find(".per_layer_") != name.npos,
                    "per-layer embeddings", evidence());
     refuse_feature(file, name.find("_exps.") != name.npos || name.find(".ffn_gate_inp") != name.npos, "experts",
                    evidence());
-    refuse_feature(file, name.starts_with("v.") || name.starts_with("mm.") || name.starts_with("a."),
-                   "vision or audio tensors", evidence());
-    refuse_feature(file, name == "output.weight", "an output matrix that is not tied to the embedding", evidence());
+    refuse_feature(file, name.ends_with(".scale") || name.ends_with(".input_scale"),
+                   "scales beside its weights, as NVFP4 has them", evidence());
   }
+}
+
+/// A size from the metadata; more than 2^24 is no size of a model, and products of sizes stay far from overflow.
+[[nodiscard]] inline std::int64_t read_size(const GgufFile& file, std::string_view key) {
+  constexpr std::int64_t kMaxSize = std::int64_t{1} << 24;
+  const auto size = file.get<std::int64_t>(key);
+  require_format(size <= kMaxSize, file.path().string(), ": ", key, " is ", size, ", expected at most ", kMaxSize);
+  return size;
 }
 
 /// The pattern as an array of bool, one a layer.
@@ -56,7 +63,7 @@ inline std::vector<std::uint8_t> read_pattern(const GgufFile& file, std::int64_t
 /// KV heads of the sliding or the full layers; head_count_kv is one number or an array with one a layer.
 inline std::int64_t read_n_head_kv(const GgufFile& file, const std::vector<std::uint8_t>& is_sliding, bool sliding) {
   const char* key = "gemma4.attention.head_count_kv";
-  if (!file.is_array(key)) return file.get<std::int64_t>(key);
+  if (!file.is_array(key)) return read_size(file, key);
   const std::vector<std::int64_t> counts = file.array<std::int64_t>(key);
   require_format(counts.size() == is_sliding.size(), file.path().string(), ": ", key, " has ", counts.size(),
                  " entries, expected gemma4.block_count = ", is_sliding.size());
@@ -70,8 +77,12 @@ inline std::int64_t read_n_head_kv(const GgufFile& file, const std::vector<std::
   return found;
 }
 
+/// Of a full layer's coordinates: a quarter is rotated, partial_rotary_factor = 0.25 in the published configurations.
+inline constexpr std::int64_t kFullRotaryDivisor = 4;
+
 /// Rotated pairs of the full layers: `rope_freqs.weight` divides each frequency, by 1 for a rotated pair and by a huge
-/// number (1e30) for one that stays.
+/// number (1e30) for one that stays. There must be as many as the architecture's partial rotary factor says: another
+/// number is the mark of a converter that took another model's.
 inline std::int64_t read_rope_pairs(const GgufFile& file, std::int64_t head_dim) {
   const GgufTensor& tensor = file.tensor("rope_freqs.weight");
   const auto factors = data_as<float>(tensor);
@@ -85,6 +96,9 @@ inline std::int64_t read_rope_pairs(const GgufFile& file, std::int64_t head_dim)
     require_format(factor >= 1e20f, file.path().string(), ": tensor 'rope_freqs.weight' has ", factor, " at ", pair,
                    ", expected 1 (rotated pairs first) or at least 1e20 (pairs that stay)");
   }
+  const std::int64_t expected = head_dim / 2 / kFullRotaryDivisor;
+  require_format(n_pair == expected, file.path().string(), ": tensor 'rope_freqs.weight' rotates ", n_pair, " of ",
+                 head_dim / 2, " pairs, expected ", expected, ", a partial rotary factor of 1/", kFullRotaryDivisor);
   return n_pair;
 }
 
@@ -93,7 +107,7 @@ inline AttentionConfig read_attention(const GgufFile& file, const std::vector<st
   const std::string key_length = "gemma4.attention.key_length" + suffix;
   const std::string value_length = "gemma4.attention.value_length" + suffix;
   AttentionConfig attention;
-  attention.head_dim = file.get<std::int64_t>(key_length);
+  attention.head_dim = read_size(file, key_length);
   require_format(file.get<std::int64_t>(value_length) == attention.head_dim, file.path().string(), ": ", value_length,
                  " is ", file.get<std::int64_t>(value_length), ", expected ", key_length, " = ", attention.head_dim);
   const std::string rope_dims = "gemma4.rope.dimension_count" + suffix;
@@ -108,22 +122,23 @@ inline AttentionConfig read_attention(const GgufFile& file, const std::vector<st
 
 }  // namespace detail
 
-/// @throws FormatError naming the key or tensor, what was found and what was expected
+/// `vocab` is the number of tokens: that of the tokenizer, where the embedding has more rows.
+/// @throws FormatError naming the kind of a file that is no text model, or the key or tensor, what was found and what
+///         was expected
 [[nodiscard]] inline ModelConfig config_from_gguf(const GgufFile& file) {
-  const auto architecture = file.get<std::string>("general.architecture");
-  require_format(architecture == detail::kArchitecture, file.path().string(), ": general.architecture is '",
-                 architecture, "', expected '", detail::kArchitecture, "'");
+  require_text_model(file);
   detail::refuse_unimplemented(file);
   ModelConfig config;
   const auto n_layer = file.get<std::int64_t>("gemma4.block_count");
   require_format(n_layer >= 1 && n_layer <= 4096, file.path().string(), ": gemma4.block_count is ", n_layer,
                  ", expected 1 to 4096");
   config.is_sliding = detail::read_pattern(file, n_layer);
-  config.hidden = file.get<std::int64_t>("gemma4.embedding_length");
-  config.ffn_hidden = file.get<std::int64_t>("gemma4.feed_forward_length");
-  config.n_head = file.get<std::int64_t>("gemma4.attention.head_count");
-  config.window = file.get_or<std::int64_t>("gemma4.attention.sliding_window", 0);
-  config.context = file.get<std::int64_t>("gemma4.context_length");
+  config.hidden = detail::read_size(file, "gemma4.embedding_length");
+  config.ffn_hidden = detail::read_size(file, "gemma4.feed_forward_length");
+  config.n_head = detail::read_size(file, "gemma4.attention.head_count");
+  constexpr const char* kWindow = "gemma4.attention.sliding_window";
+  config.window = file.has(kWindow) ? detail::read_size(file, kWindow) : 0;
+  config.context = detail::read_size(file, "gemma4.context_length");
   config.rms_epsilon = file.get<float>("gemma4.attention.layer_norm_rms_epsilon");
   config.softcap = file.get<float>("gemma4.final_logit_softcapping");
   if (config.n_full_layer() < n_layer) config.sliding = detail::read_attention(file, config.is_sliding, true);
@@ -131,7 +146,7 @@ inline AttentionConfig read_attention(const GgufFile& file, const std::vector<st
   const GgufTensor& embedding = file.tensor("token_embd.weight");
   require_format(embedding.dims.size() == 2, file.path().string(), ": tensor 'token_embd.weight' has ",
                  embedding.dims.size(), " dimensions, expected 2");
-  config.vocab = embedding.dims[1];
+  config.vocab = n_token_row(file, embedding.dims[1]);
   try {
     require_config(config);
   } catch (const std::invalid_argument& error) {

@@ -89,10 +89,18 @@ template <class T>
 enum class TensorType : std::uint32_t {
   kF32 = 0,
   kF16 = 1,
+  kQ4_0 = 2,
+  kQ4_1 = 3,
+  kQ5_0 = 6,
+  kQ5_1 = 7,
   kQ8_0 = 8,
+  kQ2K = 10,
+  kQ3K = 11,
   kQ4K = 12,
   kQ5K = 13,
   kQ6K = 14,
+  kIq4Nl = 20,
+  kIq4Xs = 23,
   kI8 = 24,
   kI16 = 25,
   kI32 = 26,
@@ -112,10 +120,18 @@ struct TensorTypeInfo {
 inline constexpr std::array kTensorTypes = {
     TensorTypeInfo{TensorType::kF32, "F32", 1, 4},
     TensorTypeInfo{TensorType::kF16, "F16", 1, 2},
+    TensorTypeInfo{TensorType::kQ4_0, "Q4_0", Q40Block::kSize, sizeof(Q40Block)},
+    TensorTypeInfo{TensorType::kQ4_1, "Q4_1", Q41Block::kSize, sizeof(Q41Block)},
+    TensorTypeInfo{TensorType::kQ5_0, "Q5_0", Q50Block::kSize, sizeof(Q50Block)},
+    TensorTypeInfo{TensorType::kQ5_1, "Q5_1", Q51Block::kSize, sizeof(Q51Block)},
     TensorTypeInfo{TensorType::kQ8_0, "Q8_0", Q80Block::kSize, sizeof(Q80Block)},
+    TensorTypeInfo{TensorType::kQ2K, "Q2_K", Q2KBlock::kSize, sizeof(Q2KBlock)},
+    TensorTypeInfo{TensorType::kQ3K, "Q3_K", Q3KBlock::kSize, sizeof(Q3KBlock)},
     TensorTypeInfo{TensorType::kQ4K, "Q4_K", Q4KBlock::kSize, sizeof(Q4KBlock)},
     TensorTypeInfo{TensorType::kQ5K, "Q5_K", Q5KBlock::kSize, sizeof(Q5KBlock)},
     TensorTypeInfo{TensorType::kQ6K, "Q6_K", Q6KBlock::kSize, sizeof(Q6KBlock)},
+    TensorTypeInfo{TensorType::kIq4Nl, "IQ4_NL", Iq4NlBlock::kSize, sizeof(Iq4NlBlock)},
+    TensorTypeInfo{TensorType::kIq4Xs, "IQ4_XS", Iq4XsBlock::kSize, sizeof(Iq4XsBlock)},
     TensorTypeInfo{TensorType::kI8, "I8", 1, 1},
     TensorTypeInfo{TensorType::kI16, "I16", 1, 2},
     TensorTypeInfo{TensorType::kI32, "I32", 1, 4},
@@ -124,18 +140,38 @@ inline constexpr std::array kTensorTypes = {
     TensorTypeInfo{TensorType::kBf16, "BF16", 1, 2},
 };
 
-/// The entry of `type`, or nothing for a number that the table does not hold.
+/// ggml's other types, those that it has given up included: a file that has them is read, so that messages can name
+/// them, but nothing here decodes their blocks.
+inline constexpr std::array kForeignTensorTypes = {
+    TensorTypeInfo{TensorType{4}, "Q4_2", 16, 10},        TensorTypeInfo{TensorType{5}, "Q4_3", 16, 12},
+    TensorTypeInfo{TensorType{9}, "Q8_1", 32, 36},        TensorTypeInfo{TensorType{15}, "Q8_K", 256, 292},
+    TensorTypeInfo{TensorType{16}, "IQ2_XXS", 256, 66},   TensorTypeInfo{TensorType{17}, "IQ2_XS", 256, 74},
+    TensorTypeInfo{TensorType{18}, "IQ3_XXS", 256, 98},   TensorTypeInfo{TensorType{19}, "IQ1_S", 256, 50},
+    TensorTypeInfo{TensorType{21}, "IQ3_S", 256, 110},    TensorTypeInfo{TensorType{22}, "IQ2_S", 256, 82},
+    TensorTypeInfo{TensorType{29}, "IQ1_M", 256, 56},     TensorTypeInfo{TensorType{31}, "Q4_0_4_4", 32, 18},
+    TensorTypeInfo{TensorType{32}, "Q4_0_4_8", 32, 18},   TensorTypeInfo{TensorType{33}, "Q4_0_8_8", 32, 18},
+    TensorTypeInfo{TensorType{34}, "TQ1_0", 256, 54},     TensorTypeInfo{TensorType{35}, "TQ2_0", 256, 66},
+    TensorTypeInfo{TensorType{36}, "IQ4_NL_4_4", 32, 18}, TensorTypeInfo{TensorType{37}, "IQ4_NL_4_8", 32, 18},
+    TensorTypeInfo{TensorType{38}, "IQ4_NL_8_8", 32, 18}, TensorTypeInfo{TensorType{39}, "MXFP4", 32, 17},
+    TensorTypeInfo{TensorType{40}, "NVFP4", 64, 36},      TensorTypeInfo{TensorType{41}, "Q1_0", 128, 18},
+    TensorTypeInfo{TensorType{42}, "Q2_0", 64, 18},
+};
+
+/// The entry of `type`, or nothing for a number that ggml has not given out.
 [[nodiscard]] constexpr std::optional<TensorTypeInfo> find_tensor_type(TensorType type) {
   for (const TensorTypeInfo& info : kTensorTypes) {
+    if (info.type == type) return info;
+  }
+  for (const TensorTypeInfo& info : kForeignTensorTypes) {
     if (info.type == type) return info;
   }
   return std::nullopt;
 }
 
-/// @throws std::invalid_argument for a number that the table does not hold
+/// @throws std::invalid_argument for a number that ggml has not given out
 [[nodiscard]] constexpr TensorTypeInfo tensor_type_info(TensorType type) {
   const std::optional<TensorTypeInfo> info = find_tensor_type(type);
-  if (!info) require(false, "tensor type ", static_cast<std::uint32_t>(type), " is not supported");
+  if (!info) require(false, "tensor type ", static_cast<std::uint32_t>(type), " is none of ggml's");
   return *info;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <span>
@@ -20,8 +21,10 @@
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/gguf.hpp"
 #include "gemma4/gguf/gguf_cursor.hpp"
+#include "gemma4/gguf/gguf_split.hpp"
 #include "gemma4/gguf/gguf_value.hpp"
 #include "gemma4/gguf/mapped_file.hpp"
+#include "gemma4/quantized_matrix.hpp"
 
 namespace gemma4 {
 
@@ -30,14 +33,37 @@ namespace gemma4 {
 /// tensors' data stays where it is. Nothing is allocated for a count before the bytes it promises have been seen.
 class GgufFile {
  public:
-  /// Maps and checks a file.
-  /// @throws FormatError naming the key or tensor, its offset in the file, what was expected and what was found
+  /// Maps and checks a file; with the first part of a split model, all parts of it, which lie in the same folder.
+  /// @throws FormatError naming the key or tensor, its offset in the file, what was expected and what was found; naming
+  ///         the part that is missing, in another's place, or no first one
   /// @throws std::system_error naming the path when it cannot be opened
   [[nodiscard]] static GgufFile open(const std::filesystem::path& path) {
-    MappedFile mapped(path);
-    GgufFile file = parse(mapped.bytes(), path.string());
-    file.mapped_ = std::move(mapped);
-    return file;
+    GgufFile file = map(path);
+    const auto place = detail::split_place(file);
+    if (!place) return file;
+    const std::string prefix = place->count > 1 ? detail::require_first_part(path.string(), *place) : "";
+    std::vector<GgufFile> parts;
+    parts.push_back(std::move(file));
+    for (std::int64_t no = 1; no < place->count; ++no)
+      parts.push_back(map(detail::find_part(prefix, {no, place->count})));
+    return join(std::move(parts));
+  }
+
+  /// One file from the parts of a split model, in order. Keys are those of the first part, tensors those of all.
+  /// @throws FormatError naming the part that is not of the same model, or not in its place
+  [[nodiscard]] static GgufFile join(std::vector<GgufFile> parts) {
+    require(!parts.empty(), "join: no parts");
+    detail::require_parts(parts);
+    GgufFile whole = std::move(parts.front());
+    for (GgufFile& part : std::span(parts).subspan(1)) {
+      std::ranges::move(part.mapped_, std::back_inserter(whole.mapped_));
+      for (GgufTensor& tensor : part.tensors_) {
+        whole.tensor_index_.emplace(tensor.name, whole.tensors_.size());
+        whole.tensors_.push_back(std::move(tensor));
+      }
+    }
+    whole.n_part_ = static_cast<std::int64_t>(parts.size());
+    return whole;
   }
 
   /// Checks a file image in memory, which must outlive the result. `name` is what messages call it.
@@ -51,6 +77,7 @@ class GgufFile {
 
   [[nodiscard]] std::filesystem::path path() const { return name_; }
   [[nodiscard]] std::uint64_t alignment() const { return alignment_; }
+  [[nodiscard]] std::int64_t n_part() const { return n_part_; }  ///< files that it is made of
 
   /// All keys with their values, sorted by name.
   [[nodiscard]] const std::map<std::string, GgufValue, std::less<>>& values() const { return values_; }
@@ -94,7 +121,7 @@ class GgufFile {
     return items;
   }
 
-  /// In the order of the file.
+  /// In the order of the file, part after part.
   [[nodiscard]] std::span<const GgufTensor> tensors() const { return tensors_; }
 
   /// The tensor, or nullptr.
@@ -114,10 +141,17 @@ class GgufFile {
   // Of everything a count can promise, the least that each item occupies in the file.
   static constexpr std::uint64_t kMinKeyBytes = 8 + 1 + 4 + 1;
   static constexpr std::uint64_t kMinTensorBytes = 8 + 1 + 4 + 8 + 4 + 8;
-  static constexpr std::uint64_t kMinAlignment = 8;
-  static constexpr std::uint64_t kMaxAlignment = 65536;
+  static constexpr std::uint64_t kMinAlignment = 8, kMaxAlignment = 65536;
 
   GgufFile() = default;
+
+  /// A single file, part of a model or not.
+  [[nodiscard]] static GgufFile map(const std::filesystem::path& path) {
+    MappedFile mapped(path);
+    GgufFile file = parse(mapped.bytes(), path.string());
+    file.mapped_.push_back(std::move(mapped));
+    return file;
+  }
 
   void read(detail::GgufCursor& cursor, std::span<const std::byte> bytes) {
     const auto magic = cursor.take(kGgufMagic.size(), "magic");
@@ -251,9 +285,8 @@ class GgufFile {
     tensor.type = static_cast<TensorType>(number);
     const auto info = find_tensor_type(tensor.type);
     if (!info) {
-      std::string known;
-      for (const TensorTypeInfo& type : kTensorTypes) known += concat(known.empty() ? "" : ", ", type.name);
-      cursor.check(false, thing, offset, concat("a tensor type among ", known), concat("type number ", number));
+      cursor.check(false, thing, offset, concat("a type of ggml (supported are ", weight_type_names(), ")"),
+                   concat("the unknown type ", number));
     }
     cursor.check(tensor.row_len() % info->block_size == 0, thing, offset,
                  concat("rows of a multiple of ", info->block_size, " values for ", info->name), tensor.row_len());
@@ -355,7 +388,8 @@ class GgufFile {
   }
 
   std::string name_;
-  MappedFile mapped_;
+  std::vector<MappedFile> mapped_;  ///< one a part
+  std::int64_t n_part_ = 1;
   std::uint64_t alignment_ = kGgufDefaultAlignment;
   std::map<std::string, GgufValue, std::less<>> values_;
   std::vector<GgufTensor> tensors_;

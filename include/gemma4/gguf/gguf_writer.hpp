@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -15,21 +11,21 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/gguf.hpp"
+#include "gemma4/partial_file.hpp"
 
 namespace gemma4 {
 
 /// Writes a GGUF file, version 3, alignment 32, as a stream: declare keys and tensors, then append the tensors' data in
 /// the order declared, in pieces of any size. Holds the metadata and one buffer of 1 MiB, however large the file.
 ///
-/// The bytes go to "<path>.partial-<pid>" beside the target, which finish() moves over `path` in one step: readers see
-/// the old file or the whole new one. A writer that is destroyed without finish() removes what it wrote.
+/// The bytes go to a PartialFile, which finish() moves over `path` in one step: readers see the old file or the whole
+/// new one. A writer that is destroyed without finish(), or interrupted, leaves nothing.
 ///
 ///   GgufWriter writer("m.gguf");
 ///   writer.set("general.architecture", "golden");
@@ -43,22 +39,10 @@ namespace gemma4 {
 /// refuses a write; after the latter the file can only be abandoned.
 class GgufWriter {
  public:
-  explicit GgufWriter(std::filesystem::path path) : path_(std::move(path)), partial_path_(path_) {
-    const auto status = std::filesystem::status(path_);
-    require(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status), path_.string(),
-            ": expected a regular file or none, found something else there");
-    partial_path_ += concat(".partial-", ::getpid());
-    descriptor_ = ::open(partial_path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (descriptor_ < 0) fail("create");
-  }
+  explicit GgufWriter(const std::filesystem::path& path) : file_(path) {}
 
   GgufWriter(const GgufWriter&) = delete;
   GgufWriter& operator=(const GgufWriter&) = delete;
-
-  ~GgufWriter() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-    if (!finished_) ::unlink(partial_path_.c_str());
-  }
 
   /// A single value: bool, integer of 8 to 64 bits, float, double or string; stored as exactly that type.
   template <class T>
@@ -107,7 +91,7 @@ class GgufWriter {
 
   /// Appends a piece of the tensor `name`, which must be the first one that is not yet complete.
   void append(std::string_view name, std::span<const std::byte> bytes) {
-    require(!failed_, path_.string(), ": an earlier write failed");
+    require(!failed_, where(), ": an earlier write failed");
     require(!is_placed_, "tensor '", name, "': appended after place(), which leaves write_at() alone");
     if (!header_written_) write_header();
     require(current_ < tensors_.size(), "tensor '", name, "': all ", tensors_.size(), " tensors are complete already");
@@ -126,52 +110,42 @@ class GgufWriter {
 
   /// Gives every tensor its place in the file, at the full length of the file; from here on write_at() alone.
   void place() {
-    require(!header_written_, path_.string(), ": placed after the first data");
+    require(!header_written_, where(), ": placed after the first data");
     write_header();
     flush();
     is_placed_ = true;
-    if (::ftruncate(descriptor_, static_cast<off_t>(data_begin_ + data_bytes_)) != 0) fail("extend");
+    attempt([&] { file_.resize(data_begin_ + data_bytes_); });
   }
 
   /// Writes bytes of the tensor declared as number `index`, from its byte `offset` on. Any thread may call this at any
   /// time; the caller sees to it that each byte is written once, finish() only counts them.
   void write_at(std::size_t index, std::uint64_t offset, std::span<const std::byte> bytes) {
-    require(is_placed_, path_.string(), ": write_at() before place()");
-    require(!failed_, path_.string(), ": an earlier write failed");
+    require(is_placed_, where(), ": write_at() before place()");
+    require(!failed_, where(), ": an earlier write failed");
     require(index < tensors_.size(), "tensor number ", index, ": there are ", tensors_.size());
     const Tensor& tensor = tensors_[index];
     require(offset <= tensor.bytes && bytes.size() <= tensor.bytes - offset, "tensor '", tensor.name, "': bytes ",
             offset, " to ", offset + bytes.size(), ", it has ", tensor.bytes);
-    std::uint64_t at = data_begin_ + tensor.offset + offset;
     placed_bytes_ += bytes.size();
-    while (!bytes.empty()) {
-      const ssize_t written = ::pwrite(descriptor_, bytes.data(), bytes.size(), static_cast<off_t>(at));
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) fail("write");
-      at += static_cast<std::uint64_t>(written);
-      bytes = bytes.subspan(static_cast<std::size_t>(written));
-    }
+    attempt([&] { file_.write_at(data_begin_ + tensor.offset + offset, bytes); });
   }
 
   /// Completes the file under its own name.
   void finish() {
-    require(!finished_, path_.string(), ": finished twice");
-    require(!failed_, path_.string(), ": an earlier write failed");
+    require(!finished_, where(), ": finished twice");
+    require(!failed_, where(), ": an earlier write failed");
     if (!header_written_) write_header();
     if (is_placed_) {
       std::uint64_t expected = 0;
       for (const Tensor& tensor : tensors_) expected += tensor.bytes;
-      require(placed_bytes_ == expected, path_.string(), ": ", placed_bytes_.load(),
-              " bytes of tensors written, expected ", expected);
+      require(placed_bytes_ == expected, where(), ": ", placed_bytes_.load(), " bytes of tensors written, expected ",
+              expected);
     } else if (current_ < tensors_.size()) {
       const Tensor& tensor = tensors_[current_];
       require(false, "tensor '", tensor.name, "': ", current_bytes_, " bytes appended, expected ", tensor.bytes);
     }
     flush();
-    const int closed = ::close(descriptor_);
-    descriptor_ = -1;
-    if (closed != 0) fail("close");
-    if (::rename(partial_path_.c_str(), path_.c_str()) != 0) fail("rename");
+    attempt([&] { file_.commit(); });
     finished_ = true;
   }
 
@@ -257,25 +231,24 @@ class GgufWriter {
   }
 
   void flush() {
-    std::span<const std::byte> rest(buffer_);
-    while (!rest.empty()) {
-      const ssize_t written = ::write(descriptor_, rest.data(), rest.size());
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) fail("write");
-      rest = rest.subspan(static_cast<std::size_t>(written));
-    }
+    attempt([&] { file_.write(buffer_); });
     buffer_.clear();
   }
 
-  [[noreturn]] void fail(const char* action) {
-    failed_ = true;
-    throw std::system_error(errno, std::generic_category(),
-                            concat("cannot ", action, " '", partial_path_.string(), "'"));
+  /// After a write that failed the file can only be abandoned.
+  template <class TWrite>
+  void attempt(TWrite&& write) {
+    try {
+      write();
+    } catch (...) {
+      failed_ = true;
+      throw;
+    }
   }
 
-  std::filesystem::path path_;
-  std::filesystem::path partial_path_;
-  int descriptor_ = -1;
+  [[nodiscard]] std::string where() const { return file_.path().string(); }
+
+  PartialFile file_;
   bool header_written_ = false;
   bool finished_ = false;
   std::atomic<bool> failed_ = false;

@@ -69,7 +69,8 @@ class MappedFile {
   };
 
   [[noreturn]] void fail(const char* action) const {
-    throw std::system_error(errno, std::generic_category(), concat("cannot ", action, " '", path_.string(), "'"));
+    const int reason = errno;  // before anything else can change it
+    throw std::system_error(reason, std::generic_category(), concat("cannot ", action, " '", path_.string(), "'"));
   }
 
   void swap(MappedFile& other) noexcept {

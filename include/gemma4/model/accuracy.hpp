@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/model/finite.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/report/accuracy_stats.hpp"
 
@@ -58,6 +59,19 @@ struct LogitRows {
   }
 };
 
+/// Asks a backend that can tell. @param number of the backend, for whoever names it
+template <class TBackend>
+void require_finite(Model<TBackend>& model, std::span<const std::int32_t> tokens, std::size_t number = 0) {
+  if constexpr (WatchedBackend<TBackend>) {
+    try {
+      model.require_finite(tokens);
+    } catch (NotFiniteError& error) {
+      error.backend = number;
+      throw;
+    }
+  }
+}
+
 /// One chunk through the model, in pieces no longer than its backend takes, and the logits of `rows` of it.
 template <Backend TBackend>
 void forward_pieces(Model<TBackend>& model, std::span<const std::int32_t> tokens, std::span<const std::int64_t> rows,
@@ -91,6 +105,7 @@ void forward_pieces(Model<TBackend>& model, std::span<const std::int32_t> tokens
 /// of a position are the same whatever else is asked for, so that few positions of a long text cost little. A backend
 /// of shorter chunks takes each of these in pieces of its own length.
 /// @throws std::invalid_argument before any work when ids or positions do not fit
+/// @throws NotFiniteError when a backend's numbers are not finite, with its place among the backends
 template <Backend TBackend, class TOnChunk>
 [[nodiscard]] std::vector<AccuracyTrace> measure_positions(std::span<TBackend* const> backends,
                                                            std::span<const std::int32_t> ids,
@@ -127,6 +142,7 @@ template <Backend TBackend, class TOnChunk>
       logits.values.resize(std::max(logits.values.size(), rows.size() * static_cast<std::size_t>(vocab)));
       detail::forward_pieces(models[b], ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)),
                              rows, logits);
+      detail::require_finite(models[b], ids.first(static_cast<std::size_t>(begin + count)), b);
       seconds[b] += std::chrono::duration<double>(Clock::now() - start).count();
       const auto n_row = static_cast<std::int64_t>(rows.size());
 #if defined(_OPENMP)  // nothing below throws: the ids were looked at
@@ -181,10 +197,39 @@ struct RecallTask {
   std::vector<Question> questions;
 };
 
+namespace detail {
+
+/// The tokens of a row of `answer`, behind which padding of -1 may stand.
+[[nodiscard]] inline std::vector<std::int32_t> recall_answer(const std::string& file, std::size_t question,
+                                                             std::span<const std::int32_t> row, std::int64_t vocab) {
+  std::size_t n_token = row.size();
+  while (n_token > 0 && row[n_token - 1] == -1) --n_token;
+  for (std::size_t column = 0; column < n_token; ++column) {
+    const std::int32_t id = row[column];
+    const auto where = [&] { return concat(file, ": question ", question, ", column ", column, " of 'answer': "); };
+    if (id == -1) require_format(false, where(), "padding (-1) in front of a token, expected it behind the answer");
+    if (id < 0 || id >= vocab) require_format(false, where(), "id ", id, " is outside the vocabulary [0, ", vocab, ")");
+  }
+  require_format(n_token > 0, file, ": question ", question, " of 'answer': nothing but padding, expected a token");
+  return {row.begin(), row.begin() + static_cast<std::ptrdiff_t>(n_token)};
+}
+
+/// Refuses a document that the model could not read to its end.
+inline void require_recall_document(const std::string& file, std::size_t document, std::span<const std::int32_t> ids,
+                                    std::int64_t vocab) {
+  const auto bad = std::ranges::find_if(ids, [&](std::int32_t id) { return id < 0 || id >= vocab; });
+  if (bad == ids.end()) return;
+  require_format(false, file, ": document ", document, ", column ", bad - ids.begin(), " of 'ids': id ", *bad,
+                 " is outside the vocabulary [0, ", vocab, ")");
+}
+
+}  // namespace detail
+
 /// A container with `ids` [n_document, document_len], `query_doc`, `query_position`, `distance` [n_question] and
-/// `answer` [n_question, n] padded with -1, all i32.
-/// @throws FormatError naming the tensor and the value that does not fit
-[[nodiscard]] inline RecallTask read_recall_task(const std::filesystem::path& path) {
+/// `answer` [n_question, n] padded with -1 behind, all i32.
+/// @param vocab of the model that is asked
+/// @throws FormatError naming the tensor and the value that does not fit; of an answer, the question and the column
+[[nodiscard]] inline RecallTask read_recall_task(const std::filesystem::path& path, std::int64_t vocab) {
   const GgufFile file = GgufFile::open(path);
   const auto matrix = [&](const char* name) {
     const GgufTensor& tensor = file.tensor(name);
@@ -209,19 +254,20 @@ struct RecallTask {
                  path.string(), ": tensors 'query_position', 'distance' and 'answer' need ", documents.size(),
                  " entries, as 'query_doc' has");
   for (std::size_t i = 0; i < documents.size(); ++i) {
-    RecallTask::Question question{documents[i], positions[i], {}, distances[i]};
-    for (std::int64_t j = 0; j < answer_len; ++j) {
-      const std::int32_t token = answers[i * static_cast<std::size_t>(answer_len) + static_cast<std::size_t>(j)];
-      if (token >= 0) question.answer.push_back(token);
-    }
+    const auto row = answers.subspan(i * static_cast<std::size_t>(answer_len), static_cast<std::size_t>(answer_len));
+    RecallTask::Question question{documents[i], positions[i], detail::recall_answer(path.string(), i, row, vocab),
+                                  distances[i]};
     const auto n_answer = static_cast<std::int64_t>(question.answer.size());
     require_format(question.document >= 0 && question.document < static_cast<std::int64_t>(task.documents.size()),
                    path.string(), ": query_doc[", i, "] is ", question.document, ", expected 0 to ",
                    task.documents.size() - 1);
-    require_format(n_answer >= 1 && question.position >= 0 && question.position + n_answer <= task.document_len,
-                   path.string(), ": query_position[", i, "] is ", question.position, " with an answer of ", n_answer,
+    require_format(question.position >= 0 && question.position + n_answer <= task.document_len, path.string(),
+                   ": query_position[", i, "] is ", question.position, " with an answer of ", n_answer,
                    " tokens, expected them inside the document of ", task.document_len);
     task.questions.push_back(std::move(question));
+  }
+  for (std::size_t d = 0; d < task.documents.size(); ++d) {
+    detail::require_recall_document(path.string(), d, task.documents[d], vocab);
   }
   return task;
 }
@@ -259,6 +305,7 @@ template <Backend TBackend, class TOnChunk>
       };
       for_each_wanted([&](std::size_t, std::int64_t row, std::int32_t) { rows.push_back(row); });
       model.forward(document.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)), rows);
+      detail::require_finite(model, document.first(static_cast<std::size_t>(begin + count)));
       std::int64_t next = 0;
       for_each_wanted([&](std::size_t i, std::int64_t, std::int32_t token) {
         backend.copy_logits(next++, logits);

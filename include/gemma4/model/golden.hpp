@@ -79,6 +79,9 @@ template <class TBackend, class TOnChunk>
     }
     model.forward(std::span(golden.ids).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)),
                   rows);
+    if constexpr (WatchedBackend<TBackend>) {
+      model.require_finite(std::span(golden.ids).first(static_cast<std::size_t>(begin + count)));
+    }
     for (std::size_t i = 0; i < rows.size(); ++i, ++next) {
       backend.copy_logits(static_cast<std::int64_t>(i), actual);
       const std::span<const float> expected = golden.row(next);
@@ -92,7 +95,7 @@ template <class TBackend, class TOnChunk>
         result.worst_position = golden.positions[next];
       }
       ++result.n_position;
-      result.n_same_argmax += argmax(actual) == argmax(expected);
+      result.n_same_argmax += same_argmax(actual, expected);
     }
     on_chunk(model.position());
   }

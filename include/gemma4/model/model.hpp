@@ -4,11 +4,15 @@
 #include <algorithm>
 #include <array>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <vector>
 
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/model/finite.hpp"
 #include "gemma4/sampler.hpp"
 
 /// The model graph, once, for every backend.
@@ -43,6 +47,16 @@ concept Backend = requires(TBackend& backend, const TBackend& constant, std::spa
   backend.range("prefill");             // a scope that a profiler shows; any type, named and kept by the graph
 };
 
+/// A backend that notices what is no number (gemma4/model/finite.hpp). It asks nobody to wait: a device notes, and is
+/// asked when its work is waited for anyway.
+template <class TBackend>
+concept WatchedBackend = Backend<TBackend> &&
+    requires(TBackend& backend, std::span<const std::int64_t> rows, std::span<float> host) {
+  backend.watch(rows);          // behind a forward pass that gave logits of these rows
+  backend.copy_residual(host);  // [n_token, hidden], between two layers
+  { backend.first_not_finite() } -> std::same_as<std::optional<NotFinite>>;  // of all passes since reset(); waits
+};
+
 /// A backend that chooses the next token and feeds it to itself: the host need not know it, so that a step can be
 /// recorded once and replayed. Its position is its own too: it counts the tokens that went through it.
 template <class TBackend>
@@ -63,11 +77,14 @@ class Model {
   void reset() {
     backend_.reset();
     position_ = 0;
+    chunks_.clear();
   }
 
   /// One chunk through the model. Logits of rows `logit_rows` (indices into the chunk) are the backend's afterwards.
   /// `on_layer(layer)` is called after each layer.
   /// @throws std::invalid_argument before any work when the chunk is empty, too long, or does not fit the context
+  /// @throws NotFiniteError by a backend that knows at once, as the reference does: reset() before going on. Of others
+  ///         ask require_finite()
   template <class TOnLayer>
   void forward(std::span<const std::int32_t> tokens, std::span<const std::int64_t> logit_rows, TOnLayer&& on_layer) {
     const auto n_token = static_cast<std::int64_t>(tokens.size());
@@ -84,7 +101,13 @@ class Model {
       require(row >= 0 && row < n_token, "model: logits of row ", row, ", the chunk has ", n_token);
     }
     run_graph([&] { backend_.embed(tokens, position_); }, logit_rows, on_layer);
+    if constexpr (WatchedBackend<TBackend>) backend_.watch(logit_rows);
+    if constexpr (requires { TBackend::kNoticesAtOnce; }) {
+      const std::optional<NotFinite> noticed = backend_.first_not_finite();
+      if (noticed) throw NotFiniteError(*noticed, config.n_layer());
+    }
     position_ += n_token;
+    chunks_.push_back(n_token);
   }
   void forward(std::span<const std::int32_t> tokens, std::span<const std::int64_t> logit_rows) {
     forward(tokens, logit_rows, nothing);
@@ -111,6 +134,50 @@ class Model {
     }
   }
 
+  /// Waits for the backend, and asks whether every pass since reset() was of numbers.
+  /// @param tokens of the whole sequence: where the backend cannot say in which layer it began, they go through it
+  /// again
+  /// @throws NotFiniteError with the position and the layer; reset() before going on
+  void require_finite(std::span<const std::int32_t> tokens) requires WatchedBackend<TBackend> {
+    const std::optional<NotFinite> noticed = backend_.first_not_finite();
+    if (!noticed) return;
+    throw NotFiniteError(noticed->layer ? *noticed : locate(tokens, noticed->position), backend_.config().n_layer());
+  }
+
+  /// In which layer `position` stopped being finite: the tokens go through the backend again, from the first, in the
+  /// chunks that they came in, and behind each layer the residual stream is looked at.
+  [[nodiscard]] NotFinite locate(std::span<const std::int32_t> tokens,
+                                 std::int64_t position) requires WatchedBackend<TBackend> {
+    const auto hidden = static_cast<std::size_t>(backend_.config().hidden);
+    NotFinite where{.position = position};
+    backend_.reset();
+    std::int64_t first = 0;
+    for (const std::int64_t count : chunks_) {
+      const auto chunk = tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
+      const std::array<std::int64_t, 1> row = {position - first};
+      const bool is_here = row[0] < count;
+      std::vector<float> values(is_here ? chunk.size() * hidden : 0);
+      const auto look = [&](std::int64_t layer) {
+        if (!is_here || where.layer) return;
+        backend_.copy_residual(values);
+        const auto at = std::span(values).subspan(static_cast<std::size_t>(row[0]) * hidden, hidden);
+        if (!all_finite(at)) where.layer = layer;
+      };
+      const auto embed = [&] {
+        backend_.embed(chunk, first);
+        look(-1);
+      };
+      run_graph(embed, std::span<const std::int64_t>(row).first(is_here ? 1 : 0), look);
+      first += count;
+      if (!is_here) continue;
+      values.resize(static_cast<std::size_t>(backend_.config().vocab));
+      backend_.copy_logits(0, values);
+      if (!where.layer && !all_finite(values)) where.layer = backend_.config().n_layer();
+      break;
+    }
+    return where;
+  }
+
   /// One token; its logits are the backend's afterwards.
   void decode(std::int32_t token) {
     [[maybe_unused]] const auto range = backend_.range("decode");
@@ -130,17 +197,23 @@ class Model {
   void advance(std::int64_t n_token) {
     require_room(n_token);
     position_ += n_token;
+    chunks_.insert(chunks_.end(), static_cast<std::size_t>(n_token), 1);
   }
 
   /// The last `n_token` tokens never were. The caller knows that the backend's caches can go back so far.
   void rewind(std::int64_t n_token) {
     require(n_token >= 0 && n_token <= position_, "model: rewind by ", n_token, " tokens, there are ", position_);
     position_ -= n_token;
+    while (n_token > 0) {
+      const std::int64_t some = std::min(n_token, chunks_.back());
+      n_token -= some;
+      if ((chunks_.back() -= some) == 0) chunks_.pop_back();
+    }
   }
 
   /// @throws std::invalid_argument unless n_token more tokens fit the caches
   void require_room(std::int64_t n_token) const {
-    require(position_ + n_token <= backend_.context(), "model: the context is full: position ", position_, " + ",
+    require(n_token <= backend_.context() - position_, "model: the context is full: position ", position_, " + ",
             n_token, " tokens, the caches hold ", backend_.context());
   }
 
@@ -176,6 +249,7 @@ class Model {
 
   TBackend& backend_;
   std::int64_t position_ = 0;
+  std::vector<std::int64_t> chunks_;  ///< lengths of the passes that the sequence came in
 };
 
 }  // namespace gemma4

@@ -17,7 +17,9 @@
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/plan/cache_fit.hpp"
 #include "gemma4/plan/packed_rows.hpp"
+#include "gemma4/quantized_matrix.hpp"
 #include "gemma4/tq4_format.hpp"
 
 /// The bytes of every buffer of a run, from the config alone: no device is asked and nothing is allocated.
@@ -172,6 +174,11 @@ class MemoryPlanner {
     require(options.context >= 1, "memory plan: context ", options.context, ", need at least 1");
     require(options.chunk >= 1, "memory plan: chunk ", options.chunk, ", need at least 1");
     require(options.n_logit_row >= 1, "memory plan: n_logit_row ", options.n_logit_row, ", need at least 1");
+    require_cache_suits(options.cache, config, tensors);
+    for (const ModelTensor& tensor : tensors) {
+      if (tensor.dims.size() == 1 || is_weight_type(tensor.type)) continue;
+      require(false, "memory plan: tensor '", tensor.name, "' ", unsupported_weight_type(tensor.type));
+    }
     n_sliding_ = config.n_layer() - config.n_full_layer();
     const QkvWidths widths = qkv_widths(config);
     q_dim_ = widths.q, kv_dim_ = widths.kv, qkv_dim_ = widths.all;
@@ -201,16 +208,20 @@ class MemoryPlanner {
   }
 
   [[nodiscard]] static bool is_embedding(const ModelTensor& tensor) { return tensor.name == "token_embd.weight"; }
+  [[nodiscard]] static bool is_output(const ModelTensor& tensor) { return tensor.name == "output.weight"; }
 
   /// Rows are repacked losslessly; those of Q4_K need no padding, Q6_K rows of 5376 values grow from 4410 to 4416 B.
   void add_cuda_weights() {
     for (const TensorTypeInfo& info : kTensorTypes) {
       const std::int64_t bytes = sum_device_bytes([&](const ModelTensor& tensor) {
-        return tensor.type == info.type && tensor.dims.size() > 1 && !is_embedding(tensor);
+        return tensor.type == info.type && tensor.dims.size() > 1 && !is_token_matrix(tensor.name);
       });
       add(concat("weights_", info.name), bytes, "matrices of the layers, rows repacked");
     }
-    add("weights_token_embd", sum_device_bytes(is_embedding), "embedding and output matrix, one copy");
+    const std::int64_t output_bytes = sum_device_bytes(is_output);
+    add("weights_token_embd", sum_device_bytes(is_embedding),
+        output_bytes > 0 ? "embedding" : "embedding and output matrix, one copy");
+    add("weights_output", output_bytes, "output matrix, which is not the embedding");
     add("weights_vectors", sum_device_bytes([](const ModelTensor& tensor) { return tensor.dims.size() == 1; }),
         "norms, f32");
   }
@@ -226,7 +237,7 @@ class MemoryPlanner {
                  concat(config_.n_full_layer(), " layers x ", full.n_head_kv, " heads x ", context,
                         context == options_.context ? " tokens"
                                                     : concat(" tokens (whole records of ", TFormat::kRecordTokens, ")"),
-                        " x (K ", k, " B + V ", v, " B)"));
+                        TFormat::kReadsKeysFromValues ? " x (turned quarter of K " : " x (K ", k, " B + V ", v, " B)"));
     }
     if (n_sliding_ > 0) {
       const AttentionConfig& sliding = config_.sliding;
@@ -281,7 +292,7 @@ class MemoryPlanner {
   [[nodiscard]] std::int64_t largest_matrix() const {
     std::int64_t largest = 0;
     for (const ModelTensor& tensor : tensors_) {
-      if (!is_embedding(tensor)) largest = std::max(largest, tensor.size());
+      if (!is_token_matrix(tensor.name)) largest = std::max(largest, tensor.size());
     }
     return largest;
   }
@@ -326,7 +337,8 @@ class MemoryPlanner {
 /// The plan of a run of a model with these tensors: model_tensors(file), or model_tensors(config) for a model that is
 /// not at hand. The sliding rings of the reference hold `window` slots: a chunk attends before it is committed, so that
 /// more are not needed; those of a device ring_slots(window).
-/// @throws std::invalid_argument for a context or chunk below 1
+/// @throws std::invalid_argument for a context or chunk below 1, a cache format that the layers cannot have, or naming
+/// a matrix whose type no backend can run
 [[nodiscard]] inline MemoryPlan plan_memory(const ModelConfig& config, const std::vector<ModelTensor>& tensors,
                                             const MemoryPlanOptions& options) {
   return detail::MemoryPlanner(config, tensors, options).plan();

@@ -40,12 +40,7 @@ inline constexpr int kMaxChunkGroups = 168;  ///< 5376 weights, the hidden size 
   return left < chunk_groups(cols) ? static_cast<int>(left) : chunk_groups(cols);
 }
 
-/// Whether rows of this type are permuted (and not passed through).
-[[nodiscard]] GEMMA4_HD constexpr bool is_packed_type(TensorType type) {
-  return type == TensorType::kQ4K || type == TensorType::kQ5K || type == TensorType::kQ6K || type == TensorType::kQ8_0;
-}
-
-/// Bytes of a chunk of `groups` groups.
+/// Bytes of a chunk of `groups` groups: those of its blocks in the file and padding; 0 for types that are not permuted.
 [[nodiscard]] GEMMA4_HD constexpr std::int64_t chunk_bytes(TensorType type, std::int64_t groups) {
   const auto padded = [](std::int64_t bytes) { return (bytes + 15) / 16 * 16; };
   switch (type) {
@@ -57,9 +52,29 @@ inline constexpr int kMaxChunkGroups = 168;  ///< 5376 weights, the hidden size 
       return 26 * groups + padded(groups / 4);
     case TensorType::kQ8_0:
       return 32 * groups + padded(2 * groups);
+    case TensorType::kQ4_0:
+    case TensorType::kIq4Nl:
+      return padded(18 * groups);
+    case TensorType::kQ4_1:
+      return padded(20 * groups);
+    case TensorType::kQ5_0:
+      return padded(22 * groups);
+    case TensorType::kQ5_1:
+      return padded(24 * groups);
+    case TensorType::kIq4Xs:
+      return padded(17 * groups);
+    case TensorType::kQ3K:
+      return padded(110 * (groups / 8));
+    case TensorType::kQ2K:
+      return padded(84 * (groups / 8));
     default:
       return 0;
   }
+}
+
+/// Whether rows of this type are permuted (and not passed through).
+[[nodiscard]] GEMMA4_HD constexpr bool is_packed_type(TensorType type) {
+  return chunk_bytes(type, 8) > 0;
 }
 
 /// Bytes of a row in device memory.

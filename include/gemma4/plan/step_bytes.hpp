@@ -44,15 +44,19 @@ template <class TFormat>
 }  // namespace detail
 
 /// Of one step behind `depth` tokens. The embedding is the output matrix too, and is read whole for the logits; the row
-/// that is looked up is among it. Activations stay in the cache of the device and do not count.
+/// that is looked up is among it. Where there is an output matrix beside it, of the embedding that row is read.
+/// Activations stay in the cache of the device and do not count.
 /// @throws std::invalid_argument for a negative depth
 [[nodiscard]] inline StepBytes step_read_bytes(const ModelConfig& config, const std::vector<ModelTensor>& tensors,
                                                const CacheSpec& cache, std::int64_t depth) {
   require(depth >= 0, "step_read_bytes: depth ", depth, ", need at least 0");
   StepBytes bytes;
+  const bool has_output =
+      std::ranges::any_of(tensors, [](const auto& tensor) { return tensor.name == "output.weight"; });
   for (const ModelTensor& tensor : tensors) {
     if (tensor.dims.size() > 1) {
-      bytes.weights += tensor.rows() * packed_row_bytes(tensor.type, tensor.row_len());
+      const bool is_looked_up = has_output && tensor.name == "token_embd.weight";
+      bytes.weights += (is_looked_up ? 1 : tensor.rows()) * packed_row_bytes(tensor.type, tensor.row_len());
     } else if (is_device_vector(tensor)) {
       bytes.weights += 4 * tensor.size();
     }

@@ -145,7 +145,7 @@ struct Simulated {
   bool operator==(const Simulated&) const = default;
 
   static constexpr std::int64_t kRecordTokens = 1, kRingValueBytes = 2;
-  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = false;
+  static constexpr bool kUnpacksForPrefill = false, kStoredByPrologue = false, kReadsKeysFromValues = false;
 
   [[nodiscard]] static std::string grammar() {
     return "sim-" + std::string(TQuantiser::kGrammar) + "[-had][-tail<n>][-sink<n>]";

@@ -28,6 +28,14 @@ struct PositionAccuracy {
   return std::max_element(values.begin(), values.end()) - values.begin();
 }
 
+/// Whether both have the same token first: never where one of them holds what is no number, which has no order.
+[[nodiscard]] inline bool same_argmax(std::span<const float> a, std::span<const float> b) {
+  const auto is_ordered = [](std::span<const float> values) {
+    return std::none_of(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
+  };
+  return is_ordered(a) && is_ordered(b) && argmax(a) == argmax(b);
+}
+
 /// ln(sum(exp(logits))).
 [[nodiscard]] inline double log_sum_exp(std::span<const float> logits) {
   const auto top = static_cast<double>(*std::max_element(logits.begin(), logits.end()));
@@ -57,7 +65,7 @@ struct PositionAccuracy {
     test_square += t * t;
     base_square += b * b;
   }
-  result.same_top = argmax(test) == argmax(base);
+  result.same_top = same_argmax(test, base);
   result.probability_delta =
       std::exp(static_cast<double>(test[at]) - test_norm) - std::exp(static_cast<double>(base[at]) - base_norm);
   result.cosine = dot / std::sqrt(test_square * base_square);

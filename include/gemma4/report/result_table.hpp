@@ -1,28 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <charconv>
+#include <cmath>
 #include <concepts>
 #include <cstdint>
-#include <cstring>
+#include <exception>
 #include <filesystem>
-#include <fstream>
 #include <optional>
 #include <ostream>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "gemma4/error.hpp"
+#include "gemma4/report/csv_appender.hpp"
 #include "gemma4/report/run_info.hpp"
 
 /// The one writer of result files.
@@ -35,7 +31,8 @@
 /// of lower-case letters, digits and '_', with the unit as a suffix. A cell that was not set is empty: not measured.
 ///
 /// The file is append only. A row is one line and one write under a lock, so a killed run leaves whole rows and runs
-/// may share a file. A file with another header is refused. A file whose last line is not complete (a full disk, a lost
+/// may share a file. The place is opened, locked and looked at before the first row, so that a long run does not find
+/// out at its end. A file with another header is refused. A file whose last line is not complete (a full disk, a lost
 /// machine) is refused too and never repaired silently: the message says how many bytes to cut.
 /// Line breaks inside a cell become spaces; a cell with a comma or a quote is quoted, quotes doubled (RFC 4180).
 /// Numbers are written with a dot whatever the locale, in the fewest digits that read back to the same value.
@@ -94,81 +91,6 @@ requires(std::integral<T> || std::floating_point<T>) [[nodiscard]] ResultCell re
       std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0u) != 0x80u; }));
 }
 
-/// Appends whole lines to a file with a fixed first line.
-class CsvAppender {
- public:
-  CsvAppender(std::filesystem::path path, std::string header) : path_(std::move(path)), header_(std::move(header)) {
-    const std::filesystem::path folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path(".");
-    std::error_code error;
-    std::filesystem::create_directories(folder, error);
-    require(!error, "result table: cannot create the folder ", folder.string(), ": ", error.message());
-    if (std::filesystem::exists(path_)) {
-      require(std::filesystem::is_regular_file(path_), "result table: ", path_.string(), " is not a regular file");
-      check_existing();
-    } else {
-      require(access(folder.c_str(), W_OK) == 0, "result table: cannot write in ", folder.string(), ": ",
-              std::strerror(errno));
-    }
-  }
-
-  /// Appends `line` and, to an empty file, the header before it.
-  void append(const std::string& line) const {
-    const Descriptor file(open(path_.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644));
-    require(file.number >= 0, "result table: cannot open ", path_.string(), ": ", std::strerror(errno));
-    require(flock(file.number, LOCK_EX) == 0, "result table: cannot lock ", path_.string(), ": ", std::strerror(errno));
-    struct stat status {};
-    require(fstat(file.number, &status) == 0, "result table: cannot stat ", path_.string(), ": ", std::strerror(errno));
-    if (status.st_size > 0) check_existing();  // another run may have written since the constructor
-    const std::string bytes = (status.st_size == 0 ? header_ + "\n" : std::string()) + line + "\n";
-    ssize_t written = -1;
-    do {
-      written = write(file.number, bytes.data(), bytes.size());
-    } while (written < 0 && errno == EINTR);
-    if (written == static_cast<ssize_t>(bytes.size())) return;
-    const std::string reason = written < 0 ? std::strerror(errno) : "the disk took only a part";
-    const bool is_restored = ftruncate(file.number, status.st_size) == 0;
-    require(false, "result table: cannot append a row to ", path_.string(), ": ", reason,
-            is_restored ? "" : "; its last line may be incomplete");
-  }
-
-  [[nodiscard]] const std::filesystem::path& path() const { return path_; }
-
- private:
-  struct Descriptor {
-    explicit Descriptor(int value) : number(value) {}
-    Descriptor(const Descriptor&) = delete;
-    Descriptor& operator=(const Descriptor&) = delete;
-    ~Descriptor() {
-      if (number >= 0) ::close(number);
-    }
-    int number;
-  };
-
-  void check_existing() const {
-    std::ifstream file(path_, std::ios::binary);
-    require(file.good(), "result table: cannot read ", path_.string());
-    if (file.peek() == std::ifstream::traits_type::eof()) return;
-    std::string found;
-    std::getline(file, found);
-    require(found == header_, "result table: ", path_.string(),
-            " has another header; write to another file\n  found:    ", found, "\n  expected: ", header_);
-    // Only the last byte is looked at: a long table is not read again for each row.
-    file.clear();
-    file.seekg(-1, std::ios::end);
-    if (file.get() == '\n') return;
-    file.clear();
-    file.seekg(0);
-    std::string line;
-    while (std::getline(file, line)) {
-    }
-    require(false, "result table: the last line of ", path_.string(), " is incomplete (", line.size(),
-            " bytes without a line end); cut it: truncate --size=-", line.size(), " ", path_.string());
-  }
-
-  std::filesystem::path path_;
-  std::string header_;
-};
-
 }  // namespace detail
 
 class ResultTable {
@@ -180,6 +102,9 @@ class ResultTable {
     /// @throws std::invalid_argument for a column that the table does not have, or one that is set already
     template <class T>
     Row& set(std::string_view column, const T& value) {
+      if constexpr (std::floating_point<T>) {
+        if (!std::isfinite(value)) not_finite_ = concat(column, " is ", value);
+      }
       return assign(column, detail::result_cell(value));
     }
     template <class T>
@@ -189,8 +114,13 @@ class ResultTable {
       return *this;
     }
 
-    /// Writes the row with status "ok".
-    void commit() { write("ok"); }
+    /// Writes the row with status "ok"; where a cell is no finite number, with the reason: such a row is never ok, and
+    /// finish() says so.
+    void commit() {
+      if (not_finite_.empty()) return write("ok");
+      ++table_->n_not_finite_;
+      fail(not_finite_);
+    }
     /// Writes the row with the reason as its status: a case that did not run is a row, never a gap.
     void fail(std::string_view reason) { write(concat("failed: ", reason)); }
 
@@ -216,6 +146,7 @@ class ResultTable {
     ResultTable* table_;
     std::vector<detail::ResultCell> cells_;
     std::vector<bool> is_set_;
+    std::string not_finite_;
     bool is_written_ = false;
   };
 
@@ -239,6 +170,30 @@ class ResultTable {
   ResultTable& operator=(const ResultTable&) = delete;
 
   [[nodiscard]] Row row() { return Row(*this); }
+
+  /// From here on a row that cannot be written does not end the run: it is kept, tried again with the next one, and
+  /// what is lost in the end is for finish() to say.
+  void keep_rows() { keeps_rows_ = true; }
+
+  /// @throws std::runtime_error when rows of this run are not in the file, or hold a number that is not finite
+  void finish() {
+    flush();
+    const std::string where = file_ ? file_->path().string() : std::string();
+    if (!unwritten_.empty()) {
+      throw std::runtime_error(
+          concat(unwritten_.size(), " of ", rows_.size(), " rows are not in ", where, ": ", reason_));
+    }
+    if (n_not_finite_ > 0) throw std::runtime_error(concat(n_not_finite_, " rows hold a number that is not finite"));
+  }
+
+  /// The same, and the status where a row has failed.
+  void print_with_failures(std::ostream& stream, std::vector<std::string> columns) const {
+    const bool has_failed =
+        std::any_of(rows_.begin(), rows_.end(), [](const auto& row) { return row.back().full != "ok"; });
+    const bool is_shown = std::find(columns.begin(), columns.end(), kStatusColumn) != columns.end();
+    if (has_failed && !is_shown) columns.emplace_back(kStatusColumn);
+    print(stream, columns);
+  }
 
   [[nodiscard]] const std::vector<std::string>& columns() const { return columns_; }
   [[nodiscard]] std::size_t n_row() const { return rows_.size(); }
@@ -302,8 +257,25 @@ class ResultTable {
     for (std::size_t c = 0; c < run_cells_.size(); ++c) cells[c] = detail::result_cell(run_cells_[c]);
     std::string line;
     for (std::size_t c = 0; c < cells.size(); ++c) line += (c == 0 ? "" : ",") + detail::csv_cell(cells[c].full);
-    if (file_) file_->append(line);
+    if (!keeps_rows_) {
+      if (file_) file_->append({line});
+      rows_.push_back(std::move(cells));
+      return;
+    }
     rows_.push_back(std::move(cells));
+    if (file_) unwritten_.push_back(line);
+    flush();
+  }
+
+  /// Tries again what could not be written, in order.
+  void flush() {
+    if (unwritten_.empty()) return;
+    try {
+      file_->append(unwritten_);
+      unwritten_.clear();
+    } catch (const std::exception& error) {
+      reason_ = error.what();
+    }
   }
 
   static void write_line(std::ostream& stream, const std::vector<detail::ResultCell>& line,
@@ -322,6 +294,10 @@ class ResultTable {
   std::vector<std::string> run_cells_;
   std::optional<detail::CsvAppender> file_;
   std::vector<std::vector<detail::ResultCell>> rows_;
+  bool keeps_rows_ = false;
+  std::vector<std::string> unwritten_;  ///< lines of rows that are not in the file yet
+  std::string reason_;
+  std::int64_t n_not_finite_ = 0;
 };
 
 }  // namespace gemma4

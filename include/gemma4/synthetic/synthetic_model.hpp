@@ -18,6 +18,7 @@
 
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/gguf/gguf_split_writer.hpp"
 #include "gemma4/gguf/gguf_writer.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/synthetic/synthetic_vocabulary.hpp"
@@ -64,12 +65,14 @@ namespace gemma4 {
 
 struct SyntheticOptions {
   std::uint64_t seed = 0;
-  std::optional<TensorType> only = std::nullopt;  ///< every matrix in this type; absent: the Q4_K_M mix
+  WeightMix mix = WeightMix::kQ4KM;               ///< the types of the matrices
+  std::optional<TensorType> only = std::nullopt;  ///< every matrix in this type, whatever the mix
   double score_deviation = 2.4;                   ///< s above: at 1024 keys 4.1 nats of entropy, at 131072 keys 8.9
   double attention_share = 0.77;                  ///< S_a above
   double mlp_share = 0.58;                        ///< S_m above
   double common_share = 0.40;                     ///< m above
   double logit_deviation = 3.0;                   ///< t above
+  std::int64_t split_max_bytes = 0;  ///< of tensors in a part of a split file; 0: one file that is not split
 };
 
 namespace detail {
@@ -135,14 +138,15 @@ class SyntheticModel {
 };
 
 /// Number of general.file_type that llama.cpp prints for the mix.
-[[nodiscard]] inline std::uint32_t file_type_number(std::optional<TensorType> only) {
-  constexpr std::uint32_t kQ4KM = 15;
-  if (!only) return kQ4KM;
+[[nodiscard]] inline std::uint32_t file_type_number(std::optional<TensorType> only, WeightMix mix) {
+  if (!only) return std::ranges::find(kWeightMixes, mix, &WeightMixInfo::mix)->file_type;
   switch (*only) {
     case TensorType::kF32:
       return 0;
     case TensorType::kF16:
       return 1;
+    case TensorType::kQ4_0:
+      return 2;
     case TensorType::kQ8_0:
       return 7;
     case TensorType::kQ4K:
@@ -153,7 +157,7 @@ class SyntheticModel {
       return 32;
     default:
       require(false, "synthetic model: weights of type ", type_name(*only),
-              "; expected Q4_K, Q6_K, Q8_0, BF16, F16 or F32");
+              "; expected Q4_0, Q4_K, Q6_K, Q8_0, BF16, F16 or F32");
       return 0;
   }
 }
@@ -265,29 +269,30 @@ struct SyntheticPiece {
 
 }  // namespace detail
 
-/// Writes the model to `path`: all of it or nothing. The file depends on config and options alone, not on the number of
-/// threads, which make and write pieces of 1 MiB (at least one row) side by side: a thread's piece is all that it
-/// holds, and the rate grows with the cores as long as the file system takes it.
-/// @param on_progress called with the bytes of tensor data written so far, of total_bytes(model_tensors(config, only));
+/// Writes the model to `path`: all of it or nothing. With split_max_bytes to parts beside it that are named after it.
+/// The files depend on config and options alone, not on the number of threads, which make and write pieces of 1 MiB (at
+/// least one row) side by side: a thread's piece is all that it holds, and the rate grows with the cores as long as the
+/// file system takes it.
+/// @param on_progress called with the bytes of tensor data written so far, of total_bytes(model_tensors(config, only,
+/// mix));
 ///        by one thread at a time
+/// @return the files, in order
 /// @throws std::invalid_argument for a config that no backend can run, rows that do not divide into blocks, a
 ///         vocabulary too small for its control tokens, or too little free space
-inline void write_synthetic_model(const std::filesystem::path& path, const ModelConfig& config,
-                                  const SyntheticOptions& options = {},
-                                  const std::function<void(std::int64_t)>& on_progress = {}) {
+inline std::vector<std::filesystem::path> write_synthetic_model(
+    const std::filesystem::path& path, const ModelConfig& config, const SyntheticOptions& options = {},
+    const std::function<void(std::int64_t)>& on_progress = {}) {
   constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
-  const std::vector<ModelTensor> tensors = model_tensors(config, options.only);
-  const std::uint32_t file_type = detail::file_type_number(options.only);
+  const std::vector<ModelTensor> tensors = model_tensors(config, options.only, options.mix);
+  const std::uint32_t file_type = detail::file_type_number(options.only, options.mix);
   const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   const std::filesystem::space_info space = std::filesystem::space(folder);
   require(static_cast<std::uintmax_t>(total_bytes(tensors)) <= space.available, "synthetic model: ", path.string(),
           " needs ", total_bytes(tensors), " bytes, free are ", space.available);
-
-  GgufWriter writer(path);
-  detail::set_model_keys(writer, config, file_type);
-  set_vocabulary_keys(writer, config.vocab);
-  for (const ModelTensor& tensor : tensors) writer.add_tensor(tensor.name, tensor.type, tensor.dims);
-  writer.place();
+  GgufSplitWriter files(path, tensors, options.split_max_bytes, [&](GgufWriter& writer) {
+    detail::set_model_keys(writer, config, file_type);
+    set_vocabulary_keys(writer, config.vocab);
+  });
 
   const detail::SyntheticModel model(config, options);
   const std::vector<detail::SyntheticPiece> pieces = detail::synthetic_pieces(tensors, kPieceBytes);
@@ -304,12 +309,13 @@ inline void write_synthetic_model(const std::filesystem::path& path, const Model
           tensor, piece.first_row + row,
           std::span(bytes).subspan(static_cast<std::size_t>(row * bytes_a_row), static_cast<std::size_t>(bytes_a_row)));
     }
-    writer.write_at(piece.tensor, static_cast<std::uint64_t>(piece.first_row * bytes_a_row), bytes);
+    files.write_at(piece.tensor, static_cast<std::uint64_t>(piece.first_row * bytes_a_row), bytes);
     const std::scoped_lock lock(progress_mutex);
     n_written += static_cast<std::int64_t>(bytes.size());
     if (on_progress) on_progress(n_written);
   });
-  writer.finish();
+  files.finish();
+  return files.paths();
 }
 
 }  // namespace gemma4

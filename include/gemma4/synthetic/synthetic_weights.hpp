@@ -8,22 +8,24 @@
 #include <cstdint>
 #include <cstring>
 #include <numbers>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <type_traits>
 #include <vector>
 
 #include "gemma4/error.hpp"
+#include "gemma4/gguf/block_dequantise.hpp"
 #include "gemma4/gguf/block_formats.hpp"
 #include "gemma4/gguf/block_quantise.hpp"
 #include "gemma4/gguf/gguf.hpp"
 
 /// Rows of random weights from N(0, deviation^2), reproducible row by row in any order.
 ///
-/// Q4_K and Q6_K rows are drawn in the block format itself: codes from a bell curve cut off at the edge of their range,
-/// as an encoder leaves them, and scales that vary from block to block. That costs 1 ns a weight (the 31 G weights of
-/// the largest model: half a minute of one core, less than the disk takes). Other types are drawn as floats and
-/// encoded.
+/// Q4_0, Q4_K and Q6_K rows are drawn in the block format itself: codes from a bell curve cut off at the edge of their
+/// range, as an encoder leaves them, and scales that vary from block to block. That costs 1 ns a weight (the 31 G
+/// weights of the largest model: half a minute of one core, less than the disk takes). Other types are drawn as floats
+/// and encoded; those that have no encoder are blocks of random bits, for measuring kernels.
 namespace gemma4 {
 
 /// A stream of 64-bit numbers for each (seed, name, row). Source: the SplitMix64 finaliser, Steele, Lea and Flood,
@@ -93,6 +95,12 @@ struct CodeTable {
   static const CodeTable table(7.5, 3.4, 15);
   return table;
 }
+/// The same about the code of zero: with a step of either sign, weights of mean 0 whose extremes are at -8 steps more
+/// often than at 7, as the encoder leaves them.
+[[nodiscard]] inline const CodeTable& q4_0_code_table() {
+  static const CodeTable table(Q40Block::kOffset, 3.4, 15);
+  return table;
+}
 /// The outermost quantile, 2.9 deviations, is code 1 or 63. With a `share` the bell is narrower and its centre is
 /// moved, so that code - 32 keeps its mean square and has `share` of its RMS as mean.
 [[nodiscard]] inline CodeTable q6_code_table(double share) {
@@ -106,6 +114,37 @@ struct CodeTable {
 }
 /// E[jitter^2] = 1 + variance of 256 equidistant values over [0.9, 1.1].
 inline constexpr double kStepJitterSquare = 1.0 + 0.2 * 0.2 * (256.0 + 1.0) / (12.0 * (256.0 - 1.0));
+
+/// How a block of random bits is made one of mean 0: where its f16 step lies, and that of its minima or its offset, in
+/// steps. A type without these has mean 0 over steps of either sign.
+struct RandomBlockFormat {
+  std::int64_t step_at;
+  std::int64_t offset_at = -1;
+  float offset = 0;
+};
+
+/// Of the types without an encoder; nothing for others. Offsets are means of the quants: scales and minima of Q2_K and
+/// Q5_K have the same mean, as random bits have.
+[[nodiscard]] inline std::optional<RandomBlockFormat> random_block_format(TensorType type) {
+  switch (type) {
+    case TensorType::kQ4_1:
+      return RandomBlockFormat{0, 2, -7.5f};
+    case TensorType::kQ5_0:
+    case TensorType::kIq4Nl:
+    case TensorType::kIq4Xs:
+      return RandomBlockFormat{0};
+    case TensorType::kQ5_1:
+      return RandomBlockFormat{0, 2, -15.5f};
+    case TensorType::kQ2K:
+      return RandomBlockFormat{80, 82, 1.5f};
+    case TensorType::kQ3K:
+      return RandomBlockFormat{108};
+    case TensorType::kQ5K:
+      return RandomBlockFormat{0, 2, 15.5f};
+    default:
+      return std::nullopt;
+  }
+}
 
 }  // namespace detail
 
@@ -134,6 +173,10 @@ class SyntheticRows {
     RowRandom signs(seed_, name, kSignRow);
     if (type == TensorType::kQ4K && share_ == 0) {
       fill_blocks<Q4KBlock>(random, signs, deviation, out);
+    } else if (type == TensorType::kQ4_0 && share_ == 0) {
+      fill_blocks<Q40Block>(random, signs, deviation, out);
+    } else if (const auto format = detail::random_block_format(type); format && share_ == 0) {
+      fill_random_blocks(random, type, *format, deviation, out);
     } else if (type == TensorType::kQ6K) {
       fill_blocks<Q6KBlock>(random, signs, deviation, out);
     } else {
@@ -156,6 +199,44 @@ class SyntheticRows {
       TBlock block;
       draw(random, signs, deviation, block);
       std::memcpy(out.data() + at, &block, sizeof(block));
+    }
+  }
+
+  /// Random bits, but for the step, with which the block's mean square is deviation^2.
+  static void fill_random_blocks(RowRandom& random, TensorType type, const detail::RandomBlockFormat& format,
+                                 double deviation, std::span<std::byte> out) {
+    std::vector<float> values(static_cast<std::size_t>(block_size(type)));
+    const auto put = [](std::span<std::byte> block, std::int64_t at, double value) {
+      const F16 step = to_f16(static_cast<float>(value));
+      std::memcpy(block.data() + at, &step, sizeof(step));
+    };
+    for (; !out.empty(); out = out.subspan(static_cast<std::size_t>(block_bytes(type)))) {
+      const std::span<std::byte> block = out.first(static_cast<std::size_t>(block_bytes(type)));
+      for (std::byte& byte : block) byte = static_cast<std::byte>(random.next());
+      put(block, format.step_at, 1);
+      if (format.offset_at >= 0) put(block, format.offset_at, format.offset);
+      dequantise_row(type, block, values);
+      double squares = 0;
+      for (const float value : values) squares += static_cast<double>(value) * value;
+      const bool is_negative = format.offset_at < 0 && (random.next() & 1) != 0;
+      const double step = deviation / std::sqrt(squares / static_cast<double>(values.size()));
+      put(block, format.step_at, is_negative ? -step : step);
+      if (format.offset_at >= 0) put(block, format.offset_at, format.offset * step);
+    }
+  }
+
+  /// weight = d (q - 8) with d of either sign, so that E[weight] = 0 and E[weight^2] = d^2 (Var[q] + (E[q] - 8)^2).
+  void draw(RowRandom& random, RowRandom& /*signs*/, double deviation, Q40Block& block) const {
+    const double unit = std::sqrt(detail::kStepJitterSquare * (q4_0_.variance + std::pow(q4_0_.mean - 8, 2)));
+    const std::uint64_t bits = random.next();
+    const double d = deviation / unit * detail::step_jitter(bits);
+    block.d = to_f16(static_cast<float>((bits & 256) != 0 ? -d : d));
+    for (std::size_t at = 0; at < sizeof(block.quants); at += 4) {
+      std::uint64_t bytes = random.next();
+      for (std::size_t i = 0; i < 4; ++i, bytes >>= 16) {
+        block.quants[at + i] =
+            static_cast<std::uint8_t>(q4_0_.codes[bytes & 255] | (q4_0_.codes[(bytes >> 8) & 255] << 4));
+      }
     }
   }
 
@@ -225,6 +306,7 @@ class SyntheticRows {
   std::uint64_t seed_;
   double share_;
   const detail::CodeTable& q4_ = detail::q4_code_table();
+  const detail::CodeTable& q4_0_ = detail::q4_0_code_table();
   detail::CodeTable q6_;
 };
 

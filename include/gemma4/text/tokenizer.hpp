@@ -18,13 +18,20 @@
 
 namespace gemma4 {
 
+/// Bytes [begin, end) of a text.
+struct TextRange {
+  std::size_t begin = 0;
+  std::size_t end = 0;
+};
+
 struct EncodeOptions {
-  std::optional<bool> add_bos;  ///< begin of sequence first; unset: as the vocabulary says
-  bool parse_special = false;   ///< the text of a control token, such as `<|turn>`, becomes that token
+  std::optional<bool> add_bos;            ///< begin of sequence first; unset: as the vocabulary says
+  bool parse_special = false;             ///< the text of a control token, such as `<|turn>`, becomes that token
+  std::span<const TextRange> plain = {};  ///< ascending; here no marker is a token, not even a user-defined one
 };
 
 struct DecodeOptions {
-  bool skip_control = false;  ///< control tokens give nothing instead of their text
+  bool skip_control = false;  ///< control tokens, and ends of whatever type, give nothing instead of their text
 };
 
 namespace detail {
@@ -131,7 +138,7 @@ class PieceMerger {
 ///
 /// encode(text):
 ///   1. User-defined tokens (and control tokens where the caller parses them) are matched whole: the longest at the
-///      earliest place. What lies between is plain text.
+///      earliest place. What lies between is plain text. No marker begins where the caller says that the text is plain.
 ///   2. In plain text each space becomes U+2581. The text is cut where newlines begin and end; nowhere else.
 ///   3. A run of newlines that is a token stays whole. In every other piece neighbours are merged by rank, starting
 ///      from single code points.
@@ -150,10 +157,8 @@ class Tokenizer {
 
   [[nodiscard]] const Vocabulary& vocabulary() const { return vocabulary_; }
 
-  /// Tokens that end an answer: the end of the sequence and the end of a turn.
-  [[nodiscard]] bool is_end(std::int32_t id) const {
-    return id == vocabulary_.eos_id() || (vocabulary_.find("<turn|>") == id && vocabulary_.is_control(id));
-  }
+  /// Whether an answer ends at this token: it is one of end_tokens().
+  [[nodiscard]] bool is_end(std::int32_t id) const { return vocabulary_.is_end(id); }
 
   /// @throws std::invalid_argument when a begin-of-sequence token is asked for and the vocabulary has none
   [[nodiscard]] std::vector<std::int32_t> encode(std::string_view text, const EncodeOptions& options = {}) const {
@@ -164,13 +169,18 @@ class Tokenizer {
     }
     detail::PieceMerger merger(vocabulary_);
     bool space_prefix = vocabulary_.add_space_prefix();
-    std::size_t plain_begin = 0, at = 0;
+    std::size_t plain_begin = 0, at = 0, range = 0;
+    const auto which = [&] {  // what is matched whole at `at`
+      while (range < options.plain.size() && options.plain[range].end <= at) ++range;
+      if (range < options.plain.size() && options.plain[range].begin <= at) return WholeTokens::kNoMarkers;
+      return options.parse_special ? WholeTokens::kMarkers : WholeTokens::kUserDefined;
+    };
     const auto flush = [&] {
       if (at == plain_begin) return;
       encode_plain(text.substr(plain_begin, at - plain_begin), std::exchange(space_prefix, false), merger, ids);
     };
     while (at < text.size()) {
-      const Vocabulary::Match match = vocabulary_.whole_match(text.substr(at), options.parse_special);
+      const Vocabulary::Match match = vocabulary_.whole_match(text.substr(at), which());
       if (match.id < 0) {
         ++at;
         continue;
@@ -209,6 +219,7 @@ class Tokenizer {
     require(id >= 0 && id < vocabulary_.size(), "tokenizer: id ", id, ", the vocabulary has ", vocabulary_.size(),
             " tokens");
     if (vocabulary_.type(id) == TokenType::kByte) return {static_cast<char>(vocabulary_.byte_of(id))};
+    if (options.skip_control && vocabulary_.is_end(id)) return "";
     if (vocabulary_.is_control(id)) return std::string(options.skip_control ? "" : vocabulary_.text(id));
     return replaced(vocabulary_.text(id), kSpaceMark, " ");
   }

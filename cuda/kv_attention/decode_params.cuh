@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/kv_cache.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/tq4_attention.cuh"
+#include "gemma4/kv_format.hpp"
+
+/// The compiled configurations of decode attention over one vector for K and V, its parameters, and what follows from
+/// both: sizes, and where things lie in shared memory. The kernel is in cuda/kv_attention/decode.cuh.
+namespace gemma4::cuda {
+
+/// One compiled configuration of the decode kernel.
+struct KvDecodeTile {
+  int head_dim;
+  int v_bits, r_bits;  ///< 0: any, told when it runs
+  int team_warps;      ///< that share a record
+  int teams;           ///< each with records of its own
+  int n_stage;         ///< records in flight or in use a team
+  int row_tiles;       ///< of eight query rows of a KV head, which share a decoded record
+  bool by_product;     ///< decoded tiles are turned by products with the identity, else by movmatrix
+  bool operator==(const KvDecodeTile&) const = default;
+
+  [[nodiscard]] constexpr bool takes(int v, int r) const {
+    return v <= KvOptions::kMaxBits && (v_bits == 0 || (v_bits == v && r_bits == r));
+  }
+  /// Of a record's place in the ring.
+  [[nodiscard]] constexpr int record_bytes() const {
+    constexpr int kMost = KvOptions::kMaxBits;
+    return static_cast<int>(v_bits == 0 ? kv_record_bytes(head_dim, kMost, kMost)
+                                        : kv_record_bytes(head_dim, v_bits, r_bits));
+  }
+  [[nodiscard]] constexpr int ring_bytes() const { return teams * n_stage * record_bytes(); }
+  /// Of eight queries as fragments of fp16, V's part and R's part in whole columns of 32 dims.
+  [[nodiscard]] constexpr int q_tile_bytes() const { return 16 * head_dim + std::max(4 * head_dim, 512); }
+  /// Two turns of what each warp of a team posts.
+  [[nodiscard]] constexpr int score_bytes() const { return 2 * teams * team_warps * row_tiles * 512; }
+  /// Of the ring's, so many that what follows is aligned to 16 bytes.
+  [[nodiscard]] constexpr int barrier_bytes() const { return (teams * n_stage + 1) / 2 * 16; }
+  /// Ring, q, scores, barriers, (m, l) of every team and row, two scales of every row.
+  [[nodiscard]] constexpr int smem_bytes() const {
+    return ring_bytes() + row_tiles * (q_tile_bytes() + 64) + score_bytes() + barrier_bytes() + 64 * teams;
+  }
+};
+
+/// For each head_dim and width the first that takes it and fits is taken, among those of one row tile for up to eight
+/// rows of a KV head, of several for more; without one of those, one of the others. The last of each head_dim needs at
+/// most 99 KB.
+inline constexpr std::array kKvDecodeTiles{
+    // head_dim, v_bits, r_bits, team_warps, teams, n_stage, row_tiles, by_product
+    KvDecodeTile{512, 5, 4, 4, 4, 8, 1, true},  KvDecodeTile{512, 4, 4, 4, 4, 9, 1, true},
+    KvDecodeTile{512, 5, 4, 4, 2, 12, 4, true}, KvDecodeTile{512, 4, 4, 4, 2, 14, 4, true},
+    KvDecodeTile{512, 5, 4, 4, 4, 8, 1, false}, KvDecodeTile{512, 5, 4, 4, 3, 10, 1, true},
+    KvDecodeTile{512, 5, 4, 2, 4, 8, 1, true},  KvDecodeTile{512, 0, 0, 4, 4, 6, 1, true},
+    KvDecodeTile{512, 0, 0, 4, 3, 3, 1, true},  KvDecodeTile{256, 0, 0, 4, 4, 5, 1, true},
+    KvDecodeTile{128, 0, 0, 4, 4, 6, 1, true},  KvDecodeTile{64, 0, 0, 2, 4, 6, 1, true},
+};
+
+namespace detail {
+
+/// The levels of both sides as decode takes them.
+struct KvDecodeLevels {
+  KvDecodeTable v, r;
+  KvShifts shifts;
+  float v_unit, r_unit;  ///< of the scores: what a product of fp16 numbers stands for
+  float v_weight;        ///< factor of a weight before it becomes bf16
+};
+
+/// `base` is what TQ4 decode takes, and its combine kernel: the shape, q, mask, splits and partials; its cache has
+/// extents alone and its levels the scale of the output.
+struct KvDecodeParams {
+  Tq4DecodeParams base;
+  const std::byte* records = nullptr;
+  int v_bits = 0, r_bits = 0;
+  const float* k_weight = nullptr;  ///< [head_dim]
+  RotationParams r_rotation;
+  KvDecodeLevels levels;
+};
+static_assert(std::is_trivially_copyable_v<KvDecodeParams>);
+
+template <KvDecodeTile kTile>
+struct KvDecodeTraits {
+  static constexpr KvDecodeTile kConfiguration = kTile;
+  static constexpr int kHeadDim = kTile.head_dim, kRotated = kHeadDim / 4, kStages = kTile.n_stage;
+  static constexpr int kVBits = kTile.v_bits, kRBits = kTile.r_bits;
+  static constexpr int kTeamWarps = kTile.team_warps, kRowTiles = kTile.row_tiles;
+  static constexpr int kPairs = kTile.teams;  ///< the name that the machinery of TQ4 decode has for teams
+  static constexpr int kThreads = 32 * kTeamWarps * kPairs;
+  static constexpr int kValues = kHeadDim / 32;  ///< of a vector in a lane
+  static constexpr int kRecordBytes = kTile.record_bytes();
+  static constexpr int kWords = kHeadDim / (32 * kTeamWarps);        ///< of V codes of one token in a lane of one warp
+  static constexpr int kVWords = 2 * kWords;                         ///< tiles of 16 dims of a warp
+  static constexpr int kRWords = kRotated < 32 ? 1 : kRotated / 32;  ///< columns of 32 dims of R
+  static constexpr int kQOffset = kTile.ring_bytes();
+  static constexpr int kQTileBytes = kTile.q_tile_bytes(), kScoreOffset = kQOffset + kRowTiles * kQTileBytes;
+  static constexpr int kBarrierOffset = kScoreOffset + kTile.score_bytes();
+  static constexpr int kMlOffset = kBarrierOffset + kTile.barrier_bytes();
+  static constexpr int kScaleOffset = kMlOffset + 64 * kPairs;
+  static constexpr int kSmemBytes = kTile.smem_bytes();
+  static constexpr int kMergeStride = kHeadDim + 4;  ///< floats; the pad spreads rows over the banks
+  static constexpr int kTeamBarrier = 1;             ///< named barrier of the first team
+  static_assert(kTeamBarrier + kPairs <= kNamedBarriers, "a team needs a named barrier");
+  static_assert(kWords == 1 || kWords % 2 == 0, "a team has too many warps");
+  static_assert(kMergeStride * kRowTile * 4 <= kStages * kRecordBytes,
+                "the output of a team must fit into its own ring");
+  static_assert(kScaleOffset + 64 * kRowTiles == kSmemBytes && kScaleOffset % 16 == 0);
+  using Bytes = std::conditional_t<kVBits == 0, ToldRecordBytes, FixedRecordBytes<kRecordBytes>>;
+  using Ring = RecordRing<kRecordBytes, kStages, 32 * kTeamWarps, Bytes>;
+};
+
+}  // namespace detail
+}  // namespace gemma4::cuda

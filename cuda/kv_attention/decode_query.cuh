@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/kv_attention/decode_params.cuh"
+#include "cuda/kv_cache.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/vector_io.cuh"
+#include "cuda/ptx/warp_reduce.cuh"
+#include "cuda/rotation.cuh"
+#include "cuda/tq4_attention.cuh"
+
+/// How queries of kv_decode_kernel come into shared memory: a row becomes H (w * q with zeros at the rotated places)
+/// and H' (c * q at the rotated places), c being their scales, each scaled by a power of two to fp16, as B fragments:
+/// 16-byte piece 32 U + 4 slot + t holds dims 32 U + 2t + {0, 1, 8, 9, 16, 17, 24, 25}, R's columns behind those of V.
+namespace gemma4::cuda::detail {
+
+/// What a block works on: kRowTiles tiles of eight rows of a KV head. grid: y = KV head, z = batch * groups of tiles.
+/// @param tile of the group; it may lie behind the last one
+template <class TTraits>
+[[nodiscard]] __device__ __forceinline__ Tq4DecodeUnit kv_unit(const Tq4DecodeParams& params, int tile) {
+  if constexpr (TTraits::kRowTiles == 1) return Tq4DecodeUnit::here(params);
+  const auto head = static_cast<int>(blockIdx.y), z = static_cast<int>(blockIdx.z);
+  const int n_group = (params.n_row_tile + TTraits::kRowTiles - 1) / TTraits::kRowTiles, batch = z / n_group;
+  const int index = (z - batch * n_group) * TTraits::kRowTiles + tile;
+  return {batch, head, kRowTile * index, params.n_query * params.group,
+          ((std::int64_t{batch} * params.n_row_tile + index) * params.n_head_kv + head) * params.n_split};
+}
+
+/// A row that a block stages, its part of V or of R: one task a warp, the parts of V first.
+template <class TTraits>
+struct KvStageTask {
+  static constexpr int kRows = kRowTile * TTraits::kRowTiles, kCount = 2 * kRows;
+  int tile, slot;
+  bool is_v;
+
+  [[nodiscard]] static __device__ __forceinline__ KvStageTask of(int task) {
+    return {task % kRows / kRowTile, task % kRowTile, task < kRows};
+  }
+};
+
+/// A lane's part of a row, of V or of R as its task says; the other is not touched.
+template <class TTraits>
+struct KvQueryPart {
+  float v[TTraits::kValues];
+  float r[kKvValues<TTraits::kRotated>];
+
+  /// Reads row `slot` of the unit, zeros beyond the last.
+  __device__ __forceinline__ void load(const Tq4DecodeParams& params, const KvStageTask<TTraits>& task) {
+    const Tq4DecodeUnit unit = kv_unit<TTraits>(params, task.tile);
+    const int slot = task.slot;
+    if (task.is_v) return load_query<TTraits>(params, unit, slot, v);
+    constexpr int kN = TTraits::kRotated, kCount = kKvValues<kN>, kPairs = kN / 2;
+    const int row = unit.row0 + slot, lane = static_cast<int>(threadIdx.x) & 31, first = lane * kCount;
+#pragma unroll
+    for (float& value : r) value = 0.0f;
+    if (row >= unit.n_row || first >= kN) return;
+    const int token = token_of(params, row);
+    const int place = first < kPairs ? first : TTraits::kHeadDim / 2 + first - kPairs;
+    load_values(params.q + unit.batch * params.q_stride[0] + token * params.q_stride[1] +
+                    (unit.head_kv * params.group + row - token * params.group) * params.q_stride[2] + place,
+                r);
+  }
+};
+
+/// Scales a rotated row by a power of two and stores it as fragments from `pieces` on. @return what it was divided by
+template <int kN>
+[[nodiscard]] __device__ __forceinline__ float kv_store_fragments(const float (&x)[kKvValues<kN>], int slot,
+                                                                  unsigned char* pieces) {
+  constexpr int kCount = kKvValues<kN>;
+  const int lane = static_cast<int>(threadIdx.x) & 31, dim0 = lane * kCount;
+  float largest = 0.0f;
+#pragma unroll
+  for (const float value : x) largest = fmaxf(largest, fabsf(value));
+  largest = warp_max(largest);
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);  // biased; 0: zero, 255: not finite
+  const bool scaled = exponent > 0 && exponent < 254;
+  const float down = scaled ? __uint_as_float(static_cast<std::uint32_t>(254 - exponent) << 23) : 1.0f;
+  const float up = scaled ? __uint_as_float(static_cast<std::uint32_t>(exponent) << 23) : 1.0f;
+  const auto target = [&](int dim) {
+    return pieces + ((dim >> 5) * 32 + 4 * slot + ((dim >> 1) & 3)) * 16 + ((dim >> 3) & 3) * 4 + (dim & 1) * 2;
+  };
+  if constexpr (kCount >= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      *reinterpret_cast<std::uint32_t*>(target(dim0 + i)) = pack_f16(x[i] * down, x[i + 1] * down);
+    }
+  } else {
+    const std::uint32_t pair = pack_f16(x[0] * down, 0.0f);  // of 16 dims the upper lanes hold the zeros behind them
+    *reinterpret_cast<std::uint16_t*>(target(dim0)) = static_cast<std::uint16_t>(pair);
+  }
+  return up;
+}
+
+/// What a lane's values are folded with: w for V's part, the scales of R for R's (the first few).
+template <class TTraits>
+__device__ __forceinline__ void load_factors(const float* k_weight, bool is_v, float (&factor)[TTraits::kValues]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  if (is_v) return load_values(k_weight + lane * TTraits::kValues, factor);
+  float scale[kKvValues<TTraits::kRotated>];
+  kv_load_scales<TTraits::kHeadDim>(k_weight, scale);
+#pragma unroll
+  for (int i = 0; i < kKvValues<TTraits::kRotated>; ++i) factor[i] = scale[i];
+}
+
+/// Folds, rotates and stores one part of a row.
+template <class TTraits>
+__device__ __forceinline__ void stage_part(const KvDecodeParams& params, KvQueryPart<TTraits>& part,
+                                           const float (&factor)[TTraits::kValues], const KvStageTask<TTraits>& task,
+                                           unsigned char* smem) {
+  constexpr int kHeadDim = TTraits::kHeadDim, kRotated = TTraits::kRotated;
+  const int lane = static_cast<int>(threadIdx.x) & 31, slot = task.slot;
+  unsigned char* const q_smem = smem + TTraits::kQOffset + task.tile * TTraits::kQTileBytes;
+  auto* const row_scale = reinterpret_cast<float*>(smem + TTraits::kScaleOffset + 64 * task.tile);
+  float up, unit;
+  if (task.is_v) {
+    const bool is_rotated = (lane & 15) < 4;  // all of the lane's places, or none
+#pragma unroll
+    for (int i = 0; i < TTraits::kValues; ++i) part.v[i] = is_rotated ? 0.0f : part.v[i] * factor[i];
+    kv_rotate_warp<kHeadDim, true>(params.base.rotation, part.v);
+    up = kv_store_fragments<kHeadDim>(part.v, slot, q_smem);
+    unit = params.levels.v_unit;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kKvValues<kRotated>; ++i) part.r[i] *= factor[i];
+    kv_rotate_warp<kRotated, true>(params.r_rotation, part.r);
+    up = kv_store_fragments<kRotated>(part.r, slot, q_smem + 16 * kHeadDim);
+    unit = params.levels.r_unit;
+  }
+  if (lane == 0) row_scale[4 * (slot >> 1) + (task.is_v ? 0 : 2) + (slot & 1)] = params.base.scale_log2 * unit * up;
+}
+
+}  // namespace gemma4::cuda::detail

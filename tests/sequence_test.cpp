@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "experiments/support/sequence.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "tests/support/property.hpp"
+#include "tests/support/refuses.hpp"
+#include "tests/support/small_model.hpp"
+
+/// The reference's sequence: however a text came to be held, it goes on as if it had been read at once. Chunks of one
+/// token, so that the same numbers are computed either way.
+namespace {
+
+using namespace gemma4;
+using namespace gemma4::experiment;
+using testkit::SmallModel;
+using Ids = std::vector<std::int32_t>;
+
+/// One of a few: windows that go round, and one that does not.
+const SmallModel& any_small() {
+  static const auto models = [] {
+    std::vector<std::unique_ptr<SmallModel>> made;
+    for (const std::int64_t window : {1, 7, 32, 200}) {
+      ModelConfig config = gemma4_tiny();
+      config.context = 4096;
+      config.window = window;
+      config.vocab = 300;
+      config.ffn_hidden = 256;
+      config.is_sliding = {1, 0};
+      made.push_back(std::make_unique<SmallModel>(config, 10));
+    }
+    return made;
+  }();
+  return *models[*rc::gen::inRange<std::size_t>(0, models.size())];
+}
+
+reference::BackendOptions small_options() {
+  return {.cache = parse_cache_spec("bf16"), .context = 200, .max_chunk = 8};
+}
+
+SamplerSettings any_settings() {
+  return {.temperature = *rc::gen::element(0.0f, 1.5f), .seed = 7};
+}
+
+Ids written(Sequence& sequence, std::int64_t n_token, const SamplerSettings& settings, std::int64_t stop_after = 1000) {
+  Ids ids;
+  sequence.decode(n_token, settings, [&](std::int32_t token) {
+    ids.push_back(token);
+    return static_cast<std::int64_t>(ids.size()) < stop_after;
+  });
+  return ids;
+}
+
+/// What a fresh sequence writes after the tokens that `sequence` holds is what `sequence` writes.
+void expect_as_afresh(const SmallModel& small, Sequence& sequence, const SamplerSettings& settings) {
+  const Ids held(sequence.held().begin(), sequence.held().end());
+  ReferenceSequence fresh(small.weights, small_options());
+  fresh.prefill(held, 1, {});
+  const Ids expected = written(fresh, 6, settings);
+  RC_ASSERT(written(sequence, 6, settings) == expected);
+  RC_ASSERT(Ids(sequence.held().begin(), sequence.held().end()) == Ids(fresh.held().begin(), fresh.held().end()));
+}
+
+RC_GTEST_PROP(Sequence, HoldsWhatWasReadAndWritten, ()) {
+  const SmallModel& small = any_small();
+  const SamplerSettings settings = any_settings();
+  ReferenceSequence sequence(small.weights, small_options());
+  Ids expected;
+  for (int step = 0; step < 3; ++step) {
+    const Ids read = testkit::any_tokens(small.weights.config, *rc::gen::inRange(1, 20));
+    sequence.prefill(read, 1, {});
+    expected.insert(expected.end(), read.begin(), read.end());
+    const Ids wrote = written(sequence, 12, settings, *rc::gen::inRange(1, 15));
+    expected.insert(expected.end(), wrote.begin(), wrote.end());
+    RC_ASSERT(Ids(sequence.held().begin(), sequence.held().end()) == expected);
+  }
+  expect_as_afresh(small, sequence, settings);
+}
+
+RC_GTEST_PROP(Sequence, WhatIsTakenBackNeverWas, ()) {
+  const SmallModel& small = any_small();
+  const SamplerSettings settings = any_settings();
+  ReferenceSequence sequence(small.weights, small_options());
+  sequence.prefill(testkit::any_tokens(small.weights.config, *rc::gen::inRange(2, 50)), 1, {});
+  if (*rc::gen::arbitrary<bool>()) (void)written(sequence, 5, settings);
+  const std::int64_t n_back = *rc::gen::inRange<std::int64_t>(0, sequence.max_back() + 1);
+  sequence.take_back(n_back);
+  const Ids read = testkit::any_tokens(small.weights.config, 30);
+  sequence.prefill(read, 1, {});
+  expect_as_afresh(small, sequence, settings);
+}
+
+RC_GTEST_PROP(Sequence, APromptThatWasInterruptedIsHeldAsFarAsItWasRead, ()) {
+  const SmallModel& small = any_small();
+  const SamplerSettings settings = any_settings();
+  ReferenceSequence sequence(small.weights, small_options());
+  sequence.prefill(testkit::any_tokens(small.weights.config, 10), 1, {});
+  if (*rc::gen::arbitrary<bool>()) (void)written(sequence, 5, settings);
+  const auto before = static_cast<std::int64_t>(sequence.held().size());
+  const std::int64_t n_read = *rc::gen::inRange<std::int64_t>(1, 20);
+  const auto stop = [&](std::int64_t done) {
+    if (done >= n_read) throw std::runtime_error("stop");
+  };
+  RC_ASSERT_THROWS_AS(sequence.prefill(testkit::any_tokens(small.weights.config, 20), 1, stop), std::runtime_error);
+  RC_ASSERT(static_cast<std::int64_t>(sequence.held().size()) == before + n_read);
+  sequence.prefill(testkit::any_tokens(small.weights.config, 1), 1, {});
+  expect_as_afresh(small, sequence, settings);
+}
+
+TEST(Sequence, NoMoreIsTakenBackThanTheRingsRemember) {
+  const SmallModel small(gemma4_tiny(), 4);
+  ReferenceSequence sequence(small.weights, small_options());
+  sequence.prefill(Ids(100, 1), 8, {});
+  EXPECT_EQ(sequence.max_back(), 0);
+  EXPECT_TRUE(testkit::refuses([&] { sequence.take_back(1); }, {"take back 1", "at most 0"}));
+  (void)written(sequence, 5, {});
+  EXPECT_EQ(sequence.max_back(), 1) << "the one that has not been through the model";
+  EXPECT_TRUE(testkit::refuses([&] { (void)written(sequence, 96, {}); }, {"96 tokens after 105", "200"}));
+  EXPECT_EQ(written(sequence, 95, {}).size(), 95U);
+  EXPECT_EQ(sequence.n_free(), 0);
+}
+
+}  // namespace
