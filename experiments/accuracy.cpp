@@ -43,30 +43,14 @@ struct Options : DriverOptions {
 
 const std::vector<std::string> kParameters = {"model", "backend", "text",  "cache", "ring", "base",
                                               "chunk", "context", "range", "off",   "plan"};
-const std::vector<std::string> kMeasures = {"n_position",
-                                            "nll",
-                                            "kl_mean",
-                                            "kl_median",
-                                            "kl_p99",
-                                            "kl_p999",
-                                            "kl_max",
-                                            "same_top",
-                                            "dp_rms",
-                                            "cosine",
-                                            "cosine_min",
-                                            "seconds",
-                                            "recall_correct",
-                                            "recall_total",
-                                            "bytes_per_token",
-                                            "allocated_bytes_per_token",
-                                            "ring_bytes",
-                                            "allocated_ring_bytes",
-                                            "kl_noise",
-                                            "dominated_by",
-                                            "n_text",
-                                            "first_difference",
-                                            "first_difference_least",
-                                            "agreement"};
+const std::vector<std::string> kMeasures = {
+    // of predictions, and of key recall
+    "n_position", "nll", "kl_mean", "kl_median", "kl_p99", "kl_p999", "kl_max", "same_top", "dp_rms", "cosine",
+    "cosine_min", "seconds", "recall_correct", "recall_total",
+    // what it takes
+    "bytes_per_token", "allocated_bytes_per_token", "ring_bytes", "allocated_ring_bytes", "kl_noise", "dominated_by",
+    // of greedy texts
+    "n_text", "first_difference", "first_difference_least", "agreement"};
 const std::vector<std::string> kShown = {
     "text",     "cache",  "context", "range",   "bytes_per_token", "nll",          "kl_mean",      "kl_p99",
     "same_top", "dp_rms", "cosine",  "seconds", "recall_correct",  "recall_total", "dominated_by", "first_difference",
@@ -229,8 +213,10 @@ class Accuracy {
     const auto backend = make_backend(wanted, task.context(), 1);
     Progress progress("texts " + wanted.name(), options_.n_prompt * options_.trajectory,
                       progress_options(options_, "tokens"));
-    auto written = greedy_texts(*backend, task, std::min(options_.chunk, backend->max_chunk()),
-                                [&](std::int64_t done) { progress.update(done); });
+    auto written = or_failed(text_name(options_) + " greedy", {wanted}, options_.prompt_len, [&] {
+      return greedy_texts(*backend, task, std::min(options_.chunk, backend->max_chunk()),
+                          [&](std::int64_t done) { progress.update(done); });
+    });
     progress.finish();
     return written;
   }

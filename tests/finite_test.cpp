@@ -16,6 +16,7 @@
 #include "gemma4/model/accuracy.hpp"
 #include "gemma4/model/golden.hpp"
 #include "gemma4/model/model.hpp"
+#include "gemma4/model/trajectory.hpp"
 #include "gemma4/report/accuracy_stats.hpp"
 #include "reference/backend.hpp"
 #include "tests/support/spoiled_model.hpp"
@@ -194,6 +195,9 @@ TEST(Finite, AMeasurementSaysWhichBackendItWas) {
   RecallTask task{.document_len = 20, .documents = {{ids.begin(), ids.begin() + 20}}, .questions = {{0, 12, {33}, 5}}};
   EXPECT_NO_THROW((void)measure_recall(fine, task, 7, [](std::int64_t) {}));
   EXPECT_THROW((void)measure_recall(test, task, 7, [](std::int64_t) {}), NotFiniteError);
+  const TrajectoryTask texts = trajectory_task(ids, 2, 9, 3);
+  EXPECT_NO_THROW((void)greedy_texts(fine, texts, 7, [](std::int64_t) {}));
+  EXPECT_THROW((void)greedy_texts(test, texts, 7, [](std::int64_t) {}), NotFiniteError);
   GoldenLogits golden{.ids = prompt(20), .positions = {19}, .logits = std::vector<float>(300), .vocab = 300};
   EXPECT_NO_THROW((void)compare_with_golden(fine, golden, 7, [](std::int64_t) {}));
   EXPECT_THROW((void)compare_with_golden(test, golden, 7, [](std::int64_t) {}), NotFiniteError);

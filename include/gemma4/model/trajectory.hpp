@@ -46,6 +46,7 @@ struct TrajectoryTask {
 
 /// The greedy text after every prompt, [n_prompt][n_token]: the largest logit, the lowest token among equals. A step is
 /// one token through the model, as in decoding. `on_token(n_done)` counts over all prompts.
+/// @throws NotFiniteError when the numbers behind a text are not finite
 template <Backend TBackend, class TOnToken>
 [[nodiscard]] std::vector<std::vector<std::int32_t>> greedy_texts(TBackend& backend, const TrajectoryTask& task,
                                                                   std::int64_t chunk, TOnToken&& on_token) {
@@ -62,6 +63,11 @@ template <Backend TBackend, class TOnToken>
       text.push_back(static_cast<std::int32_t>(argmax(logits)));
       if (i + 1 < task.n_token) model.decode(text.back());
       on_token(++n_done);
+    }
+    if constexpr (WatchedBackend<TBackend>) {
+      std::vector<std::int32_t> seen = prompt;
+      seen.insert(seen.end(), text.begin(), text.end() - 1);
+      model.require_finite(seen);
     }
   }
   return texts;
