@@ -24,7 +24,7 @@ struct SpoiledModel : SmallModel {
     vector = vectors_.emplace_back(vector.size(), std::numeric_limits<float>::quiet_NaN());
   }
 
-  /// The first block of a row of `matrix` gets a scale that is NaN.
+  /// The first block of a row of `matrix` gets a scale that is NaN; a head that is tied to the embedding stays so.
   void spoil(QuantizedMatrix& matrix, std::int64_t row) {
     std::vector<std::byte>& bytes = matrices_.emplace_back(matrix.data.begin(), matrix.data.end());
     const std::size_t at = static_cast<std::size_t>(row) * (bytes.size() / static_cast<std::size_t>(matrix.rows));
@@ -39,7 +39,9 @@ struct SpoiledModel : SmallModel {
       default:
         throw std::logic_error("spoil: a type without a place for NaN");
     }
+    const bool is_head_too = &matrix == &weights.token_embd && weights.is_tied();
     matrix.data = bytes;
+    if (is_head_too) weights.output = matrix;
   }
 
  private:
