@@ -232,7 +232,7 @@ test_finite() {
       blk.*) place="position 0 on: it began in layer $(cut -d. -f2 <<< $tensor) " ;;
     esac
     judge "accuracy, $tensor" "$place" measure bad.gguf
-    [ -e t.csv ] && grep -q ',failed: not finite' t.csv || fail "accuracy, $tensor: no row that says so"
+    [ -e t.csv ] && grep -q 'failed: not finite' t.csv || fail "accuracy, $tensor: no row that says so"
     judge "generate, $tensor" "$place" say bad.gguf
   done
 }

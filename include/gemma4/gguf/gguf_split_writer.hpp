@@ -16,6 +16,7 @@
 #include "gemma4/gguf/gguf_split.hpp"
 #include "gemma4/gguf/gguf_writer.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/interrupt.hpp"
 
 namespace gemma4 {
 
@@ -74,6 +75,7 @@ class GgufSplitWriter {
   /// Gives every file its name, the first part last: until then nobody can open the model. When one cannot have it,
   /// none keeps it.
   void finish() {
+    const InterruptShield shield;  // all parts get their names, or none
     std::size_t next = writers_.size();
     try {
       for (; next > 0; --next) writers_[next - 1]->finish();
