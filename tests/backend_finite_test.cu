@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -40,9 +41,27 @@ cuda::BackendOptions small_options(const std::string& cache) {
   return {.cache = parse_cache_spec(cache), .context = 128, .max_chunk = 64, .n_logit_row = 1};
 }
 
-std::optional<NotFinite> where_on_device(const SpoiledModel& model, const std::string& cache,
+/// Weights that are not finite are refused when they are loaded, by their names; here they become so afterwards.
+using Poison = std::function<void(const cuda::PackedModel&)>;
+void fill_with_nan(const void* data, std::int64_t bytes) {  // of float, float16 and bf16
+  cuda::check(cudaMemset(const_cast<void*>(data), 0xFF, static_cast<std::size_t>(bytes)), "poison");
+}
+void poison_row(const cuda::PackedMatrix& matrix, std::int64_t row) {
+  fill_with_nan(matrix.data + row * matrix.row_bytes(), matrix.row_bytes());
+}
+
+/// A model on the device, unspoiled but for what `poison` does to it.
+struct PoisonedModel {
+  PoisonedModel(std::uint64_t seed, const Poison& poison)
+      : model(config_to_spoil(), seed), packed(model.weights, model_tensors(*model.file)) {
+    poison(packed);
+  }
+  SpoiledModel model;
+  cuda::PackedModel packed;
+};
+
+std::optional<NotFinite> where_on_device(const cuda::PackedModel& packed, const std::string& cache,
                                          std::span<const std::int32_t> tokens, std::int64_t chunk) {
-  const cuda::PackedModel packed(model.weights, model_tensors(*model.file));
   cuda::Backend backend(packed, small_options(cache));
   cuda::Session session(backend);
   try {
@@ -71,76 +90,116 @@ std::string text_of(const std::optional<NotFinite>& where) {
                : std::string("nowhere");
 }
 
-void expect_like_reference(const SpoiledModel& model, const std::string& what, bool is_spoiled) {
+/// @param model of seed 3, spoiled for the reference as `poison` spoils it on the device
+void expect_like_reference(const SpoiledModel& model, const std::string& what, bool is_spoiled, const Poison& poison) {
   const auto tokens = prompt(40);
+  const PoisonedModel poisoned(3, poison);
   for (const char* cache : kCaches) {
     for (const std::int64_t chunk : {1, 5, 16, 64}) {
       const auto expected = where_in_reference(model, cache, tokens, chunk);
       ASSERT_EQ(expected.has_value(), is_spoiled) << what << ": the reference itself";
-      const auto actual = where_on_device(model, cache, tokens, chunk);
+      const auto actual = where_on_device(poisoned.packed, cache, tokens, chunk);
       EXPECT_EQ(text_of(actual), text_of(expected)) << what << ", cache " << cache << ", chunk " << chunk;
     }
   }
 }
 
 TEST(BackendFinite, AnUnspoiledModelHasNothingToNote) {  // the control of all below
-  expect_like_reference(SpoiledModel(config_to_spoil(), 3), "control", false);
+  expect_like_reference(SpoiledModel(config_to_spoil(), 3), "control", false, [](const cuda::PackedModel&) {});
 }
 
 TEST(BackendFinite, ANormThatIsNaNIsNamedByItsLayer) {
   {
     SpoiledModel model(config_to_spoil(), 3);
+    const auto bytes = static_cast<std::int64_t>(model.weights.output_norm.size_bytes());
     model.spoil(model.weights.output_norm);
-    expect_like_reference(model, "output_norm", true);
+    expect_like_reference(model, "output_norm", true,
+                          [&](const cuda::PackedModel& packed) { fill_with_nan(packed.output_norm(), bytes); });
   }
-  using Norm = std::span<const float> LayerWeights::*;
-  const std::pair<Norm, const char*> norms[] = {
-      {&LayerWeights::attn_norm, "attn_norm"},     {&LayerWeights::attn_q_norm, "attn_q_norm"},
-      {&LayerWeights::attn_k_norm, "attn_k_norm"}, {&LayerWeights::post_attention_norm, "post_attention_norm"},
-      {&LayerWeights::ffn_norm, "ffn_norm"},       {&LayerWeights::post_ffw_norm, "post_ffw_norm"}};
-  for (const auto& [norm, name] : norms) {
+  using OfHost = std::span<const float> LayerWeights::*;
+  using OfDevice = const float* cuda::PackedLayer::*;
+  struct Norm {
+    OfHost of_host;
+    OfDevice of_device;
+    const char* name;
+  };
+  const Norm norms[] = {
+      {&LayerWeights::attn_norm, &cuda::PackedLayer::attn_norm, "attn_norm"},
+      {&LayerWeights::attn_q_norm, &cuda::PackedLayer::attn_q_norm, "attn_q_norm"},
+      {&LayerWeights::attn_k_norm, &cuda::PackedLayer::attn_k_norm, "attn_k_norm"},
+      {&LayerWeights::post_attention_norm, &cuda::PackedLayer::post_attention_norm, "post_attention_norm"},
+      {&LayerWeights::ffn_norm, &cuda::PackedLayer::ffn_norm, "ffn_norm"},
+      {&LayerWeights::post_ffw_norm, &cuda::PackedLayer::post_ffw_norm, "post_ffw_norm"}};
+  for (const Norm& norm : norms) {
     for (const std::size_t layer : {0u, 1u}) {  // sliding, full
       SpoiledModel model(config_to_spoil(), 3);
-      model.spoil(model.weights.layers[layer].*norm);
-      expect_like_reference(model, concat(name, " of layer ", layer), true);
+      std::span<const float>& values = model.weights.layers[layer].*norm.of_host;
+      const auto bytes = static_cast<std::int64_t>(values.size_bytes());
+      model.spoil(values);
+      expect_like_reference(model, concat(norm.name, " of layer ", layer), true, [&](const cuda::PackedModel& packed) {
+        fill_with_nan(packed.layer(static_cast<std::int64_t>(layer)).*norm.of_device, bytes);
+      });
     }
   }
 }
 
 TEST(BackendFinite, AScaleOfAMatrixThatIsNaNIsNamedByItsLayer) {
-  using Matrix = QuantizedMatrix LayerWeights::*;
-  const std::pair<Matrix, const char*> matrices[] = {
-      {&LayerWeights::attn_q, "attn_q"},           {&LayerWeights::attn_k, "attn_k"},
-      {&LayerWeights::attn_output, "attn_output"}, {&LayerWeights::ffn_gate, "ffn_gate"},
-      {&LayerWeights::ffn_up, "ffn_up"},           {&LayerWeights::ffn_down, "ffn_down"}};
-  for (const auto& [matrix, name] : matrices) {
+  using OfHost = QuantizedMatrix LayerWeights::*;
+  using OfDevice = cuda::PackedMatrix cuda::PackedLayer::*;
+  struct Matrix {
+    OfHost of_host;
+    std::function<void(const cuda::PackedLayer&)> poison;
+    const char* name;
+  };
+  const auto poison_of = [](OfDevice matrix) {
+    return [matrix](const cuda::PackedLayer& layer) { poison_row(layer.*matrix, 2); };
+  };
+  const auto poison_pair = [](std::int64_t which) {  // gate and up in turn, where they are joined
+    return [which](const cuda::PackedLayer& layer) {
+      const auto& pair = layer.gate_up;
+      if (pair.is_fused()) return poison_row(pair.joined, 2 * 2 + which);
+      poison_row(which == 0 ? pair.gate : pair.up, 2);
+    };
+  };
+  const Matrix matrices[] = {{&LayerWeights::attn_q, poison_of(&cuda::PackedLayer::attn_q), "attn_q"},
+                             {&LayerWeights::attn_k, poison_of(&cuda::PackedLayer::attn_k), "attn_k"},
+                             {&LayerWeights::attn_output, poison_of(&cuda::PackedLayer::attn_output), "attn_output"},
+                             {&LayerWeights::ffn_gate, poison_pair(0), "ffn_gate"},
+                             {&LayerWeights::ffn_up, poison_pair(1), "ffn_up"},
+                             {&LayerWeights::ffn_down, poison_of(&cuda::PackedLayer::ffn_down), "ffn_down"}};
+  for (const Matrix& matrix : matrices) {
     for (const std::size_t layer : {0u, 1u}) {
       SpoiledModel model(config_to_spoil(), 3);
-      model.spoil(model.weights.layers[layer].*matrix, 2);
-      expect_like_reference(model, concat(name, " of layer ", layer), true);
+      model.spoil(model.weights.layers[layer].*matrix.of_host, 2);
+      expect_like_reference(
+          model, concat(matrix.name, " of layer ", layer), true,
+          [&](const cuda::PackedModel& packed) { matrix.poison(packed.layer(static_cast<std::int64_t>(layer))); });
     }
   }
 }
 
+TEST(BackendFinite, WeightsThatAreNotFiniteAreRefusedWhenTheyAreLoaded) {
+  SpoiledModel model(config_to_spoil(), 3);
+  model.spoil(model.weights.output_norm);
+  EXPECT_THROW(cuda::PackedModel(model.weights, model_tensors(*model.file)), FormatError);
+}
+
 TEST(BackendFinite, AnEmbeddingThatIsNaNIsFoundInTheMiddleOfAPrompt) {
-  SpoiledModel model(config_to_spoil(), 4);
-  model.spoil(model.weights.token_embd, 31);
+  const PoisonedModel poisoned(4, [](const cuda::PackedModel& packed) { poison_row(packed.token_embd(), 31); });
   const auto tokens = prompt(40);  // 31 is the twelfth
   for (const char* cache : kCaches) {
     for (const std::int64_t chunk : {1, 5, 16, 64}) {
-      EXPECT_EQ(text_of(where_on_device(model, cache, tokens, chunk)), "position 11, layer -1")
+      EXPECT_EQ(text_of(where_on_device(poisoned.packed, cache, tokens, chunk)), "position 11, layer -1")
           << "cache " << cache << ", chunk " << chunk;
     }
   }
 }
 
 TEST(BackendFinite, ADecodeStepThatIsNotFiniteIsNamedAndTheNextSequenceWorks) {
-  SpoiledModel model(config_to_spoil(), 4);
   // Rows beyond the greedy choice of the prompt do not matter: what the head makes of them is NaN for every position,
   // so the prompt's own logits are the first.
-  model.spoil(model.weights.token_embd, 299);
-  const cuda::PackedModel packed(model.weights, model_tensors(*model.file));
-  cuda::Backend backend(packed, small_options("bf16"));
+  const PoisonedModel poisoned(4, [](const cuda::PackedModel& packed) { poison_row(packed.token_embd(), 299); });
+  cuda::Backend backend(poisoned.packed, small_options("bf16"));
   cuda::Session session(backend);
   try {
     session.prefill(prompt(20), 16);
@@ -172,10 +231,8 @@ TEST(BackendFinite, ADecodeStepThatIsNotFiniteIsNamedAndTheNextSequenceWorks) {
 }
 
 TEST(BackendFinite, APromptAfterOneThatWasNotFiniteIsJudgedByItself) {
-  SpoiledModel model(config_to_spoil(), 4);
-  model.spoil(model.weights.token_embd, 31);
-  const cuda::PackedModel packed(model.weights, model_tensors(*model.file));
-  cuda::Backend backend(packed, small_options("tq4"));
+  const PoisonedModel poisoned(4, [](const cuda::PackedModel& packed) { poison_row(packed.token_embd(), 31); });
+  cuda::Backend backend(poisoned.packed, small_options("tq4"));
   Model<cuda::Backend> graph(backend);
   const auto bad = prompt(20);
   const std::vector<std::int32_t> good(20, 77);

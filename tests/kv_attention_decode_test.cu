@@ -120,7 +120,10 @@ TEST(KvDecodeGpu, KeysAndValuesHaveTheirScale) {
         const std::vector<double> expected = call.exact(codec, kv_len), sharper = call.exact(codec, kv_len, kSharper);
         const std::vector<float> out = call.run(kv_len);
         const std::string what = concat("head_dim ", head_dim, ", kv_len ", kv_len, ", ", v_bits, " bits");
-        EXPECT_TRUE(scale_close(out, expected, kScaleBound)) << "V, " << what;
+        // Of few keys one may have all of a head's weight, rounded to bf16 once: eight deviations of 2^-9 / sqrt(3) a
+        // head.
+        const double few = 8 * 0x1p-9 / std::sqrt(3.0 * static_cast<double>(n_head * n_query));
+        EXPECT_TRUE(scale_close(out, expected, kv_len < 1000 ? few : kScaleBound)) << "V, " << what;
         EXPECT_TRUE(stays_at(out, expected, sharper, kShareBound)) << "K, " << what;
         // Control: keys that are too large show.
         EXPECT_FALSE(stays_at(call.exact(codec, kv_len, 1.004f), expected, sharper, kShareBound)) << what;

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -133,9 +134,11 @@ TEST(CudaModelWeights, MatricesOfEveryTypeArrive) {
     EXPECT_TRUE(holds_file(model, retyped.weights())) << type_name(type);
     EXPECT_EQ(model.layer(0).gate_up.is_fused(), is_packed_type(type)) << type_name(type);
   }
-  std::size_t n_matrix = 0;
+  std::map<std::string, TensorType> types;  // of a matrix that is asked for twice
   const testkit::RetypedModel mixed(source, [&](const GgufTensor& tensor) {
-    return tensor.dims.size() > 1 ? std::optional(kWeightTypes[n_matrix++ / 2 % kWeightTypes.size()]) : std::nullopt;
+    if (tensor.dims.size() < 2) return std::optional<TensorType>();
+    const TensorType next = kWeightTypes[types.size() / 2 % kWeightTypes.size()];
+    return std::optional(types.try_emplace(tensor.name, next).first->second);
   });
   EXPECT_TRUE(holds_file(cuda::load_model(mixed.file()), mixed.weights()));
 }

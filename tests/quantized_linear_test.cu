@@ -99,6 +99,8 @@ RC_GTEST_PROP(QuantizedLinearGpu, AgreesWithTheReferenceInEveryFormat, ()) {
 
 /// No format has a factor that its bound would hide: against the product of the same 8-bit activations, whose sums on
 /// the device are exact in integers, so that float roundings are left, and a code here and there that lies on a tie.
+/// Such a code moves all rows alike where weights have an offset of one sign (Q4_1, Q5_1): by a step of some 0.02 in a
+/// sum of some 30, 1e-3.
 TEST(QuantizedLinearGpu, EveryFormatHasItsScale) {
   constexpr std::int64_t kToken = 4, kCols = 1024;
   const std::vector<float> x = random_activations(kToken * kCols, 7);
@@ -111,7 +113,8 @@ TEST(QuantizedLinearGpu, EveryFormatHasItsScale) {
   for (const TensorType type : kWeightTypes) {
     const OwnedMatrix matrix = random_weights(type, 1024, kCols, 8);
     const DeviceWeights weight(matrix);
-    EXPECT_TRUE(scale_close(multiply(x, weight.view()), exact(is_packed_type(type) ? rounded : x, matrix), 1e-4))
+    const double bound = type == TensorType::kQ4_1 || type == TensorType::kQ5_1 ? 1e-3 : 1e-4;
+    EXPECT_TRUE(scale_close(multiply(x, weight.view()), exact(is_packed_type(type) ? rounded : x, matrix), bound))
         << type_name(type);
   }
 }

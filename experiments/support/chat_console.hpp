@@ -93,7 +93,8 @@ class ChatConsole {
     } else if (name == "/save" || name == "/load") {
       std::cerr << name << ": chats cannot be saved yet, sorry; this one lasts until it ends\n";
     } else {
-      std::cerr << "There is no command " << gemma4::detail::printable(name) << "; /help lists them, and //... says /...\n";
+      std::cerr << "There is no command " << gemma4::detail::printable(name)
+                << "; /help lists them, and //... says /...\n";
     }
     return true;
   }
