@@ -433,7 +433,7 @@ TEST(KvCacheGpu, PositionsOutsideAreNotWritten) {
   const std::vector<std::byte> before = cache.memory().to_host();
   const DeviceBuffer<float> k(update.k), v(update.v), w(update.weight);
   const DeviceBuffer<std::int32_t> outside(std::vector<std::int32_t>{-1, 40, 47, 2147483647});
-  const KvCodec& codec = kv_codec_of<KvCodec>(256);
+  const KvCodec& codec = kv_codec_of<KvCodec>(256, update.options);
   kv_cache_update<float>(codec, update.view(k.data()), update.view(v.data()), w.data(), {outside.data(), 4, {}},
                          cache.records(), nullptr);
   EXPECT_TRUE(cache.memory().to_host() == before);
