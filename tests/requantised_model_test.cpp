@@ -61,6 +61,7 @@ ModelWeights with_swapped_nibbles(ModelWeights weights, std::deque<std::vector<s
     matrix.data = own;
   };
   swap(weights.token_embd);
+  swap(weights.output);
   for (LayerWeights& layer : weights.layers) {
     for (QuantizedMatrix* matrix : {&layer.attn_q, &layer.attn_k, &layer.attn_v, &layer.attn_output, &layer.ffn_gate,
                                     &layer.ffn_up, &layer.ffn_down}) {
