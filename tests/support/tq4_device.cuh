@@ -82,20 +82,4 @@ template <class TCodec>
           .rotation_roundings = std::log2(static_cast<double>(head_dim)) + 2};
 }
 
-/// attention_bound in a rotated space bounds the length of the error of a whole head vector: that is compared here, one
-/// number a vector, which is far sharper than the same bound on each of its elements.
-[[nodiscard]] inline testing::AssertionResult vectors_close(std::span<const float> actual,
-                                                            std::span<const double> exact,
-                                                            std::span<const double> bounds, std::int64_t head_dim) {
-  std::vector<double> length, bound;
-  const auto step = static_cast<std::size_t>(head_dim);
-  for (std::size_t first = 0; first < actual.size(); first += step) {
-    double squares = 0;
-    for (std::size_t i = first; i < first + step; ++i) squares += (actual[i] - exact[i]) * (actual[i] - exact[i]);
-    length.push_back(std::sqrt(squares));
-    bound.push_back(bounds[first]);
-  }
-  return close(length, std::vector<double>(length.size()), bound);
-}
-
 }  // namespace gemma4::testkit
