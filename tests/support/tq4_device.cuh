@@ -82,4 +82,11 @@ template <class TCodec>
           .rotation_roundings = std::log2(static_cast<double>(head_dim)) + 2};
 }
 
+/// How far a factor of a whole result may be from 1 where each of its n_vector head vectors may come from one key
+/// alone: that key's weight is rounded to bf16 once, by at most 2^-9 of itself and in no direction, so by 2^-9 /
+/// sqrt(3) in the mean square, and by 1 / sqrt(n_vector) of that all together. Eight deviations.
+[[nodiscard]] inline double lean_of_single_keys(std::int64_t n_vector) {
+  return 8 * 0x1p-9 / std::sqrt(3.0 * static_cast<double>(n_vector));
+}
+
 }  // namespace gemma4::testkit
