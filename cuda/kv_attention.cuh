@@ -3,10 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <numbers>
 #include <optional>
 #include <span>
 
@@ -60,10 +58,7 @@ struct KvAttentionPlan {
                                                        const AttentionOptions& options, const DeviceInfo& device,
                                                        const KvAttentionChoice& choice = {}) {
   const char* const who = "kv_attention";
-  AttentionOptions checked = options;  // how much of the cache a mask must cover is known at the call
-  if (checked.mask) checked.mask->shape[3] = std::max(checked.mask->shape[3], shape.buffer_len);
-  require_attention(who, shape, checked, std::nullopt);
-  require(shape.buffer_len < (std::int64_t{1} << 30), who, ": buffer_len ", shape.buffer_len, ", need below 2^30");
+  detail::require_record_shape(who, shape, options);
   KvAttentionPlan plan{.shape = shape};
   const bool decodes = format.has_codes() && shape.n_query <= kKvDecodeQueries;
   plan.path = choice.path.value_or(decodes ? KvPath::kDecode : KvPath::kPrefill);
@@ -83,69 +78,26 @@ namespace detail {
 /// Refuses a call that its plan was not made for.
 inline void require_kv_call(const KvAttentionCall& call, const KvAttentionPlan& plan, std::int64_t workspace_bytes) {
   const char* const who = "kv_attention";
-  const auto& [q, k_weight, cache, codec, options, kv_len, out] = call;
-  codec.require_fits(who, cache);
-  const AttentionShape found{.batch = q.extent[0],
-                             .n_query = q.extent[1],
-                             .n_head = q.extent[2],
-                             .n_head_kv = cache.n_head_kv,
-                             .head_dim = q.extent[3],
-                             .buffer_len = cache.buffer_len};
-  require_attention(who, found, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
-  require_extents(who, "out", out, {found.batch, found.n_query, found.n_head, found.head_dim});
-  require(cache.batch == found.batch && cache.head_dim == found.head_dim, who, ": the cache has batch ", cache.batch,
-          " and head_dim ", cache.head_dim, ", q has ", found.batch, " and ", found.head_dim);
-  require(found == plan.shape, who, ": the plan is of another shape; make it with plan_kv_attention()");
-  require(k_weight != nullptr && reinterpret_cast<std::uintptr_t>(k_weight) % 16 == 0, who,
+  call.codec.require_fits(who, call.cache);
+  require_record_call(who, "plan_kv_attention()", call, plan, workspace_bytes);
+  require(call.k_weight != nullptr && reinterpret_cast<std::uintptr_t>(call.k_weight) % 16 == 0, who,
           ": k_weight is null or not aligned to 16 bytes");
-  require_contiguous_rows(who, "q", q);
-  require_contiguous_rows(who, "out", out);
-  require_aligned(who, "q", q);
-  require_aligned(who, "out", out);
-  require(workspace_bytes >= plan.workspace_bytes, who, ": workspace ", workspace_bytes, " B, need ",
-          plan.workspace_bytes, " B; size it with plan_kv_attention()");
-  if (plan.path == KvPath::kDecode) {
-    require(plan.decode.tile.takes(cache.v_bits, cache.r_bits), who, ": the plan is for ", plan.decode.tile.v_bits,
-            " and ", plan.decode.tile.r_bits, " bits, the cache has ", cache.v_bits, " and ", cache.r_bits);
-    return;
+  if (plan.path == KvPath::kPrefill) {
+    return require_planned_rows(who, call.kv_len, plan.prefill.max_kv_len, call.cache.buffer_len);
   }
-  require(!kv_len.known() || kv_len.host <= plan.prefill.max_kv_len, who, ": kv_len ", kv_len.host,
-          " is above the plan's max_kv_len ", plan.prefill.max_kv_len);
-  require(kv_len.known() || kv_len.device != nullptr || plan.prefill.max_kv_len == found.buffer_len, who,
-          ": without kv_len all ", found.buffer_len, " rows count, the plan holds ", plan.prefill.max_kv_len);
+  require(plan.decode.tile.takes(call.cache.v_bits, call.cache.r_bits), who, ": the plan is for ",
+          plan.decode.tile.v_bits, " and ", plan.decode.tile.r_bits, " bits, the cache has ", call.cache.v_bits,
+          " and ", call.cache.r_bits);
 }
 
 [[nodiscard]] inline KvDecodeParams kv_decode_params(const KvAttentionCall& call, const KvAttentionPlan& plan,
                                                      std::span<std::byte> workspace, unsigned long long* work_count) {
   const AttentionShape& shape = plan.shape;
   KvDecodeParams params;
-  Tq4DecodeParams& base = params.base;
-  base.q = call.q.data;
-  base.out = call.out.data;
-  copy_strides(call.q, base.q_stride);
-  copy_strides(call.out, base.out_stride);
-  base.cache = {nullptr, shape.batch, shape.n_head_kv, shape.buffer_len, shape.head_dim};
-  base.rotation = call.codec.params().v_rotation;
-  base.levels.v_scale = kv_output_scale(call.codec);
-  base.kv_len = call.kv_len.device;
-  base.kv_len_host = static_cast<int>(call.kv_len.known() ? call.kv_len.host : shape.buffer_len);
-  if (call.options.mask) {
-    base.mask = static_cast<const std::uint8_t*>(call.options.mask->data);
-    base.mask_extent = call.options.mask->shape[3];
-  }
-  base.n_query = static_cast<int>(shape.n_query);
-  base.n_head_kv = static_cast<int>(shape.n_head_kv);
-  base.group = static_cast<int>(shape.group());
-  base.causal = call.options.causal;
-  base.causal_skip = call.options.causal_skip;
-  base.scale_log2 = call.options.scale * std::numbers::log2e_v<float>;
-  base.n_split = plan.decode.n_split;
-  base.n_row_tile = plan.decode.n_row_tile;
-  base.partial_o = reinterpret_cast<float*>(workspace.data());
-  base.partial_ml =
-      reinterpret_cast<float2*>(base.partial_o + std::int64_t{plan.decode.grid.x} * plan.decode.grid.y *
-                                                     plan.decode.combine_grid.z * kRowTile * shape.head_dim);
-  base.record_count = work_count;
+  params.base = record_decode_params(call, shape, plan.decode, workspace, work_count);
+  params.base.cache = {nullptr, shape.batch, shape.n_head_kv, shape.buffer_len, shape.head_dim};
+  params.base.rotation = call.codec.params().v_rotation;
+  params.base.levels.v_scale = kv_output_scale(call.codec);
   params.records = call.cache.data;
   params.v_bits = call.cache.v_bits;
   params.r_bits = call.cache.r_bits;

@@ -3,10 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <numbers>
 #include <optional>
 #include <span>
 
@@ -14,6 +12,7 @@
 #include "cuda/device/device_info.cuh"
 #include "cuda/tq4_attention/decode_launch.cuh"
 #include "cuda/tq4_attention/prefill.cuh"
+#include "cuda/tq4_attention/record_call.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/checks.hpp"
@@ -59,10 +58,7 @@ struct Tq4AttentionPlan {
                                                          const DeviceInfo& device,
                                                          const Tq4AttentionChoice& choice = {}) {
   const char* const who = "tq4_attention";
-  AttentionOptions checked = options;  // how much of the cache a mask must cover is known at the call
-  if (checked.mask) checked.mask->shape[3] = std::max(checked.mask->shape[3], shape.buffer_len);
-  require_attention(who, shape, checked, std::nullopt);
-  require(shape.buffer_len < (std::int64_t{1} << 30), who, ": buffer_len ", shape.buffer_len, ", need below 2^30");
+  detail::require_record_shape(who, shape, options);
   Tq4AttentionPlan plan{.shape = shape};
   plan.path = choice.path.value_or(shape.n_query <= kTq4DecodeQueries ? Tq4Path::kDecode : Tq4Path::kPrefill);
   if (plan.path == Tq4Path::kDecode) {
@@ -86,59 +82,18 @@ struct Tq4AttentionPlan {
 inline void tq4_attention(const Tq4AttentionCall& call, const Tq4AttentionPlan& plan, std::span<std::byte> workspace,
                           cudaStream_t stream, unsigned long long* work_count = nullptr) {
   const char* const who = "tq4_attention";
-  const auto& [q, cache, codec, options, kv_len, out] = call;
-  const AttentionShape& shape = plan.shape;
-  require_tq4_records(who, cache);
-  require(codec.head_dim() == cache.head_dim, who, ": codec of head_dim ", codec.head_dim(), ", the cache has ",
-          cache.head_dim);
-  const AttentionShape found{.batch = q.extent[0],
-                             .n_query = q.extent[1],
-                             .n_head = q.extent[2],
-                             .n_head_kv = cache.n_head_kv,
-                             .head_dim = q.extent[3],
-                             .buffer_len = cache.buffer_len};
-  require_attention(who, found, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
-  require_extents(who, "out", out, {found.batch, found.n_query, found.n_head, found.head_dim});
-  require(cache.batch == found.batch && cache.head_dim == found.head_dim, who, ": the cache has batch ", cache.batch,
-          " and head_dim ", cache.head_dim, ", q has ", found.batch, " and ", found.head_dim);
-  require(found == shape, who, ": the plan is of another shape; make it with plan_tq4_attention()");
-  require_contiguous_rows(who, "q", q);
-  require_contiguous_rows(who, "out", out);
-  detail::require_aligned(who, "q", q);
-  detail::require_aligned(who, "out", out);
-  require(static_cast<std::int64_t>(workspace.size()) >= plan.workspace_bytes, who, ": workspace ", workspace.size(),
-          " B, need ", plan.workspace_bytes, " B; size it with plan_tq4_attention()");
+  require_tq4_records(who, call.cache);
+  require(call.codec.head_dim() == call.cache.head_dim, who, ": codec of head_dim ", call.codec.head_dim(),
+          ", the cache has ", call.cache.head_dim);
+  detail::require_record_call(who, "plan_tq4_attention()", call, plan, static_cast<std::int64_t>(workspace.size()));
   if (plan.path == Tq4Path::kPrefill) {
     return tq4_attention_prefill(call, plan.prefill, workspace, stream, work_count);
   }
-  detail::Tq4DecodeParams params;
-  params.q = q.data;
-  params.out = out.data;
-  detail::copy_strides(q, params.q_stride);
-  detail::copy_strides(out, params.out_stride);
-  params.cache = cache;
-  params.rotation = codec.rotation().params();
-  params.levels = detail::decode_levels_of(codec);
-  params.kv_len = kv_len.device;
-  params.kv_len_host = static_cast<int>(kv_len.known() ? kv_len.host : shape.buffer_len);
-  if (options.mask) {
-    params.mask = static_cast<const std::uint8_t*>(options.mask->data);
-    params.mask_extent = options.mask->shape[3];
-  }
-  params.n_query = static_cast<int>(shape.n_query);
-  params.n_head_kv = static_cast<int>(shape.n_head_kv);
-  params.group = static_cast<int>(shape.group());
-  params.causal = options.causal;
-  params.causal_skip = options.causal_skip;
-  params.scale_log2 = options.scale * std::numbers::log2e_v<float>;
-  params.n_split = plan.decode.n_split;
-  params.n_row_tile = plan.decode.n_row_tile;
-  params.partial_o = reinterpret_cast<float*>(workspace.data());
-  params.partial_ml =
-      reinterpret_cast<float2*>(params.partial_o + std::int64_t{plan.decode.grid.x} * plan.decode.grid.y *
-                                                       plan.decode.grid.z * detail::kRowTile * shape.head_dim);
-  params.record_count = work_count;
-  detail::launch_tq4_decode(plan.decode, params, codec.k_bytes() && codec.v_bytes(), stream);
+  detail::Tq4DecodeParams params = detail::record_decode_params(call, plan.shape, plan.decode, workspace, work_count);
+  params.cache = call.cache;
+  params.rotation = call.codec.rotation().params();
+  params.levels = detail::decode_levels_of(call.codec);
+  detail::launch_tq4_decode(plan.decode, params, call.codec.k_bytes() && call.codec.v_bytes(), stream);
 }
 
 }  // namespace gemma4::cuda

@@ -13,6 +13,7 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/notes.hpp"
+#include "experiments/support/weight_mix.hpp"
 #include "gemma4/config_json.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
@@ -35,16 +36,17 @@ bool is_gguf(const std::string& name) {
   return stream.gcount() == sizeof(magic) && std::string_view(magic, sizeof(magic)) == kGgufMagic;
 }
 
-/// A GGUF file, a shape by name, or a .json file of dimensions.
-Model load_model(const std::string& name) {
+/// A GGUF file; or a shape by name or a .json file of dimensions, whose matrices are of the types of `mix`.
+Model load_model(const std::string& name, const std::optional<std::string>& mix) {
   if (is_gguf(name) || name.ends_with(".gguf")) {
+    require(!mix, "--mix ", mix.value_or(""), ": a file says itself of what types its matrices are");
     const GgufFile file = GgufFile::open(name);
     const ModelConfig config = weights_from_gguf(file).config;  // a part of a model has no plan
     show_notes(model_notes(file));
     return {config, model_tensors(file)};
   }
   const ModelConfig config = config_from_name(name);
-  return {config, model_tensors(config)};
+  return {config, model_tensors(config, std::nullopt, parse_mix(mix.value_or("q4_k_m")))};
 }
 
 /// Bytes from a number with an optional unit: 24GB, 23GiB, 512MiB, 1000000.
@@ -106,9 +108,10 @@ int run(int argc, char** argv) {
   driver.backend = "cuda";
   driver.caches = {"tq4"};
   driver.out = "-";
-  std::string model_name, limit_text;
+  std::string model_name, limit_text, mix = "q4_k_m";
   MemoryPlanOptions options;
   app.add_option("--model", model_name, "GGUF file; or 31b, 12b, nano, tiny or a .json file of dimensions")->required();
+  CLI::Option* const of_mix = add_mix(app, mix, "Types of the matrices of a model that is no file");
   add_backend(app, driver);
   CLI::Option* const context = add_tokens(app, "--context", options.context,
                                           "Positions that the caches hold; the model's own where it has fewer");
@@ -122,7 +125,7 @@ int run(int argc, char** argv) {
   options.target = driver.backend == "cuda" ? PlanTarget::kCuda : PlanTarget::kReference;
   options.cache = parse_cache_spec(driver.caches.front());
   const std::optional<std::int64_t> limit = limit_text.empty() ? std::nullopt : std::optional(parse_bytes(limit_text));
-  const Model model = load_model(model_name);
+  const Model model = load_model(model_name, of_mix->count() > 0 ? std::optional(mix) : std::nullopt);
   if (context->count() == 0) options.context = std::min(options.context, model.config.context);
   require(options.context <= model.config.context, "--context ", options.context, ": the model was trained for ",
           model.config.context, " positions");

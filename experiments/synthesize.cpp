@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/weight_mix.hpp"
 #include "gemma4/config_json.hpp"
 #include "gemma4/report/progress.hpp"
 #include "gemma4/synthetic/synthetic_model.hpp"
@@ -24,16 +25,6 @@ std::optional<TensorType> parse_weight_type(const std::string& name) {
     if (name == type_name(type)) return type;
   }
   return std::nullopt;
-}
-
-WeightMix parse_mix(const std::string& name) {
-  return std::ranges::find(kWeightMixes, std::string_view(name), &WeightMixInfo::name)->mix;
-}
-
-std::vector<std::string> mix_names() {
-  std::vector<std::string> names;
-  for (const WeightMixInfo& info : kWeightMixes) names.emplace_back(info.name);
-  return names;
 }
 
 /// Bytes from a number with a unit of gguf-split's kind: 5G, 500M, 1000000; 0 for anything else.
@@ -62,16 +53,14 @@ void run(int argc, char** argv) {
   std::int64_t n_layer = 0;
   app.add_option("--shape", shape, "31b, 12b, nano, tiny or a .json file of dimensions")->required();
   app.add_option("--out", driver.out, "GGUF file to write")->required();
-  CLI::Option* const add_mix =
-      app.add_option("--mix", mix,
-                     "Types of the matrices, as published files mix them. q4_k_m: Q4_K and some Q6_K, 17.4 GiB for the "
-                     "31b. qat-q4_0: Q4_0, as weights trained for it are published, 16.4 GiB. The embedding is Q6_K in "
-                     "both, norms are F32")
-          ->check(CLI::IsMember(mix_names()))
-          ->capture_default_str();
+  CLI::Option* const of_mix =
+      add_mix(app, mix,
+              "Types of the matrices, as published files mix them. q4_k_m: Q4_K and some Q6_K, 17.4 GiB for the 31b. "
+              "qat-q4_0: Q4_0, as weights trained for it are published, 16.4 GiB. The embedding is Q6_K in both, norms "
+              "are F32");
   app.add_option("--type", type, "One type for all matrices, the embedding too, instead of a mix; Q4_K_M: q4_k_m")
       ->check(CLI::IsMember({"Q4_K_M", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
-      ->excludes(add_mix)
+      ->excludes(of_mix)
       ->capture_default_str();
   add_whole(app, "--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all", {0, 4096});
   app.add_option("--split-max-size", split,

@@ -11,6 +11,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/config_json.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/error.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/float16.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/fnv1a.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/block_dequantise.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/block_formats.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/block_quantise.hpp"

@@ -220,24 +220,12 @@ RC_GTEST_PROP(Bf16AttentionGpu, AnySplitAgreesWithOne, (const AttentionCase& c))
   rc_require(same_bits(subject.attend(c.options(), c.kv_len), many), "twice");
 }
 
-AttentionCase example(std::int64_t head_dim, std::int64_t group, std::int64_t n_query, std::int64_t kv_len) {
-  return {.shape = {.batch = 1,
-                    .n_query = n_query,
-                    .n_head = 2 * group,
-                    .n_head_kv = 2,
-                    .head_dim = head_dim,
-                    .buffer_len = kv_len + 70},
-          .kv_len = kv_len,
-          .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
-          .seed = 11};
-}
-
 TEST(Bf16AttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
   const DeviceInfo device = current_device();
   for (const FlashTile& tile : kFlashTiles) {
     if (tile.smem_bytes() > device.smem_limit_bytes) continue;
     for (const int n_split : {1, 3}) {
-      const AttentionCase c = example(tile.head_dim, 6, 5, 200);
+      const AttentionCase c = example_case(tile.head_dim, 6, 5, 200);
       const FlashPath path = tile.warps_m == 1 ? FlashPath::kDecode : FlashPath::kPrefill;
       const DeviceSubject subject(c, {.choice = {.path = path, .tile = tile, .n_split = n_split}});
       EXPECT_TRUE(
@@ -255,7 +243,7 @@ TEST(Bf16AttentionGpu, EdgesOfTheWgmmaTiles) {
       for (const std::int64_t n_query : {1, 7, 8, 9, 17, 65}) {
         for (const std::int64_t more : {0, 1, 63, 64, 128}) {
           if (group == 64 && n_query > 9) continue;
-          const AttentionCase c = example(head_dim, group, n_query, n_query + more);
+          const AttentionCase c = example_case(head_dim, group, n_query, n_query + more);
           const DeviceSubject subject(c, {.choice = {.path = FlashPath::kWgmma}});
           EXPECT_TRUE(
               close_to_exact(subject, subject.attend(c.options(), c.kv_len), subject.exact(sees_of(c)), head_dim))
@@ -270,7 +258,7 @@ TEST(Bf16AttentionGpu, EdgesOfTheWgmmaTiles) {
 TEST(Bf16AttentionGpu, ClampAndSkipVisitFewerTiles) {
   for (const FlashPath path : {FlashPath::kPrefill, FlashPath::kWgmma}) {
     if (path == FlashPath::kWgmma && current_device().compute_capability != 90) continue;
-    AttentionCase c = example(256, 2, 1024, 1024);
+    AttentionCase c = example_case(256, 2, 1024, 1024);
     c.shape.buffer_len = 4096;
     const DeviceSubject subject(c, {.choice = {.path = path}});
     AttentionOptions without = c.options();
@@ -290,7 +278,7 @@ TEST(Bf16AttentionGpu, NoKeysGiveZeros) {
   for (const FlashPath path : {FlashPath::kDecode, FlashPath::kPrefill, FlashPath::kWgmma}) {
     if (path == FlashPath::kWgmma && current_device().compute_capability != 90) continue;
     for (const std::int64_t head_dim : {256, 512}) {
-      AttentionCase c = example(head_dim, 4, 30, 100);
+      AttentionCase c = example_case(head_dim, 4, 30, 100);
       c.causal = false;
       const DeviceSubject subject(c, {.choice = {.path = path}});
       EXPECT_TRUE(same_bits(subject.attend(c.options(), 0), std::vector<float>(static_cast<std::size_t>(c.q_size()))));
@@ -306,7 +294,7 @@ TEST(Bf16AttentionGpu, NoKeysGiveZeros) {
 
 /// One graph serves every kv_len, and every replay gives the bits of an eager call.
 TEST(Bf16AttentionGpu, GraphReplaysWhileTheCacheGrows) {
-  const AttentionCase c = example(512, 8, 1, 700);
+  const AttentionCase c = example_case(512, 8, 1, 700);
   const AttentionShape& s = c.shape;
   const DeviceBuffer<Bf16> q(narrow(c.q())), k(narrow(c.k())), v(narrow(c.v()));
   DeviceBuffer<Bf16> out(c.q_size());

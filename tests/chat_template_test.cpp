@@ -60,11 +60,11 @@ TEST(ChatTemplate, TwoAnswersInARowAreOneTurn) {
 }
 
 TEST(ChatTemplate, BlanksOfUnicodeAreTrimmedAndNoOthers) {
-  EXPECT_EQ(detail::trimmed("\u00a0\u3000 a\u00a0b \u2003\u00a0"), "a\u00a0b");
-  EXPECT_EQ(detail::trimmed("\u3000"), "");
-  EXPECT_EQ(detail::trimmed("\u200b a\ufeff"), "\u200b a\ufeff");
-  EXPECT_EQ(detail::trimmed("\xA0"
-                            "a\x80"),
+  EXPECT_EQ(detail::without_blanks("\u00a0\u3000 a\u00a0b \u2003\u00a0"), "a\u00a0b");
+  EXPECT_EQ(detail::without_blanks("\u3000"), "");
+  EXPECT_EQ(detail::without_blanks("\u200b a\ufeff"), "\u200b a\ufeff");
+  EXPECT_EQ(detail::without_blanks("\xA0"
+                                   "a\x80"),
             "\xA0"
             "a\x80")
       << "a byte alone is no blank";

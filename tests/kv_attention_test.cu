@@ -12,6 +12,7 @@
 #include "tests/support/attention_promises.hpp"
 #include "tests/support/bf16_values.hpp"
 #include "tests/support/kv_device.cuh"
+#include "tests/support/record_decode_promises.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/tq4_device.cuh"
 
@@ -205,12 +206,6 @@ class DeviceSubject {
   mutable unsigned long long n_record_ = 0;
 };
 
-/// A case, and the plan that it takes.
-struct Drawn {
-  AttentionCase c;
-  Fixed fixed = {};
-};
-
 KvOptions some_format() {
   const int known = *rc::gen::inRange(0, 4);  // half of the time a width that has a kernel of its own
   if (known < 2) return {.v_bits = 4 + known};
@@ -220,107 +215,19 @@ KvOptions some_format() {
           .r_bits = *rc::gen::inRange(3, 7)};
 }
 
-/// A decode case: few queries, and a random number of splits, format and memory limit.
-Drawn decode_case(const AttentionCase& original) {
-  Drawn drawn{original};
-  AttentionCase& c = drawn.c;
-  c.shape.n_query = std::clamp<std::int64_t>(c.shape.n_query, 1, kKvDecodeQueries);
-  c.kv_len = std::max(c.kv_len, c.shape.n_query);
-  c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len + 1);
-  if (*rc::gen::arbitrary<bool>()) drawn.fixed.choice.decode.n_split = *rc::gen::inRange(1, 40);
-  drawn.fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
-  drawn.fixed.format = some_format();
-  RC_LOG() << "kv" << drawn.fixed.format.v_bits << "r" << drawn.fixed.format.r_bits << ", " << c << '\n';
-  return drawn;
-}
-
-/// Few keys of even weights, so that each of them matters far above the bounds.
-AttentionCase control_case(AttentionCase c) {
-  c = even_case(c);
-  c.shape.n_query = std::min<std::int64_t>(c.shape.n_query, kKvDecodeQueries);
-  c.kv_len = std::min<std::int64_t>(c.kv_len, c.shape.n_query + 7);
-  c.shape.buffer_len = c.kv_len + 3;
-  return c;
-}
-
-/// Control: an oracle whose causal diagonal is one key too short does not agree.
-RC_GTEST_PROP(KvAttentionGpu, DecodeAgreesWithTheNaiveLoopOnRebuiltRows, (const AttentionCase& original)) {
-  const auto [c, fixed] = decode_case(original);
-  const DeviceSubject subject(c, fixed);
-  rc_require(subject.compare(subject.attend(c.options(), c.kv_len), subject.exact(sees_of(c))));
-  const AttentionCase few = control_case(c);
-  const DeviceSubject control(few, fixed);
-  const std::vector<float> out = control.attend(few.options(), few.kv_len);
-  rc_require(control.compare(out, control.exact(sees_of(few))), "few keys");
-  const Sees one_short = [&few](std::int64_t, std::int64_t t, std::int64_t j) { return j < few.limit(t) - 1; };
-  RC_ASSERT(!control.compare(out, control.exact(one_short)));
-}
-RC_GTEST_PROP(KvAttentionGpu, GarbageTailIsNeverRead, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  garbage_tail_is_never_read<DeviceSubject>(drawn.c, drawn.fixed);
-}
-RC_GTEST_PROP(KvAttentionGpu, ClampEqualsSlice, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  clamp_equals_slice<DeviceSubject>(drawn.c, drawn.fixed);
-}
-RC_GTEST_PROP(KvAttentionGpu, CausalSkipChangesNothing, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  causal_skip_changes_nothing<DeviceSubject>(drawn.c, drawn.fixed);
-}
-/// Queries in pieces, each with the kv_len it then has, are what one call gives. Control: a piece with the kv_len of
-/// the whole call is not.
-RC_GTEST_PROP(KvAttentionGpu, AnyChunkSizeAgrees, (const AttentionCase& original)) {
-  auto [c, fixed] = decode_case(original);
-  c.causal = true;
-  c.shape.batch = 1;
-  c.shape.n_query = *rc::gen::inRange<std::int64_t>(2, kKvDecodeQueries + 1);
-  c = control_case(c);
-  const DeviceSubject subject(c, fixed);
-  const NaiveAttention exact = subject.exact(sees_of(c));
-  const auto first = *rc::gen::inRange<std::int64_t>(1, c.shape.n_query);
-  const std::int64_t second = c.shape.n_query - first;
-  std::vector<float> joined = subject.attend(c.options(), c.kv_len - second, 0, first);
-  RC_ASSERT(!subject.compare(subject.attend(c.options(), c.kv_len, 0, first), exact));
-  const std::vector<float> tail = subject.attend(c.options(), c.kv_len, first, second);
-  joined.insert(joined.end(), tail.begin(), tail.end());
-  rc_require(subject.compare(joined, exact));
-}
-RC_GTEST_PROP(KvAttentionGpu, MaskHidesKeys, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  mask_hides_keys<DeviceSubject>(drawn.c, drawn.fixed);
-}
-RC_GTEST_PROP(KvAttentionGpu, MaskedGarbageHasNoInfluence, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  masked_garbage_has_no_influence<DeviceSubject>(drawn.c, drawn.fixed);
-}
-RC_GTEST_PROP(KvAttentionGpu, SameCallGivesSameBits, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  same_call_gives_same_bits<DeviceSubject>(drawn.c, drawn.fixed);
-}
-
-RC_GTEST_PROP(KvAttentionGpu, AnySplitAgreesWithOne, (const AttentionCase& original)) {
-  auto [c, fixed] = decode_case(original);
-  fixed.choice.decode.n_split = 1;
-  const DeviceSubject subject(c, fixed);
-  const std::vector<float> one = subject.attend(c.options(), c.kv_len);
-  fixed.choice.decode.n_split = *rc::gen::inRange(2, 300);
-  const std::vector<float> many = DeviceSubject(c, fixed).attend(c.options(), c.kv_len);
-  std::vector<double> bounds = subject.bounds(subject.exact(sees_of(c)));
-  for (double& bound : bounds) bound *= 2;  // each is within one bound of the exact result
-  rc_require(vectors_close(many, std::vector<double>(one.begin(), one.end()), bounds, c.shape.head_dim));
-}
-
-AttentionCase example(std::int64_t head_dim, std::int64_t group, std::int64_t n_query, std::int64_t kv_len) {
-  return {.shape = {.batch = 1,
-                    .n_query = n_query,
-                    .n_head = 2 * group,
-                    .n_head_kv = 2,
-                    .head_dim = head_dim,
-                    .buffer_len = kv_len + 70},
-          .kv_len = kv_len,
-          .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
-          .seed = 11};
-}
+/// tests/support/record_decode_promises.hpp holds it to its list.
+struct KvDecode {
+  using Subject = DeviceSubject;
+  using Fixed = cuda::Fixed;
+  static constexpr std::int64_t kMostQueries = kKvDecodeQueries;
+  [[nodiscard]] static Fixed draw() {
+    const Fixed fixed{.format = some_format()};
+    RC_LOG() << "kv" << fixed.format.v_bits << "r" << fixed.format.r_bits << '\n';
+    return fixed;
+  }
+  [[nodiscard]] static Fixed usual() { return {}; }
+};
+INSTANTIATE_TYPED_TEST_SUITE_P(KvGpu, RecordDecode, KvDecode);
 
 std::string name_of(const KvDecodeTile& tile, const KvOptions& format) {
   return concat("tile d", tile.head_dim, " of ", tile.v_bits, "/", tile.r_bits, " bits, warps ", tile.team_warps, " x ",
@@ -338,7 +245,7 @@ TEST(KvAttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
                                     KvOptions{.v_bits = 6, .r_bits = 5}, KvOptions{.v_bits = 5, .r_bits = 3}}) {
       if (!tile.takes(format.v_bits, format.r_bits)) continue;
       for (const int n_split : {1, 3}) {
-        const AttentionCase c = example(tile.head_dim, 6, 3, 700);
+        const AttentionCase c = example_case(tile.head_dim, 6, 3, 700);
         const DeviceSubject subject(
             c, {.choice = {.path = KvPath::kDecode, .decode = {.tile = tile, .n_split = n_split}}, .format = format});
         const std::vector<float> out = subject.attend(c.options(), c.kv_len);
@@ -355,7 +262,7 @@ TEST(KvAttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
 TEST(KvAttentionGpu, OneKeyGivesItsValue) {
   for (const std::int64_t head_dim : {64, 128, 256, 512}) {
     for (const int v_bits : {3, 4, 5, 6}) {
-      AttentionCase c = example(head_dim, 8, 1, 1);
+      AttentionCase c = example_case(head_dim, 8, 1, 1);
       const DeviceSubject subject(c, {.format = {.v_bits = v_bits}});
       EXPECT_TRUE(subject.compare(subject.attend(c.options(), 1), subject.exact(sees_of(c))))
           << head_dim << ", " << v_bits << " bits";
@@ -368,7 +275,7 @@ TEST(KvAttentionGpu, OneKeyGivesItsValue) {
 TEST(KvAttentionGpu, FaultsOfTheQueryShow) {
   using Fault = DeviceSubject::Fault;
   for (const std::int64_t head_dim : {64, 128, 256, 512}) {
-    AttentionCase c = example(head_dim, 8, 2, 200);
+    AttentionCase c = example_case(head_dim, 8, 2, 200);
     c.scale *= 2.0f;
     const DeviceSubject subject(c, {});
     const std::vector<float> out = subject.attend(c.options(), c.kv_len);
@@ -377,36 +284,6 @@ TEST(KvAttentionGpu, FaultsOfTheQueryShow) {
       EXPECT_FALSE(subject.compare(out, subject.exact(sees_of(c), fault)))
           << head_dim << ", fault " << static_cast<int>(fault);
     }
-  }
-}
-
-/// The clamp and the skip save work, counted in records, not in time.
-TEST(KvAttentionGpu, ClampAndSkipVisitFewerRecords) {
-  AttentionCase c = example(256, 8, 2, 1025);  // the last record holds one key, which only the last query sees
-  c.shape.buffer_len = 4096;
-  const DeviceSubject subject(c);
-  AttentionOptions without = c.options();
-  without.causal_skip = false;
-  const auto units = 2u * 2u;  // KV heads and groups of eight rows
-  (void)subject.attend(c.options(), c.kv_len);
-  EXPECT_EQ(subject.n_record(), units * 65u - 2u);
-  (void)subject.attend(without, c.kv_len);
-  EXPECT_EQ(subject.n_record(), units * 65u);
-  (void)subject.attend(without, std::nullopt);
-  EXPECT_EQ(subject.n_record(), units * 256u);
-}
-
-TEST(KvAttentionGpu, NoKeysGiveZeros) {
-  for (const std::int64_t head_dim : {64, 128, 256, 512}) {
-    AttentionCase c = example(head_dim, 4, 4, 100);
-    c.causal = false;
-    const DeviceSubject subject(c);
-    EXPECT_TRUE(same_bits(subject.attend(c.options(), 0), std::vector<float>(static_cast<std::size_t>(c.q_size()))));
-    c.causal = true;  // fewer keys than queries: the first queries stand before the first key
-    const std::vector<float> out = DeviceSubject(c).attend(c.options(), 3);
-    const std::size_t row = static_cast<std::size_t>(c.shape.n_head * head_dim);
-    EXPECT_TRUE(same_bits(std::span(out).first(row), std::vector<float>(row)));
-    EXPECT_NE(out[row], 0.0f);
   }
 }
 

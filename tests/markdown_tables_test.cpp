@@ -90,6 +90,26 @@ TEST_F(MarkdownTables, WhatWasNotMeasuredIsADashButNotAWholeColumn) {
       std::string::npos);
 }
 
+TEST_F(MarkdownTables, WhatOnlySomeTablesHaveIsAskedOfThoseAlone) {
+  const std::string query =
+      "if there: mode=graph\nrows: cache\ncolumn: rate | rate | %.0f | depth=512\n"
+      "column: of a copy | of_copy | %.2f | depth=512 | if there";
+  EXPECT_NE(table(query).find("| cache | rate |\n|---|---|\n| tq4 | 173 |\n| bf16 | 200 |\n"), std::string::npos)
+      << table(query);
+  write("rates/newer.csv",
+        "git_sha,utc,gpu,cache,depth,mode,rate,of_copy\nbbbbbbbbbb,2026-02-01,GPU,tq4,512,graph,181,0.75\n"
+        "bbbbbbbbbb,2026-02-01,GPU,tq4,512,eager,150,0.5\n");
+  EXPECT_NE(table(query).find("| cache | rate | of a copy |\n|---|---|---|\n| tq4 | 181 | 0.75 |\n\nFrom [rates/newer"),
+            std::string::npos)
+      << table(query);
+  // Under `where` and without `if there` older tables are passed over, and two modes are two rows.
+  EXPECT_NE(table("where: mode=eager\nrows: cache\ncolumn: rate | rate | %.0f").find("| tq4 | 150 |"),
+            std::string::npos);
+  EXPECT_NE(refusal("<!-- table: rates\nrows: cache\ncolumn: rate | rate | %.0f | depth=512\n-->\n<!-- end -->\n")
+                .find("narrow the query"),
+            std::string::npos);
+}
+
 TEST_F(MarkdownTables, WhatWasWantedIsHeldAgainstTheNewestRow) {
   const std::string lines = page("<!-- wanted: wanted.csv -->\n<!-- end -->\n");
   const std::string link = "[rates/card-a.csv](rates/card-a.csv)";
@@ -109,6 +129,7 @@ TEST_F(MarkdownTables, FilesAreListedWithWhatMeasuredThem) {
             lines.npos)
       << lines;
   EXPECT_NE(lines.find("rates/older.csv"), lines.npos);
+  EXPECT_NE(page("<!-- files: not_yet, rates -->\n<!-- end -->\n").find("rates/older.csv"), std::string::npos);
 }
 
 TEST_F(MarkdownTables, ARefusalNamesThePageAndTheLine) {
@@ -123,7 +144,7 @@ TEST_F(MarkdownTables, ARefusalNamesThePageAndTheLine) {
   says("<!-- table: rates\nrows: cache\ncolumn: a | speed" + end, "no table has these columns");
   says("<!-- table: rates\nwhere: cache=f32\nrows: cache\ncolumn: a | rate" + end, "no table has these columns");
   says("<!-- table: rates\nrows: cache" + end, "at least one column");
-  says("<!-- table: rates\nrows: cache\nround: 2" + end, "expected where:, rows: or column:");
+  says("<!-- table: rates\nrows: cache\nround: 2" + end, "expected where:, if there:, rows: or column:");
   says("<!-- table: rates\nrows: cache\ncolumn: rate" + end, "expected header | measure | format");
   says("<!-- table: rates\nrows: cache\ncolumn: a | rate | %.1f | times" + end, "expected column=value");
   says("<!-- wanted: wanted.csv\nwhere: section=z" + end, "no such lines");

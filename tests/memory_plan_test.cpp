@@ -118,6 +118,31 @@ TEST(MemoryPlan, Tq4CacheOnTheDeviceIsWholeRecordsOf16) {
   }
 }
 
+/// The model's whole context: what one vector for K and V is for.
+TEST(MemoryPlan, CudaRunsOf31BAt262144FitWhatIsClaimed) {
+  const auto total = [](const char* cache, gemma4::WeightMix mix) {
+    const gemma4::ModelConfig config = gemma4::gemma4_31b();
+    return static_cast<double>(gemma4::plan_memory(config, gemma4::model_tensors(config, std::nullopt, mix),
+                                                   {.context = 262144, .cache = gemma4::parse_cache_spec(cache)})
+                                   .total_bytes()) /
+           kGiB;
+  };
+  using enum gemma4::WeightMix;
+  EXPECT_LT(total("kv5r4", kQ4KM), 23.4);
+  EXPECT_LT(total("kv4r4", kQ4KM), 22.8);
+  EXPECT_LT(total("kv5r4", kQatQ40), 22.4);  // 22.36; under 22.3 with kv4r4 alone
+  EXPECT_LT(total("kv4r4", kQatQ40), 22.3);
+  EXPECT_GT(total("tq4", kQ4KM), 24.5) << "the control";
+  MemoryPlanOptions options{.context = 262144, .cache = gemma4::parse_cache_spec("kv5r4")};
+  EXPECT_EQ(plan_31b(options).bytes("cache_full"), 10LL * 4 * 262144 * 388);
+  options.cache = gemma4::parse_cache_spec("kv4r4");
+  EXPECT_EQ(plan_31b(options).bytes("cache_full"), 10LL * 4 * 262144 * 324);
+  for (const std::int64_t context : {1, 15, 16, 17, 100}) {
+    options.context = context;
+    EXPECT_EQ(plan_31b(options).bytes("cache_full"), 10 * 4 * ((context + 15) / 16) * 16 * 324) << "whole records";
+  }
+}
+
 TEST(MemoryPlan, CudaRunOf31BAt131072FitsIn22GiB) {
   const auto plan = plan_31b({});
   EXPECT_TRUE(plan.fits(22 * kGiB)) << plan.total_bytes();

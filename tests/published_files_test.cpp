@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
+#include <fstream>
 #include <iterator>
 #include <optional>
 #include <string>
@@ -18,6 +20,7 @@
 #include "gemma4/model/weights.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/plan/step_bytes.hpp"
+#include "gemma4/synthetic/synthetic_model.hpp"
 #include "gemma4/text/chat_template.hpp"
 #include "gemma4/text/tokenizer.hpp"
 #include "reference/backend.hpp"
@@ -25,6 +28,7 @@
 #include "tests/support/gguf_edit.hpp"
 #include "tests/support/micro_file.hpp"
 #include "tests/support/model_logits.hpp"
+#include "tests/support/temp_dir.hpp"
 
 /// Files as people have them, each the micro model with one thing changed: what is right for it, and the unchanged
 /// model as the control.
@@ -246,6 +250,40 @@ TEST(PublishedFiles, AnOutputMatrixOfAnotherShapeIsRefused) {
   });
   EXPECT_TRUE(holds(shorter.refusal(), "'output.weight' has dimensions [256, 300], expected [256, 320]"))
       << shorter.refusal();
+}
+
+// ---- a model in parts
+
+/// `synthesize --split-max-size`: each tensor in a part of its own, several, one of all; prefill in chunks, then
+/// decode.
+TEST(PublishedFiles, LogitsOfAModelInPartsAreThoseOfTheWholeBitForBit) {
+  const testkit::TempDir folder;
+  const auto logits = [](const std::filesystem::path& path) {
+    const GgufFile file = GgufFile::open(path);
+    const ModelWeights weights = weights_from_gguf(file);
+    reference::Backend<float> backend(weights, {.cache = Tq4Format{}, .context = 64, .max_chunk = 32});
+    return testkit::logits_of(backend, kIds, {5, 3, 1});
+  };
+  for (const WeightMixInfo& info : kWeightMixes) {
+    SyntheticOptions options{.seed = 3, .mix = info.mix};
+    write_synthetic_model(folder.file("one.gguf"), testkit::micro_config(), options);
+    const std::vector<float> whole = logits(folder.file("one.gguf"));
+    for (const std::int64_t limit : {std::int64_t{1}, std::int64_t{100'000}, std::int64_t{1} << 40}) {
+      options.split_max_bytes = limit;
+      const auto files = write_synthetic_model(folder.file("m.gguf"), testkit::micro_config(), options);
+      EXPECT_EQ(files.size() == 1, limit > 1'000'000) << limit;
+      EXPECT_TRUE(testkit::same_rows(logits(files.front()), whole)) << info.name << ", parts of " << limit << " B";
+      // Control: a byte of the last tensor.
+      std::fstream last(files.back(), std::ios::binary | std::ios::in | std::ios::out);
+      last.seekg(-40, std::ios::end);
+      const char byte = static_cast<char>(last.get() ^ 0x15);
+      last.seekp(-40, std::ios::end);
+      last.put(byte);
+      last.close();
+      EXPECT_FALSE(testkit::same_rows(logits(files.front()), whole))
+          << info.name << ", parts of " << limit << " B, spoiled";
+    }
+  }
 }
 
 // ---- a tokenizer shorter than the embedding

@@ -11,6 +11,7 @@
 #include "reference/tq4_attention.hpp"
 #include "tests/support/attention_promises.hpp"
 #include "tests/support/bf16_values.hpp"
+#include "tests/support/record_decode_promises.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/tq4_device.cuh"
 
@@ -194,110 +195,15 @@ class DeviceSubject {
   mutable unsigned long long n_record_ = 0;
 };
 
-/// A case, and the plan that it takes.
-struct Drawn {
-  AttentionCase c;
-  Fixed fixed = {.choice = {.path = Tq4Path::kDecode}};
+/// tests/support/record_decode_promises.hpp holds it to its list.
+struct Tq4Decode {
+  using Subject = DeviceSubject;
+  using Fixed = cuda::Fixed;
+  static constexpr std::int64_t kMostQueries = kTq4DecodeQueries;
+  [[nodiscard]] static Fixed draw() { return usual(); }
+  [[nodiscard]] static Fixed usual() { return {.choice = {.path = Tq4Path::kDecode}}; }
 };
-
-/// A decode case: few queries, and a random number of splits, tile and memory limit.
-Drawn decode_case(const AttentionCase& original) {
-  Drawn drawn{original};
-  AttentionCase& c = drawn.c;
-  c.shape.n_query = std::clamp<std::int64_t>(c.shape.n_query, 1, 4);
-  c.kv_len = std::max(c.kv_len, c.shape.n_query);
-  c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len + 1);
-  if (*rc::gen::arbitrary<bool>()) drawn.fixed.choice.decode.n_split = *rc::gen::inRange(1, 40);
-  drawn.fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
-  return drawn;
-}
-
-/// Few keys of even weights, so that each of them matters far above the bounds.
-AttentionCase control_case(AttentionCase c) {
-  c = even_case(c);
-  c.kv_len = std::min<std::int64_t>(c.kv_len, c.shape.n_query + 7);
-  c.shape.buffer_len = c.kv_len + 3;
-  return c;
-}
-
-/// Control: an oracle whose causal diagonal is one key too short does not agree.
-RC_GTEST_PROP(Tq4AttentionGpu, DecodeAgreesWithTheNaiveLoopOnDecodedRows, (const AttentionCase& original)) {
-  const auto [c, fixed] = decode_case(original);
-  const DeviceSubject subject(c, fixed);
-  rc_require(subject.compare(subject.attend(c.options(), c.kv_len), subject.exact(sees_of(c))));
-  const AttentionCase few = control_case(c);
-  const DeviceSubject control(few, fixed);
-  const std::vector<float> out = control.attend(few.options(), few.kv_len);
-  rc_require(control.compare(out, control.exact(sees_of(few))));
-  const Sees one_short = [&few](std::int64_t, std::int64_t t, std::int64_t j) { return j < few.limit(t) - 1; };
-  RC_ASSERT(!control.compare(out, control.exact(one_short)));
-}
-RC_GTEST_PROP(Tq4AttentionGpu, GarbageTailIsNeverRead, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  garbage_tail_is_never_read<DeviceSubject>(drawn.c, drawn.fixed);
-}
-RC_GTEST_PROP(Tq4AttentionGpu, ClampEqualsSlice, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  clamp_equals_slice<DeviceSubject>(drawn.c, drawn.fixed);
-}
-RC_GTEST_PROP(Tq4AttentionGpu, CausalSkipChangesNothing, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  causal_skip_changes_nothing<DeviceSubject>(drawn.c, drawn.fixed);
-}
-/// Queries in pieces, each with the kv_len it then has, are what one call gives. Control: a piece with the kv_len of
-/// the whole call is not.
-RC_GTEST_PROP(Tq4AttentionGpu, AnyChunkSizeAgrees, (const AttentionCase& original)) {
-  auto [c, fixed] = decode_case(original);
-  c.causal = true;
-  c.shape.batch = 1;
-  c.shape.n_query = *rc::gen::inRange<std::int64_t>(2, 5);
-  c = control_case(c);
-  const DeviceSubject subject(c, fixed);
-  const NaiveAttention exact = subject.exact(sees_of(c));
-  const auto first = *rc::gen::inRange<std::int64_t>(1, c.shape.n_query);
-  const std::int64_t second = c.shape.n_query - first;
-  std::vector<float> joined = subject.attend(c.options(), c.kv_len - second, 0, first);
-  RC_ASSERT(!subject.compare(subject.attend(c.options(), c.kv_len, 0, first), exact));
-  const std::vector<float> tail = subject.attend(c.options(), c.kv_len, first, second);
-  joined.insert(joined.end(), tail.begin(), tail.end());
-  rc_require(subject.compare(joined, exact));
-}
-RC_GTEST_PROP(Tq4AttentionGpu, MaskHidesKeys, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  mask_hides_keys<DeviceSubject>(drawn.c, drawn.fixed);
-}
-RC_GTEST_PROP(Tq4AttentionGpu, MaskedGarbageHasNoInfluence, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  masked_garbage_has_no_influence<DeviceSubject>(drawn.c, drawn.fixed);
-}
-RC_GTEST_PROP(Tq4AttentionGpu, SameCallGivesSameBits, (const AttentionCase& c)) {
-  const Drawn drawn = decode_case(c);
-  same_call_gives_same_bits<DeviceSubject>(drawn.c, drawn.fixed);
-}
-
-RC_GTEST_PROP(Tq4AttentionGpu, AnySplitAgreesWithOne, (const AttentionCase& original)) {
-  auto [c, fixed] = decode_case(original);
-  fixed.choice.decode.n_split = 1;
-  const DeviceSubject subject(c, fixed);
-  const std::vector<float> one = subject.attend(c.options(), c.kv_len);
-  fixed.choice.decode.n_split = *rc::gen::inRange(2, 300);
-  const std::vector<float> many = DeviceSubject(c, fixed).attend(c.options(), c.kv_len);
-  std::vector<double> bounds = subject.bounds(subject.exact(sees_of(c)));
-  for (double& bound : bounds) bound *= 2;  // each is within one bound of the exact result
-  rc_require(vectors_close(many, std::vector<double>(one.begin(), one.end()), bounds, c.shape.head_dim));
-}
-
-AttentionCase example(std::int64_t head_dim, std::int64_t group, std::int64_t n_query, std::int64_t kv_len) {
-  return {.shape = {.batch = 1,
-                    .n_query = n_query,
-                    .n_head = 2 * group,
-                    .n_head_kv = 2,
-                    .head_dim = head_dim,
-                    .buffer_len = kv_len + 70},
-          .kv_len = kv_len,
-          .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
-          .seed = 11};
-}
+INSTANTIATE_TYPED_TEST_SUITE_P(Tq4Gpu, RecordDecode, Tq4Decode);
 
 TEST(Tq4AttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
   const DeviceInfo device = current_device();
@@ -305,7 +211,7 @@ TEST(Tq4AttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
     for (const Tq4DecodeTile& tile : kTq4DecodeTiles) {
       if (tile.smem_bytes() > device.smem_limit_bytes) continue;
       for (const int n_split : {1, 3}) {
-        const AttentionCase c = example(tile.head_dim, 6, 3, 700);
+        const AttentionCase c = example_case(tile.head_dim, 6, 3, 700);
         const DeviceSubject subject(
             c, {.choice = {.path = Tq4Path::kDecode, .decode = {.tile = tile, .n_split = n_split}}, .bits = bits});
         const std::vector<float> out = subject.attend(c.options(), c.kv_len);
@@ -315,36 +221,6 @@ TEST(Tq4AttentionGpu, EveryTileAgreesWithTheNaiveLoop) {
         EXPECT_FALSE(subject.compare(subject.attend(c.options(), c.kv_len / 8), subject.exact(sees_of(c))));
       }
     }
-  }
-}
-
-/// The clamp and the skip save work, counted in records, not in time.
-TEST(Tq4AttentionGpu, ClampAndSkipVisitFewerRecords) {
-  AttentionCase c = example(256, 8, 2, 1025);  // the last record holds one key, which only the last query sees
-  c.shape.buffer_len = 4096;
-  const DeviceSubject subject(c, {.choice = {.path = Tq4Path::kDecode}});
-  AttentionOptions without = c.options();
-  without.causal_skip = false;
-  const auto units = 2u * 2u;  // KV heads and groups of eight rows
-  (void)subject.attend(c.options(), c.kv_len);
-  EXPECT_EQ(subject.n_record(), units * 65u - 2u);
-  (void)subject.attend(without, c.kv_len);
-  EXPECT_EQ(subject.n_record(), units * 65u);
-  (void)subject.attend(without, std::nullopt);
-  EXPECT_EQ(subject.n_record(), units * 256u);
-}
-
-TEST(Tq4AttentionGpu, NoKeysGiveZeros) {
-  for (const std::int64_t head_dim : {64, 128, 256, 512}) {
-    AttentionCase c = example(head_dim, 4, 4, 100);
-    c.causal = false;
-    const DeviceSubject subject(c, {.choice = {.path = Tq4Path::kDecode}});
-    EXPECT_TRUE(same_bits(subject.attend(c.options(), 0), std::vector<float>(static_cast<std::size_t>(c.q_size()))));
-    c.causal = true;  // fewer keys than queries: the first queries stand before the first key
-    const std::vector<float> out = DeviceSubject(c, {.choice = {.path = Tq4Path::kDecode}}).attend(c.options(), 3);
-    const std::size_t row = static_cast<std::size_t>(c.shape.n_head * head_dim);
-    EXPECT_TRUE(same_bits(std::span(out).first(row), std::vector<float>(row)));
-    EXPECT_NE(out[row], 0.0f);
   }
 }
 

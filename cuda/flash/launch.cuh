@@ -9,9 +9,9 @@
 #include <numbers>
 #include <optional>
 #include <span>
-#include <utility>
 
 #include "cuda/device/device_info.cuh"
+#include "cuda/device/for_listed.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/flash/combine.cuh"
 #include "cuda/flash/mma_load.cuh"
@@ -144,15 +144,6 @@ inline void require_plannable(const char* who, const AttentionShape& shape, Atte
   return plan;
 }
 
-/// Calls body.template operator()<kTile>() for the tile of the list that equals `tile`.
-template <class TBody>
-void for_flash_tile(const FlashTile& tile, TBody&& body) {
-  const auto visit = [&]<std::size_t... kIndex>(std::index_sequence<kIndex...>) {
-    return ((tile == kFlashTiles[kIndex] ? (body.template operator()<kFlashTiles[kIndex]>(), true) : false) || ...);
-  };
-  require(visit(std::make_index_sequence<kFlashTiles.size()>{}), "flash attention: the tile is not in kFlashTiles");
-}
-
 template <FlashTile kTile>
 void launch_mma(const FlashPlan& plan, const FlashParams& params, cudaStream_t stream) {
   Launch{.what = "flash_mma_kernel",
@@ -237,7 +228,8 @@ void launch_flash(const char* who, const FlashPlan& plan, FlashParams params, co
   params.partial_ml =
       params.partial_o + std::int64_t{plan.n_split} * shape.batch * shape.n_query * shape.n_head * shape.head_dim;
   if (plan.path == FlashPath::kWgmma) return launch_wgmma(plan, params, transform, stream);
-  for_flash_tile(plan.tile, [&]<FlashTile kTile>() { launch_mma<kTile>(plan, params, stream); });
+  for_listed<kFlashTiles>(plan.tile, "flash attention: the tile is not in kFlashTiles",
+                          [&]<FlashTile kTile>() { launch_mma<kTile>(plan, params, stream); });
 }
 
 template <class T>

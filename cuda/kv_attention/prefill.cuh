@@ -52,30 +52,14 @@ inline void attend_kv_unpacked(const KvAttentionCall& call, const Tq4PrefillPlan
     const std::int64_t batch = item / shape.n_head_kv, head0 = item % shape.n_head_kv;
     const std::int64_t n_head = std::min(plan.heads_per_pass, shape.n_head_kv - head0);
     kv_unpack(call.codec, call.cache, batch, head0, n_head, call.k_weight, call.kv_len, unpacked, stream);
-    const auto heads_of = [&]<class T>(View<T, 4> view) {
-      view.data = &view(batch, 0, head0 * shape.group(), 0);
-      view.extent[0] = 1;
-      view.extent[2] = n_head * shape.group();
-      return view;
-    };
-    const auto cache_view = [&](const Bf16* data) {
-      View<const Bf16, 4> view = make_view(data, 1, n_head, rows, shape.head_dim);
-      view.extent[2] = plan.max_kv_len;
-      return view;
-    };
-    AttentionShape pass = shape;
-    pass.batch = 1;
-    pass.n_head = n_head * shape.group();
-    pass.n_head_kv = n_head;
-    pass.buffer_len = plan.max_kv_len;
-    const AttentionOptions options = options_of_sequence(call.options, batch);
-    const FlatAttentionCall flat{.q = heads_of(call.q),
-                                 .k = cache_view(unpacked.k),
-                                 .v = cache_view(unpacked.v),
-                                 .options = options,
-                                 .kv_len = call.kv_len,
-                                 .out = heads_of(call.out)};
-    attend_flat(who, flat, plan_bf16_attention(pass, options, plan.device, plan.choice),
+    const UnpackedHeads heads{.k = unpacked.k,
+                              .v = unpacked.v,
+                              .rows = rows,
+                              .max_kv_len = plan.max_kv_len,
+                              .batch = batch,
+                              .head0 = head0,
+                              .n_head = n_head};
+    attend_flat(who, attention_of_pass(call, call.q, heads), plan_tq4_pass(plan, call.options, n_head),
                 workspace.subspan(static_cast<std::size_t>(plan.scratch_bytes)), stream, tile_count);
     item += n_head;
   }

@@ -75,7 +75,7 @@ __device__ __forceinline__ void finish_row(const RotationParams& rotation, std::
 
 /// The weight of each partial of row blockIdx.x of the unit, by one warp. @return the sum of all weights of the row
 __device__ __forceinline__ float weigh_partials(const Tq4DecodeParams& params, const Tq4DecodeUnit& unit, int n_active,
-                                                float (&weights)[kTq4MaxSplit]) {
+                                                float (&weights)[kMaxRecordSplit]) {
   const int lane = static_cast<int>(threadIdx.x) & 31, slot = static_cast<int>(blockIdx.x);
   const auto ml_of = [&](int split) { return params.partial_ml[(unit.first + split) * kRowTile + slot]; };
   float maximum = kFarBelow, total = 0.0f;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
   constexpr int kColumns = kHeadDim / 4, kGroups = kTq4CombineThreads / kColumns;
   constexpr int kAhead = kHeadDim == 512 ? 9 : 4;  // partials of a group that are on their way at a time
   __shared__ __align__(16) float sums[kGroups][kHeadDim];
-  __shared__ float weights[kTq4MaxSplit];
+  __shared__ float weights[kMaxRecordSplit];
   __shared__ float row_total;
   const Tq4DecodeUnit unit = Tq4DecodeUnit::here(params);
   const auto slot = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);

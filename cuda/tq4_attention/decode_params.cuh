@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/flash/record_decode.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention/record_ring.cuh"
@@ -43,9 +44,6 @@ inline constexpr std::array kTq4DecodeTiles{
 };
 
 namespace detail {
-
-inline constexpr int kRowTile = 8;        ///< query rows of a KV head that a block takes: the columns of an mma
-inline constexpr int kTq4MaxSplit = 512;  ///< blocks that share the keys of one unit
 
 /// The levels of both sides as decode takes them.
 struct Tq4DecodeLevels {

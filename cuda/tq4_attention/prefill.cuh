@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "cuda/bf16_attention.cuh"
@@ -15,6 +16,7 @@
 #include "cuda/ptx/convert.cuh"
 #include "cuda/rotation.cuh"
 #include "cuda/tq4_attention/hadamard_transform.cuh"
+#include "cuda/tq4_attention/record_call.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/checks.hpp"
 
@@ -42,19 +44,6 @@ struct Tq4PrefillPlan {
 
 inline constexpr std::int64_t kTq4PrefillScratch = std::int64_t{256} << 20;  ///< one head of 131072 tokens at 512 dims
 
-namespace detail {
-
-/// The options of one sequence of a batch: its part of the mask.
-[[nodiscard]] inline AttentionOptions options_of_sequence(AttentionOptions options, std::int64_t batch) {
-  if (!options.mask) return options;
-  MaskView& mask = *options.mask;
-  mask.data = static_cast<const std::uint8_t*>(mask.data) + batch * mask.shape[2] * mask.shape[3];
-  mask.shape[0] = 1;
-  return options;
-}
-
-}  // namespace detail
-
 /// @param max_kv_len    no call with this plan will have more valid rows; the shorter, the more heads run together
 /// @param scratch_limit bytes of scratch to stay within, as long as one head fits
 [[nodiscard]] inline Tq4PrefillPlan plan_tq4_attention_prefill(const AttentionShape& shape,
@@ -71,24 +60,19 @@ namespace detail {
   Tq4PrefillPlan plan{.shape = shape, .choice = choice, .device = device, .max_kv_len = max_kv_len};
   plan.heads_per_pass = std::clamp<std::int64_t>(scratch_limit / head_bytes, 1, shape.n_head_kv);
   plan.scratch_bytes = plan.heads_per_pass * head_bytes;
-  AttentionShape pass = shape;
-  pass.batch = 1;
-  pass.n_head = plan.heads_per_pass * shape.group();
-  pass.n_head_kv = plan.heads_per_pass;
   plan.workspace_bytes =
-      plan.scratch_bytes +
-      plan_bf16_attention(pass, detail::options_of_sequence(options, 0), device, choice).workspace_bytes;
+      plan.scratch_bytes + plan_bf16_attention(detail::pass_shape(shape, plan.heads_per_pass),
+                                               detail::options_of_sequence(options, 0), device, choice)
+                               .workspace_bytes;
   return plan;
 }
 
-/// The flash plan of one pass over heads_per_pass heads.
-[[nodiscard]] inline FlashPlan plan_tq4_pass(const Tq4PrefillPlan& plan, const AttentionOptions& options) {
-  AttentionShape pass = plan.shape;
-  pass.batch = 1;
-  pass.n_head = plan.heads_per_pass * plan.shape.group();
-  pass.n_head_kv = plan.heads_per_pass;
+/// The flash plan of one pass over n_head_kv heads of one sequence, heads_per_pass where nothing else is said.
+[[nodiscard]] inline FlashPlan plan_tq4_pass(const Tq4PrefillPlan& plan, const AttentionOptions& options,
+                                             std::optional<std::int64_t> n_head_kv = std::nullopt) {
+  AttentionShape pass = detail::pass_shape(plan.shape, n_head_kv.value_or(plan.heads_per_pass));
   pass.buffer_len = plan.max_kv_len;
-  return plan_bf16_attention(pass, options, plan.device, plan.choice);
+  return plan_bf16_attention(pass, detail::options_of_sequence(options, 0), plan.device, plan.choice);
 }
 
 namespace detail {
@@ -197,10 +181,7 @@ inline void require_tq4_prefill(const char* who, const Tq4AttentionCall& call, c
   require_extents(who, "q", q, extents);
   require_extents(who, "out", out, extents);
   require_attention(who, shape, options, kv_len.known() ? std::optional<std::int64_t>(kv_len.host) : std::nullopt);
-  require(!kv_len.known() || kv_len.host <= plan.max_kv_len, who, ": kv_len ", kv_len.host,
-          " is above the plan's max_kv_len ", plan.max_kv_len);
-  require(kv_len.known() || kv_len.device != nullptr || plan.max_kv_len == shape.buffer_len, who,
-          ": without kv_len all ", shape.buffer_len, " rows count, the plan holds ", plan.max_kv_len);
+  require_planned_rows(who, kv_len, plan.max_kv_len, shape.buffer_len);
   require(workspace_bytes >= plan.workspace_bytes, who, ": workspace ", workspace_bytes, " B, need ",
           plan.workspace_bytes, " B; size it with plan_tq4_attention_prefill()");
 }
@@ -215,15 +196,6 @@ struct Tq4PrefillPasses {
   std::int64_t rows;  ///< of a head in the scratch
   bool inside;        ///< the kernel rotates queries and results itself; else `out` holds rotated queries
 
-  [[nodiscard]] FlashPlan flash_plan(std::int64_t n_head_kv) const {
-    AttentionShape pass = plan.shape;
-    pass.batch = 1;
-    pass.n_head = n_head_kv * plan.shape.group();
-    pass.n_head_kv = n_head_kv;
-    pass.buffer_len = plan.max_kv_len;
-    return plan_bf16_attention(pass, options_of_sequence(call.options, 0), plan.device, plan.choice);
-  }
-
   void unpack(const Tq4UnpackParams& params, std::int64_t n_head_kv) const {
     const dim3 grid(static_cast<unsigned>(std::min<std::int64_t>(rows / kTq4RecordTokens, 8 * plan.device.sm_count)),
                     static_cast<unsigned>(n_head_kv));
@@ -234,27 +206,17 @@ struct Tq4PrefillPasses {
   }
 
   void attend(const Tq4UnpackParams& unpacked, std::int64_t n_head_kv) const {
-    const AttentionShape& shape = plan.shape;
-    const auto heads_of = [&]<class T>(View<T, 4> view) {
-      view.data = &view(unpacked.batch, 0, unpacked.head0 * shape.group(), 0);
-      view.extent[0] = 1;
-      view.extent[2] = n_head_kv * shape.group();
-      return view;
-    };
-    const View<Bf16, 4> part = heads_of(call.out);
-    const auto cache_view = [&](const Bf16* data) {
-      View<const Bf16, 4> view = make_view(data, 1, n_head_kv, rows, shape.head_dim);
-      view.extent[2] = plan.max_kv_len;
-      return view;
-    };
-    const FlatAttentionCall flat{.q = inside ? heads_of(call.q) : part,
-                                 .k = cache_view(unpacked.k),
-                                 .v = cache_view(unpacked.v),
-                                 .options = options_of_sequence(call.options, unpacked.batch),
-                                 .kv_len = call.kv_len,
-                                 .out = part};
+    const UnpackedHeads heads{.k = unpacked.k,
+                              .v = unpacked.v,
+                              .rows = rows,
+                              .max_kv_len = plan.max_kv_len,
+                              .batch = unpacked.batch,
+                              .head0 = unpacked.head0,
+                              .n_head = n_head_kv};
+    const View<const Bf16, 4> rotated = call.out;
+    const FlatAttentionCall flat = attention_of_pass(call, inside ? call.q : rotated, heads);
     const char* const who = "tq4_attention_prefill";
-    const FlashPlan flash = flash_plan(n_head_kv);
+    const FlashPlan flash = plan_tq4_pass(plan, call.options, n_head_kv);
     if (inside) {
       attend_flat(who, flat, flash, workspace, stream, tile_count, HadamardTransform{call.codec.rotation().params()});
     } else {
@@ -282,8 +244,8 @@ inline void tq4_attention_prefill(const Tq4AttentionCall& call, const Tq4Prefill
                                   .tile_count = tile_count,
                                   .rows = tq4_record_count(plan.max_kv_len) * kTq4RecordTokens,
                                   .inside = false};
-  passes.inside =
-      detail::transforms_inside(passes.flash_plan(1)) && codec.rotation().kind() == RotationKind::kSignedHadamard;
+  passes.inside = detail::transforms_inside(plan_tq4_pass(plan, call.options, 1)) &&
+                  codec.rotation().kind() == RotationKind::kSignedHadamard;
   if (!passes.inside) rotate_forward(codec.rotation(), call.q, call.out, stream);
   detail::Tq4UnpackParams unpack{.cache = call.cache, .k_side = codec.params().k, .v_side = codec.params().v};
   unpack.rows = passes.rows;

@@ -46,7 +46,6 @@ class PartialFile {
   ~PartialFile() { abandon(); }
 
   [[nodiscard]] const std::filesystem::path& path() const { return path_; }
-  [[nodiscard]] const std::filesystem::path& partial_path() const { return partial_path_; }
   [[nodiscard]] int descriptor() const { return descriptor_; }
 
   /// Appends.

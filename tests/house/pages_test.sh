@@ -17,7 +17,9 @@ clean_tree() {
   done
   printf 'git_sha,utc,gpu,cache,rate\n0123456789,2026-01-01,GPU,tq4,172.54\n' > "$tree/results/rates/a.csv"
   printf '# Title\n\nNo figure; `0.5`, CMake 3.25 and [this](0.5.md) are none.\n' > "$tree/README.md"
-  printf '## `rates`\n' > "$tree/results/FILES.md"
+  printf '## `rates`\n<!-- files: rates -->\n<!-- end -->\n' > "$tree/results/FILES.md"
+  printf 'kShape = {{"cache"}, {"rate"}};\n' > "$tree/experiments/rates.cpp"
+  printf 'kRunColumns = {"git_sha", "utc", "gpu"}\n' > "$tree/include/gemma4/report/result_table.hpp"
   cat > "$tree/results/README.md" <<'PAGE'
 # Results
 <!-- table: rates
@@ -64,10 +66,21 @@ printf 'git_sha,utc,gpu,cache,rate\n12,2026-01-02,GPU,tq4,9\n' > "$tree/results/
 finds '| tq4 | 9.0 |'
 echo 'It does 172.5 of them.' >> "$tree/results/README.md";                finds 'results/README.md:12: It does' nobuild
 echo 'That is 12 % more.' >> "$tree/README.md";                            finds 'README.md:4: That is' nobuild
-echo '| typed | 2.5 |' >> "$tree/results/FILES.md";                        finds 'results/FILES.md:2: | typed' nobuild
+echo '| typed | 2.5 |' >> "$tree/results/FILES.md";                        finds 'results/FILES.md:7: | typed' nobuild
 echo 'It takes 5 ms.' >> "$tree/results/README.md";                        finds 'results/README.md:12: It takes' nobuild
 mkdir "$tree/results/more" && cp "$tree"/results/rates/a.csv "$tree/results/more"
 finds 'results/FILES.md: no heading for results/more' nobuild
+mkdir "$tree/results/more" && cp "$tree"/results/rates/a.csv "$tree/results/more" && echo '## `more`' >> "$tree/results/FILES.md"
+finds "'<!-- files:' does not list results/more" nobuild
+# Columns that the driver does not write, wherever a query names them; `if there:` is for those of other drivers.
+for line in 'where: speed=1' 'rows: cache, speed' 'column: a | speed | %.1f' 'column: a | rate | %.1f | speed=2, cache=tq4' \
+  'column: a | rate | %.1f | minus speed=2' 'column: a | rate | %.1f | times 2 | over cache=a, speed>2'; do
+  sed -i "s/^rows: cache/&\n$line/" "$tree/results/README.md"
+  finds "results/README.md:4: 'speed' is no column that experiments/rates.cpp writes" nobuild
+done
+sed -i 's/^rows: cache/&\nif there: speed=1/' "$tree/results/README.md"
+passes 'a column of other drivers is refused' 'tables not compared'
+clean_tree
 
 rm -rf "$scratch"
 echo "pages: $n_passed passed, $n_failed failed"

@@ -156,6 +156,20 @@ template <class TValue>
   return testing::AssertionSuccess();
 }
 
+/// Two KV heads, 70 rows behind the valid ones.
+[[nodiscard]] inline AttentionCase example_case(std::int64_t head_dim, std::int64_t group, std::int64_t n_query,
+                                                std::int64_t kv_len) {
+  return {.shape = {.batch = 1,
+                    .n_query = n_query,
+                    .n_head = 2 * group,
+                    .n_head_kv = 2,
+                    .head_dim = head_dim,
+                    .buffer_len = kv_len + 70},
+          .kv_len = kv_len,
+          .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
+          .seed = 11};
+}
+
 }  // namespace gemma4::testkit
 
 namespace rc {

@@ -25,8 +25,8 @@ namespace gemma4::testkit {
 }
 
 /// a b / (|a| |b|) over all elements, in double.
-template <class TOther>
-[[nodiscard]] double cosine(const std::vector<float>& a, const std::vector<TOther>& b) {
+template <class T, class TOther>
+[[nodiscard]] double cosine(const std::vector<T>& a, const std::vector<TOther>& b) {
   double ab = 0, aa = 0, bb = 0;
   for (std::size_t i = 0; i < a.size(); ++i) {
     const auto x = static_cast<double>(a[i]), y = static_cast<double>(b[i]);

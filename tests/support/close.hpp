@@ -8,7 +8,9 @@
 #include <concepts>
 #include <cstddef>
 #include <ranges>
+#include <span>
 #include <type_traits>
+#include <vector>
 
 #include "gemma4/float16.hpp"
 
@@ -147,6 +149,22 @@ template <detail::Numbers TActual, detail::Numbers TExpected, detail::Numbers TO
   const double share = share_of_way(actual, expected, other);
   auto result = std::abs(share) <= bound ? testing::AssertionSuccess() : testing::AssertionFailure();
   return result << share << " of the way, need 0 within " << bound;
+}
+
+/// attention_bound in a rotated space bounds the length of the error of a whole head vector: that is compared here, one
+/// number a vector, which is far sharper than the same bound on each of its elements.
+[[nodiscard]] inline testing::AssertionResult vectors_close(std::span<const float> actual,
+                                                            std::span<const double> exact,
+                                                            std::span<const double> bounds, std::int64_t head_dim) {
+  std::vector<double> length, bound;
+  const auto step = static_cast<std::size_t>(head_dim);
+  for (std::size_t first = 0; first < actual.size(); first += step) {
+    double squares = 0;
+    for (std::size_t i = first; i < first + step; ++i) squares += (actual[i] - exact[i]) * (actual[i] - exact[i]);
+    length.push_back(std::sqrt(squares));
+    bound.push_back(bounds[first]);
+  }
+  return close(length, std::vector<double>(length.size()), bound);
 }
 
 }  // namespace gemma4::testkit

@@ -82,20 +82,11 @@ template <class TCodec>
           .rotation_roundings = std::log2(static_cast<double>(head_dim)) + 2};
 }
 
-/// attention_bound in a rotated space bounds the length of the error of a whole head vector: that is compared here, one
-/// number a vector, which is far sharper than the same bound on each of its elements.
-[[nodiscard]] inline testing::AssertionResult vectors_close(std::span<const float> actual,
-                                                            std::span<const double> exact,
-                                                            std::span<const double> bounds, std::int64_t head_dim) {
-  std::vector<double> length, bound;
-  const auto step = static_cast<std::size_t>(head_dim);
-  for (std::size_t first = 0; first < actual.size(); first += step) {
-    double squares = 0;
-    for (std::size_t i = first; i < first + step; ++i) squares += (actual[i] - exact[i]) * (actual[i] - exact[i]);
-    length.push_back(std::sqrt(squares));
-    bound.push_back(bounds[first]);
-  }
-  return close(length, std::vector<double>(length.size()), bound);
+/// How far a factor of a whole result may be from 1 where each of its n_vector head vectors may come from one key
+/// alone: that key's weight is rounded to bf16 once, by at most 2^-9 of itself and in no direction, so by 2^-9 /
+/// sqrt(3) in the mean square, and by 1 / sqrt(n_vector) of that all together. Eight deviations.
+[[nodiscard]] inline double lean_of_single_keys(std::int64_t n_vector) {
+  return 8 * 0x1p-9 / std::sqrt(3.0 * static_cast<double>(n_vector));
 }
 
 }  // namespace gemma4::testkit

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "gemma4/error.hpp"
+#include "gemma4/fnv1a.hpp"
 
 /// What one forward pass will do, decided before its first kernel: which path each component takes and why a faster one
 /// did not fit. A backend acts by the same values that it prints here; nothing that a row could have refused is left to
@@ -43,11 +44,8 @@ struct StepPlan {
 
 /// 64 bits over everything that the plans say, as 16 hexadecimal digits: equal plans have equal digests (FNV-1a).
 [[nodiscard]] inline std::string digest(const std::vector<StepPlan>& plans) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  const auto add = [&](std::string_view text) {
-    for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-    hash = (hash ^ 0xffu) * 0x100000001b3u;  // ends a field: no character of UTF-8
-  };
+  std::uint64_t hash = fnv1a("");
+  const auto add = [&](std::string_view text) { hash = fnv1a("\xFF", fnv1a(text, hash)); };  // no character of UTF-8
   for (const StepPlan& plan : plans) {
     add(concat(plan.name, ' ', plan.n_token));
     for (const StepPlanRow& row : plan.rows) {

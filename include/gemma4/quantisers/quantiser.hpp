@@ -98,7 +98,7 @@ GEMMA4_HD void roundtrip_block(const TQuantiser& quantiser, CacheSide side, floa
 inline constexpr int kMaxExactTokens = 4096;
 
 /// How many of the chunk's tokens a format with a tail takes at a time: the largest divisor of n_token that is at most
-/// 16 and at most the tail. The pieces of a chunk are so of one length, and one plan serves all.
+/// 16 and at most the tail. So all pieces of a chunk have one length, and one plan serves them.
 [[nodiscard]] constexpr std::int64_t tail_piece(std::int64_t n_token, std::int64_t tail) {
   constexpr std::int64_t kLongest = 16;
   std::int64_t piece = tail < kLongest ? tail : kLongest;

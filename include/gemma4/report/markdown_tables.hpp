@@ -17,20 +17,24 @@
 /// Writes the tables of a markdown page, so that no figure of it is typed. What lies between a query and `<!-- end -->`
 /// is written; the rest of the page stays. There are three queries, each a comment that stays in the page:
 ///
-///   <!-- table: accuracy                                 the newest table of results/accuracy, or a file below
-///   results/ where: context=131072, text=heldout-ids.u16          of these rows (table_query.hpp) rows: cache one line
-///   for each value of these columns column: NLL | nll | %.4f | range=0-131072            header | measure | format |
-///   further conditions column: change | nll | %+.4f | range=0-131072 | minus cache=bf16
+// clang-format off
+///   <!-- table: accuracy                         the newest table of results/accuracy, or a file below results/
+///   where: context=131072, text=heldout-ids.u16  of these rows (table_query.hpp)
+///   if there: hint_kb=0                          of tables that have this column, of these rows
+///   rows: cache                                  one line for each value of these columns
+///   column: NLL | nll | %.4f | range=0-131072    header | measure | format | further conditions
+///   column: change | nll | %+.4f | range=0-131072 | minus cache=bf16
 ///   -->
 ///
-/// A column takes, in any order after its format, conditions (in place of those of `where` on the same columns),
-/// `times <number>`, `minus <conditions>` or `over <conditions>` (the same measure of another row), and `least` or
-/// `most` of several rows, where otherwise there may be one. Format %s is the cell as it stands. A case that was not
-/// measured is a dash; a column of dashes alone is refused.
-///
-///   <!-- wanted: wanted.csv                              lines of results/wanted.csv against what was measured
+///   <!-- wanted: wanted.csv                      lines of results/wanted.csv against what was measured
 ///   where: section=31b -->
-///   <!-- files: accuracy, throughput -->                 every CSV below these folders
+///   <!-- files: accuracy, throughput -->         every CSV below these folders; one that is not there yet has none
+// clang-format on
+///
+/// A column takes, in any order after its format, conditions (in place of those of `where` on the same columns),
+/// `times <number>`, `minus <conditions>` or `over <conditions>` (the same measure of another row), `least` or `most`
+/// of several rows, where otherwise there may be one, and `if there`: then it is left out where the table has none of
+/// it. Format %s is the cell as it stands. A case that was not measured is a dash; a column of dashes alone is refused.
 namespace gemma4 {
 namespace detail {
 
@@ -38,12 +42,14 @@ struct MarkdownColumn {
   std::string header = {}, measure = {}, format = "%s";
   std::vector<Condition> where = {}, minus = {}, over = {};
   double times = 1;
-  std::string pick = {};  ///< least, most, or nothing
+  std::string pick = {};     ///< least, most, or nothing
+  bool is_optional = false;  ///< left out where there is no value of it
 };
 
 struct MarkdownQuery {
   std::string kind, source;
   std::vector<Condition> where;
+  std::vector<Condition> if_there;  ///< of tables that have the column
   std::vector<std::string> rows;
   std::vector<MarkdownColumn> columns;
 };
@@ -81,6 +87,8 @@ struct MarkdownQuery {
       column.times = *number;
     } else if (pieces[i] == "least" || pieces[i] == "most") {
       column.pick = pieces[i];
+    } else if (pieces[i] == "if there") {
+      column.is_optional = true;
     } else {
       column.where = parse_conditions(pieces[i]);
     }
@@ -94,19 +102,21 @@ struct MarkdownQuery {
   for (const std::string& line : lines) {
     if (trimmed(line).empty()) continue;
     const std::size_t colon = line.find(':');
-    require_format(colon != line.npos, "'", line, "': expected table:, where:, rows: or column:");
+    require_format(colon != line.npos, "'", line, "': expected table:, where:, if there:, rows: or column:");
     const std::string word = trimmed(line.substr(0, colon)), rest = trimmed(line.substr(colon + 1));
     if (query.kind.empty()) {
       query.kind = word;
       query.source = rest;
     } else if (word == "where") {
       query.where = parse_conditions(rest);
+    } else if (word == "if there") {
+      query.if_there = parse_conditions(rest);
     } else if (word == "rows") {
       query.rows = split(rest, ',');
     } else if (word == "column") {
       query.columns.push_back(parse_markdown_column(rest));
     } else {
-      require_format(false, "'", line, "': expected where:, rows: or column:");
+      require_format(false, "'", line, "': expected where:, if there:, rows: or column:");
     }
   }
   return query;
@@ -208,33 +218,40 @@ class MarkdownWriter {
   [[nodiscard]] std::string write_table(const MarkdownQuery& query) const {
     require_format(!query.rows.empty() && !query.columns.empty(), "table: expected rows: and at least one column:");
     std::vector<std::string> names = query.rows;
-    for (const MarkdownColumn& column : query.columns) names.push_back(column.measure);
+    for (const MarkdownColumn& column : query.columns) {
+      if (!column.is_optional) names.push_back(column.measure);
+    }
     const std::vector<CsvTable> tables = tables_of(results_, query.source);
-    const CsvTable* const table = newest_table(tables, query.where, names);
+    const CsvTable* const table = newest_table(tables, query.where, names, query.if_there);
     require_format(table != nullptr, query.source, ": no table has these columns and such rows");
+    const std::vector<Condition> where = conditions_of(*table, query.where, query.if_there);
 
-    std::vector<std::string> header = query.rows;
-    for (const MarkdownColumn& column : query.columns) header.push_back(column.header);
-    std::string text = markdown_header(header);
-    std::vector<bool> is_measured(query.columns.size(), false);
-    std::vector<std::vector<std::string>> seen;
-    const std::vector<std::size_t> rows = rows_where(*table, query.where);
+    std::vector<std::vector<std::string>> keys, values;  // of each line
+    const std::vector<std::size_t> rows = rows_where(*table, where);
     for (const std::size_t row : rows) {
       std::vector<std::string> cells;
       for (const std::string& name : query.rows) cells.push_back(table->cell(row, name));
-      if (std::ranges::find(seen, cells) != seen.end()) continue;
-      seen.push_back(cells);
+      if (std::ranges::find(keys, cells) != keys.end()) continue;
       std::vector<Condition> key;
       for (std::size_t i = 0; i < cells.size(); ++i) key.push_back({.column = query.rows[i], .values = {cells[i]}});
-      for (std::size_t i = 0; i < query.columns.size(); ++i) {
-        cells.push_back(markdown_cell(*table, query.columns[i], overridden(query.where, key)));
-        if (cells.back() != "-") is_measured[i] = true;
+      keys.push_back(cells);
+      values.emplace_back();
+      for (const MarkdownColumn& column : query.columns) {
+        values.back().push_back(markdown_cell(*table, column, overridden(where, key)));
       }
-      text += markdown_row(cells);
     }
-    for (std::size_t i = 0; i < is_measured.size(); ++i) {
-      require_format(is_measured[i], table->name, ": column '", query.columns[i].header, "' has no value in any row");
+    std::vector<std::string> header = query.rows;
+    for (std::size_t i = 0; i < query.columns.size(); ++i) {
+      const MarkdownColumn& column = query.columns[i];
+      const bool is_measured = std::ranges::any_of(values, [&](const auto& cells) { return cells[i] != "-"; });
+      require_format(is_measured || column.is_optional, table->name, ": column '", column.header,
+                     "' has no value in any row");
+      if (!is_measured) continue;
+      header.push_back(column.header);
+      for (std::size_t line = 0; line < keys.size(); ++line) keys[line].push_back(values[line][i]);
     }
+    std::string text = markdown_header(header);
+    for (const std::vector<std::string>& cells : keys) text += markdown_row(cells);
     return text + "\nFrom " + link(*table) + ": " + measured_by(*table, rows.back()) + ".\n";
   }
 
@@ -290,6 +307,7 @@ class MarkdownWriter {
   [[nodiscard]] std::string write_files(const MarkdownQuery& query) const {
     std::string text = markdown_header({"file", "rows", "measured by", "day"});
     for (const std::string& folder : split(query.source, ',')) {
+      if (!std::filesystem::exists(results_ / folder)) continue;
       for (const CsvTable& table : tables_of(results_, folder)) {
         require_format(!table.rows.empty(), table.name, ": no row");
         const std::size_t last = table.rows.size() - 1;

@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "gemma4/error.hpp"
+#include "gemma4/fnv1a.hpp"
 #include "gemma4/platform.hpp"
 
 /// What produced a row of results: the first columns of every result table (see result_table.hpp).
@@ -82,8 +83,7 @@ struct RunInfo {
 
 /// Names a card without giving its UUID away: the upper 32 bits of the FNV-1a hash of its bytes, as 8 hex digits.
 [[nodiscard]] inline std::string card_name(std::string_view uuid) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  for (const char c : uuid) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  const std::uint64_t hash = fnv1a(uuid);
   std::string name;
   for (int shift = 60; shift >= 32; shift -= 4) name += "0123456789abcdef"[(hash >> shift) & 0xfu];
   return name;

@@ -137,11 +137,21 @@ namespace detail {
   return tables;
 }
 
-/// The table whose rows that the conditions hold for are the newest (column utc). Tables that lack a column are older
-/// than the question and are passed over. nullptr when none has such rows.
+/// `conditions`, and those of `if_there` whose column the table has.
+[[nodiscard]] inline std::vector<Condition> conditions_of(const CsvTable& table, std::vector<Condition> conditions,
+                                                          const std::vector<Condition>& if_there) {
+  for (const Condition& condition : if_there) {
+    if (table.find_column(condition.column)) conditions.push_back(condition);
+  }
+  return conditions;
+}
+
+/// The table whose rows that the conditions hold for are the newest (column utc). Tables that lack a column of
+/// `conditions` or `columns` are older than the question and are passed over. nullptr when none has such rows.
 [[nodiscard]] inline const CsvTable* newest_table(const std::vector<CsvTable>& tables,
                                                   const std::vector<Condition>& conditions,
-                                                  const std::vector<std::string>& columns) {
+                                                  const std::vector<std::string>& columns,
+                                                  const std::vector<Condition>& if_there = {}) {
   const CsvTable* newest = nullptr;
   std::string newest_utc;
   for (const CsvTable& table : tables) {
@@ -149,7 +159,7 @@ namespace detail {
     if (!std::ranges::all_of(columns, has)) continue;
     if (!std::ranges::all_of(conditions, [&](const Condition& condition) { return has(condition.column); })) continue;
     std::string utc;
-    const std::vector<std::size_t> rows = rows_where(table, conditions);
+    const std::vector<std::size_t> rows = rows_where(table, conditions_of(table, conditions, if_there));
     for (const std::size_t row : rows) utc = std::max(utc, table.cell(row, "utc"));
     if (rows.empty() || (newest != nullptr && utc < newest_utc)) continue;
     newest = &table;

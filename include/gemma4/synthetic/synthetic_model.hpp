@@ -273,9 +273,8 @@ struct SyntheticPiece {
 /// The files depend on config and options alone, not on the number of threads, which make and write pieces of 1 MiB (at
 /// least one row) side by side: a thread's piece is all that it holds, and the rate grows with the cores as long as the
 /// file system takes it.
-/// @param on_progress called with the bytes of tensor data written so far, of total_bytes(model_tensors(config, only,
-/// mix));
-///        by one thread at a time
+/// @param on_progress called by one thread at a time with the bytes of tensor data written so far; the last are
+///        total_bytes(model_tensors(config, only, mix))
 /// @return the files, in order
 /// @throws std::invalid_argument for a config that no backend can run, rows that do not divide into blocks, a
 ///         vocabulary too small for its control tokens, or too little free space

@@ -43,7 +43,7 @@ namespace detail {
     result += part.substr(0, part.find(kOpen));
     text.remove_prefix(close == std::string_view::npos ? text.size() : close + kClose.size());
   }
-  return std::string(trimmed(result));
+  return std::string(without_blanks(result));
 }
 
 /// Writes a dialogue, message by message.
@@ -91,9 +91,9 @@ class ChatTemplate {
   void write_system(const ChatMessage* message) {
     out_.markup("<|turn>system\n");
     if (thinks()) out_.markup("<|think|>\n");
-    if (message != nullptr && message->parts.empty()) out_.text(trimmed(message->content));
+    if (message != nullptr && message->parts.empty()) out_.text(without_blanks(message->content));
     if (message != nullptr) {
-      for (const std::string& part : message->parts) out_.text(concat(trimmed(part), ' '));
+      for (const std::string& part : message->parts) out_.text(concat(without_blanks(part), ' '));
     }
     out_.markup("<turn|>\n");
   }
@@ -166,7 +166,7 @@ class ChatTemplate {
   bool write_content(const ChatMessage& message, bool is_model) {
     std::string content;
     const auto add = [&](std::string_view part) {
-      content += is_model ? without_thoughts(part) : std::string(trimmed(part));
+      content += is_model ? without_thoughts(part) : std::string(without_blanks(part));
     };
     if (message.parts.empty()) add(message.content);
     for (const std::string& part : message.parts) add(part);

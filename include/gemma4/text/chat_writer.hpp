@@ -36,7 +36,7 @@ inline constexpr std::array<std::string_view, 29> kBlanks = {
     "\xE2\x80\xA9", "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80"};
 
 /// `text` without the blanks at its ends.
-[[nodiscard]] inline std::string_view trimmed(std::string_view text) {
+[[nodiscard]] inline std::string_view without_blanks(std::string_view text) {
   const auto drop = [&](auto&& has, auto&& remove) {
     for (bool found = true; found;) {
       found = false;
