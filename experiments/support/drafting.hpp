@@ -60,6 +60,17 @@ class DraftCount {
   draft::AutoDrafts rule_;
 };
 
+/// A drafter at work: who proposes, how many, and what came of it.
+template <class TTarget>
+struct Drafting {
+  explicit Drafting(const DraftSettings& settings) : drafter(make_drafter<TTarget>(settings)), n_draft(settings) {}
+
+  std::unique_ptr<draft::AnyDrafter<TTarget>> drafter;
+  DraftCount n_draft;
+  draft::Counts counts;
+  double propose_us = 0;  ///< time that the drafter took, over all steps
+};
+
 /// `drafts: 2.41 tokens a step, 310 steps; accepted 71.0 52.3 40.1 % at places 1 to 3`
 inline void print_drafts(std::ostream& stream, const draft::Counts& counts) {
   const auto flags = stream.flags();
