@@ -2,6 +2,7 @@
 #pragma once
 
 #include <charconv>
+#include <cstddef>
 #include <cstdint>
 #include <iomanip>
 #include <memory>
@@ -48,8 +49,9 @@ template <class TTarget>
 /// Drafts of each step: fixed, or by the rule of AutoDrafts.
 class DraftCount {
  public:
-  explicit DraftCount(const DraftSettings& settings)
-      : fixed_(settings.is_on() ? settings.n_draft : std::optional<std::int64_t>(0)) {}
+  /// @param cost of a proposed token, in plain steps
+  DraftCount(const DraftSettings& settings, double cost)
+      : fixed_(settings.is_on() ? settings.n_draft : std::optional<std::int64_t>(0)), rule_({.draft = cost}) {}
   [[nodiscard]] std::int64_t next() const { return fixed_ ? *fixed_ : rule_.next(); }
   void saw(const draft::Step& step) {
     if (!fixed_) rule_.saw(step.n_draft, step.n_accepted());
@@ -63,7 +65,8 @@ class DraftCount {
 /// A drafter at work: who proposes, how many, and what came of it.
 template <class TTarget>
 struct Drafting {
-  explicit Drafting(const DraftSettings& settings) : drafter(make_drafter<TTarget>(settings)), n_draft(settings) {}
+  explicit Drafting(const DraftSettings& settings)
+      : drafter(make_drafter<TTarget>(settings)), n_draft(settings, drafter->cost()) {}
 
   std::unique_ptr<draft::AnyDrafter<TTarget>> drafter;
   DraftCount n_draft;
