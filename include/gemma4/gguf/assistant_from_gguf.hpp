@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "gemma4/assistant_config.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/config_from_gguf.hpp"
@@ -13,27 +14,6 @@
 
 /// Reads the shape of a drafter (`gemma4-assistant.*`) from GGUF metadata, and holds it against that of its target.
 namespace gemma4 {
-
-/// A drafter: a few layers without keys and values of their own, which read the caches of a target's last layers.
-struct AssistantConfig {
-  ModelConfig own;  ///< its layers; head_dim, KV heads, RoPE and window are those of the caches it reads.
-                    ///< Of softcap it makes no use: its logits have none
-  std::int64_t hidden_target = 0;  ///< width of the target's residual stream
-  bool operator==(const AssistantConfig&) const = default;
-
-  /// Two vectors of the target's width go in: a token's embedding, and the state before it.
-  [[nodiscard]] std::int64_t n_input() const { return 2 * hidden_target; }
-};
-
-/// The last layer of the target of the kind that a drafter's sliding, or full, layers are: the one whose cache they
-/// read. @throws std::invalid_argument where the target has none
-[[nodiscard]] inline std::int64_t last_layer_of_kind(const ModelConfig& target, bool sliding) {
-  for (std::int64_t layer = target.n_layer() - 1; layer >= 0; --layer) {
-    if (target.sliding_layer(layer) == sliding) return layer;
-  }
-  require(false, "drafter: it has ", sliding ? "sliding" : "full", " layers, the target has none");
-  return -1;
-}
 
 namespace detail {
 
