@@ -14,6 +14,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/model/finite.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/step_limits.hpp"
 
 /// The model graph, once, for every backend.
 ///
@@ -74,9 +75,17 @@ class Model {
   [[nodiscard]] std::int64_t position() const { return position_; }
   [[nodiscard]] TBackend& backend() const { return backend_; }
 
+  /// Tokens that rewind() can take back, now: the caches count from the farthest that the sequence has been.
+  [[nodiscard]] std::int64_t max_rewind() const {
+    std::int64_t limit = kMaxRewind;
+    if constexpr (requires { backend_.max_rewind(); }) limit = backend_.max_rewind();
+    return std::clamp<std::int64_t>(limit - (farthest_ - position_), 0, position_);
+  }
+
   void reset() {
     backend_.reset();
     position_ = 0;
+    farthest_ = 0;
     chunks_.clear();
   }
 
@@ -107,6 +116,7 @@ class Model {
       if (noticed) throw NotFiniteError(*noticed, config.n_layer());
     }
     position_ += n_token;
+    farthest_ = std::max(farthest_, position_);
     chunks_.push_back(n_token);
   }
   void forward(std::span<const std::int32_t> tokens, std::span<const std::int64_t> logit_rows) {
@@ -197,10 +207,11 @@ class Model {
   void advance(std::int64_t n_token) {
     require_room(n_token);
     position_ += n_token;
+    farthest_ = std::max(farthest_, position_);
     chunks_.insert(chunks_.end(), static_cast<std::size_t>(n_token), 1);
   }
 
-  /// The last `n_token` tokens never were. The caller knows that the backend's caches can go back so far.
+  /// The last `n_token` tokens never were. The caller knows that the backend's caches can go back so far: max_rewind().
   void rewind(std::int64_t n_token) {
     require(n_token >= 0 && n_token <= position_, "model: rewind by ", n_token, " tokens, there are ", position_);
     position_ -= n_token;
@@ -249,6 +260,7 @@ class Model {
 
   TBackend& backend_;
   std::int64_t position_ = 0;
+  std::int64_t farthest_ = 0;         ///< position that the sequence had at most
   std::vector<std::int64_t> chunks_;  ///< lengths of the passes that the sequence came in
 };
 
