@@ -15,6 +15,7 @@
 #include "experiments/support/notes.hpp"
 #include "gemma4/assistant_config.hpp"
 #include "gemma4/config_json.hpp"
+#include "gemma4/draft/drafter.hpp"
 #include "gemma4/gguf/assistant_tensors.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
@@ -148,7 +149,7 @@ int run(int argc, char** argv) {
           model.config.context, " positions");
   if (!drafter_name.empty()) {
     options.drafter = load_drafter(drafter_name, model.config, options.target);
-    options.n_logit_row = kMaxPlannedDrafts + 1;  // all that a step verifies
+    options.n_logit_row = draft::kMaxDrafts + 1;  // all that a step verifies
   }
   const MemoryPlan plan = plan_memory(model.config, model.tensors, options);
   run_table(driver, run_info("memory_plan", argc, argv, 0, build_info()), kShape, [&](ResultTable& table) {

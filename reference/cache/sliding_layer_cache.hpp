@@ -103,8 +103,8 @@ class SlidingLayerCache {
   [[nodiscard]] Matrix<Scalar> attend_queries(const Matrix<Scalar>& q, std::span<const float> /*k_norm*/,
                                               std::int64_t kv_len) const {
     require(q.rows() == 1, "sliding cache: ", q.rows(), " queries without keys, need 1");
-    require(kv_len >= 1 && kv_len <= ring_.end(), "sliding cache: kv_len ", kv_len, ", need 1 to ", ring_.end(),
-            ", the keys that came");
+    require(kv_len >= 1, "sliding cache: kv_len ", kv_len, ", need at least 1");
+    ring_.require_position(kv_len);
     require(window_ >= 2, "sliding cache: window ", window_, " without the query's own key is empty");
     const std::int64_t newest = kv_len - 1, n_head = q.cols() / head_dim_;
     const auto row_of = [&](const View<const TStorage, 3>& ring) {

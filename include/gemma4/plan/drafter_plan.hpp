@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gemma4/assistant_config.hpp"
+#include "gemma4/draft/drafter.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/plan/memory_plan.hpp"
@@ -14,9 +15,6 @@
 /// The bytes that a drafter takes beside its target: weights and the activations of one token. It has no cache, and its
 /// attention and products leave their parts in the target's buffers.
 namespace gemma4 {
-
-/// Tokens that a step drafts at most: with the one in front they are verified on the path of decoding.
-inline constexpr std::int64_t kMaxPlannedDrafts = kDecodeChunk - 1;
 
 /// For MemoryPlanOptions::drafter.
 /// @param tensors assistant_tensors(config), or model_tensors(file)
@@ -36,14 +34,14 @@ inline constexpr std::int64_t kMaxPlannedDrafts = kDecodeChunk - 1;
   std::int64_t weights = 0;
   for (const ModelTensor& tensor : tensors) weights += is_device ? device_bytes(tensor) : tensor.bytes();
   const std::int64_t q_dim = detail::qkv_widths(own).q;
-  const std::int64_t logits = (is_device ? kMaxPlannedDrafts : 1) * own.vocab * kF32;
+  const std::int64_t logits = (is_device ? draft::kMaxDrafts : 1) * own.vocab * kF32;
   const std::int64_t stream = own.hidden * (2 * kF32 + value);  // the stream, what is pending, and normalised
   const std::int64_t activations = up(config.n_input() * value) + up(config.hidden_target * kF32) + up(stream) +
                                    up(2 * q_dim * value) + up(q_dim * kF32) + up(2 * own.ffn_hidden * kF32) +
                                    up(own.ffn_hidden * value);
   return {{"drafter_weights", weights, is_device ? "matrices, rows repacked, and norms" : "the file as mapped"},
           {"drafter_logits", up(logits),
-           is_device ? concat(kMaxPlannedDrafts, " rows x vocab x f32, of the tokens of a draft") : "vocab x f32"},
+           is_device ? concat(draft::kMaxDrafts, " rows x vocab x f32, of the tokens of a draft") : "vocab x f32"},
           {"drafter_activations", activations, "input, state, stream, q, attended, gate and up of one token"}};
 }
 
