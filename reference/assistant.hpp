@@ -19,6 +19,14 @@
 
 namespace gemma4::reference {
 
+/// The likeliest token of logits [1, vocab]; of equals the first.
+template <class Scalar>
+[[nodiscard]] std::int32_t likeliest(const Matrix<Scalar>& logits) {
+  Eigen::Index best = 0;
+  logits.row(0).maxCoeff(&best);
+  return static_cast<std::int32_t>(best);
+}
+
 /// The drafter of Gemma 4: a few layers that guess the tokens to come from the state of the target and from its caches.
 /// A step takes a token t and the state h that was there when t was chosen:
 ///

@@ -75,14 +75,6 @@ struct GoldenDrafts {
   return golden;
 }
 
-/// The likeliest token of logits [1, vocab]; of equals the first.
-template <class Scalar>
-[[nodiscard]] std::int32_t likeliest(const Matrix<Scalar>& logits) {
-  Eigen::Index best = 0;
-  logits.row(0).maxCoeff(&best);
-  return static_cast<std::int32_t>(best);
-}
-
 struct DraftComparison {
   std::int64_t n_compared = 0;
   std::int64_t n_same = 0;  ///< drafted tokens that are the golden ones
@@ -138,7 +130,7 @@ struct DraftAgreement {
   std::vector<std::int64_t> step;     ///< step j names the target's likeliest token
   std::vector<std::int64_t> through;  ///< so do all steps up to j
 
-  explicit DraftAgreement(std::int64_t n_step = 0)
+  explicit DraftAgreement(std::int64_t n_step)
       : step(static_cast<std::size_t>(n_step)), through(static_cast<std::size_t>(n_step)) {}
 
   /// One draft beside what the target says behind the same tokens.
@@ -159,8 +151,8 @@ struct DraftAgreement {
 /// Teacher-forced agreement: a draft behind every position p < n_position, of which step j is fed ids[p + j], beside
 /// the target's likeliest token behind the same id. `on_token(n_done)` after each.
 /// @param ids at least n_position + n_step of them
-template <class Scalar>
-[[nodiscard]] DraftAgreement measure_agreement(const Assistant<Scalar>& drafter, Backend<Scalar>& target,
+template <class Scalar, class TTarget>
+[[nodiscard]] DraftAgreement measure_agreement(const Assistant<Scalar, TTarget>& drafter, Backend<Scalar>& target,
                                                std::span<const std::int32_t> ids, std::int64_t n_position,
                                                std::int64_t n_step, auto&& on_token) {
   require(n_step >= 1 && n_position >= 1 && static_cast<std::int64_t>(ids.size()) >= n_position + n_step,

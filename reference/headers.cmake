@@ -3,6 +3,7 @@
 set(GEMMA4_REFERENCE_HEADERS
     "${PROJECT_SOURCE_DIR}/reference/assistant.hpp"
     "${PROJECT_SOURCE_DIR}/reference/assistant_check.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/assistant_drafter.hpp"
     "${PROJECT_SOURCE_DIR}/reference/attention_tile.hpp"
     "${PROJECT_SOURCE_DIR}/reference/backend.hpp"
     "${PROJECT_SOURCE_DIR}/reference/bf16_attention.hpp"
