@@ -1,18 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
+#include <utility>
 
 #include "gemma4/draft/drafter.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/model/assistant_weights.hpp"
+#include "gemma4/sampler.hpp"
+#include "reference/acceptance.hpp"
 #include "reference/assistant.hpp"
 #include "reference/backend.hpp"
 
 namespace gemma4::reference {
 
 /// The drafter of Gemma 4 as a draft::Drafter: its first state is the target's behind the token that the target has
-/// just chosen, each further one its own. It proposes as many tokens as it is asked for, and remembers nothing.
+/// just chosen, each further one its own. It proposes as many tokens as it is asked for, and remembers nothing. Where
+/// the target takes the likeliest token, so does it; else it draws each from its own logits as the target would from
+/// its, and hands them over.
 template <class Scalar>
 class AssistantDrafter {
  public:
@@ -33,7 +40,7 @@ class AssistantDrafter {
     std::int32_t token = request.tokens.back();
     for (std::int64_t i = 0; i < request.n_draft; ++i) {
       auto out = assistant.step(token, hidden, n_token - 1);
-      token = likeliest(out.logits);
+      token = choose(out.logits, request.sampler, n_token - 1 + i, proposal);
       hidden = std::move(out.hidden);
       proposal.tokens.push_back(token);
     }
@@ -42,6 +49,15 @@ class AssistantDrafter {
   void keep(std::int64_t /*n_token*/) {}
 
  private:
+  /// @param position of the token that gave the logits
+  [[nodiscard]] static std::int32_t choose(const Matrix<Scalar>& logits, const SamplerSettings& sampler,
+                                           std::int64_t position, draft::Proposal& proposal) {
+    if (sampler.temperature == 0) return likeliest(logits);
+    const std::size_t first = proposal.logits.size();
+    for (Eigen::Index i = 0; i < logits.cols(); ++i) proposal.logits.push_back(static_cast<float>(logits(0, i)));
+    return draw_draft(std::span(proposal.logits).subspan(first), sampler, position);
+  }
+
   const AssistantWeights& weights_;
 };
 

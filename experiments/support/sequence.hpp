@@ -122,7 +122,7 @@ class HostSequence : public Sequence {
       : backend_(std::move(backend)),
         model_(*backend_),
         logits_(static_cast<std::size_t>(backend_->config().vocab)),
-        drafter_(make_drafter<TBackend>(drafting)),
+        drafter_(make_drafter<TBackend>(drafting, backend_->config())),
         n_draft_(drafting) {
     require(!drafting.is_on() || !keeps_a_tail(cache), "--drafter ", drafting.drafter, ": the cache ", to_string(cache),
             " keeps its newest tokens exact and cannot go back");
