@@ -11,10 +11,13 @@
 #include <string>
 #include <vector>
 
+#include "gemma4/draft/step.hpp"
 #include "gemma4/gguf/block_dequantise.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/text/id_file.hpp"
+#include "reference/acceptance.hpp"
 #include "reference/assistant_check.hpp"
+#include "reference/assistant_drafter.hpp"
 
 /// The trained drafter of nano against drafts that another implementation made of the same files, and what each of its
 /// rules is worth: without it the drafts are others.
@@ -118,6 +121,42 @@ class AssistantGolden : public testing::Test {
     };
     agreement_ = measure(Assistant<float>(drafter, bf16));
     spoiled_agreement_ = measure(Assistant<float, SpoiledTarget>(drafter, other));
+    plain_ = write_text(weights, drafter, 0);
+    drafted_ = write_text(weights, drafter, 3);
+  }
+
+  /// Greedy text of nano behind the beginning of the held-out text, with k drafts a step; 0: none.
+  struct Text {
+    std::vector<std::int32_t> ids;
+    draft::Counts counts;
+  };
+  static Text write_text(const ModelWeights& weights, const AssistantWeights& drafter, std::int64_t n_draft) {
+    constexpr std::size_t kPrompt = 30, kToken = 40;
+    Text text{.ids = read_ids(kData / "nano/heldout-ids.u16", 4096, kPrompt), .counts = {}};
+    NanoBackend backend(weights, {.cache = parse_cache_spec("kv5r4"), .context = 128, .max_chunk = 30});
+    Model<NanoBackend> model(backend);
+    model.prefill(std::span(text.ids), 30, [](std::int64_t) {});
+    text.ids.push_back(reference::likeliest(backend.logits()));
+    reference::AssistantDrafter<float> propose(drafter);
+    std::vector<float> logits(4096);
+    const auto judge = [&](const NanoBackend& target, const draft::Proposal& proposal, const SamplerSettings& settings,
+                           std::int64_t position) {
+      const auto row = [&](std::int64_t i) {
+        target.copy_logits(i, logits);
+        return std::span<const float>(logits);
+      };
+      return reference::judge(row, proposal, settings, position);
+    };
+    std::int64_t hidden_row = 0;
+    while (text.ids.size() < kPrompt + kToken) {
+      const auto n_left = static_cast<std::int64_t>(kPrompt + kToken - text.ids.size());
+      const draft::Step step = draft::run_step(model, propose, text.ids, std::min(n_draft, n_left - 1),
+                                               {.temperature = 0}, hidden_row, judge);
+      text.ids.insert(text.ids.end(), step.tokens.begin(), step.tokens.end());
+      text.counts.add(step);
+      hidden_row = step.n_accepted();
+    }
+    return text;
   }
 
   static constexpr std::int64_t kHeldOut = 64;
@@ -144,6 +183,7 @@ class AssistantGolden : public testing::Test {
   static inline std::map<std::string, DraftComparison> results_;
   static inline double hidden_error_ = 0, at_p_ = 0, capped_ = 0;
   static inline reference::DraftAgreement agreement_{0}, spoiled_agreement_{0};
+  static inline Text plain_, drafted_;
 };
 
 TEST_F(AssistantGolden, TheSameTokensAndLogitsOfEveryStep) {
@@ -178,6 +218,12 @@ TEST_F(AssistantGolden, ItOftenSaysWhatItsTargetSays) {
     EXPECT_LE(agreement_.through[j], agreement_.step[j]);
   }
   EXPECT_GT(agreement_.through[0], agreement_.through[3]);
+}
+
+TEST_F(AssistantGolden, DraftedTextIsPlainTextInFewerSteps) {
+  EXPECT_EQ(drafted_.ids, plain_.ids);
+  EXPECT_EQ(plain_.counts.n_step, 39) << "the control: a token a step";
+  EXPECT_LT(2 * drafted_.counts.n_step, plain_.counts.n_step);
 }
 
 }  // namespace

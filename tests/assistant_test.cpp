@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <numeric>
@@ -153,6 +154,37 @@ TEST(Assistant, AllDraftsOfAStepStandAtOnePositionAndFollowEachOther) {
   std::vector<std::int32_t> other = ids;
   other.back() = (other.back() + 1) % 320;
   EXPECT_NE(propose(weights, target, other, 7), by_hand) << "the control: another token drafts otherwise";
+}
+
+TEST(Assistant, AtATemperatureEachTokenIsDrawnFromItsOwnLogitsAndHandedOver) {
+  const Weights weights(three_of_each());
+  const std::vector<std::int32_t> ids = some_ids(three_of_each(), 41);
+  const Target target(weights, std::span(ids).first(40));
+  const SamplerSettings settings{.temperature = 1.5f, .top_k = 40, .top_p = 0.9f, .seed = 5};
+  AssistantDrafter<float> drafter(weights.drafter);
+  draft::Proposal proposal;
+  drafter.propose(target.backend, {.tokens = ids, .n_draft = 5, .sampler = settings}, proposal);
+  ASSERT_EQ(proposal.size(), 5);
+  ASSERT_TRUE(proposal.is_drawn());
+  const Assistant<float> by_hand(weights.drafter, target.backend);
+  Matrix<float> hidden = target.backend.hidden();
+  std::int32_t token = ids[40];
+  bool any_unlikely = false;
+  for (std::int64_t i = 0; i < 5; ++i) {
+    const auto out = by_hand.step(token, hidden, 40);
+    const std::span<const float> row = proposal.row(i);
+    ASSERT_EQ(row.size(), 320u);
+    EXPECT_TRUE(std::equal(row.begin(), row.end(), out.logits.data())) << "step " << i;
+    token = proposal.tokens[static_cast<std::size_t>(i)];
+    EXPECT_EQ(token, reference::draw_draft(row, settings, 40 + i)) << "step " << i;
+    EXPECT_GT(reference::distribution(row, settings)[static_cast<std::size_t>(token)], 0) << "step " << i;
+    any_unlikely = any_unlikely || token != reference::likeliest(out.logits);
+    hidden = out.hidden;
+  }
+  EXPECT_TRUE(any_unlikely) << "the control: nothing was drawn";
+  draft::Proposal greedy;
+  drafter.propose(target.backend, {.tokens = ids, .n_draft = 5}, greedy);
+  EXPECT_FALSE(greedy.is_drawn());
 }
 
 // ---- what drafts do not depend on
