@@ -122,11 +122,16 @@ class HostSequence : public Sequence {
       : backend_(std::move(backend)),
         model_(*backend_),
         logits_(static_cast<std::size_t>(backend_->config().vocab)),
-        drafter_(make_drafter<TBackend>(drafting, backend_->config())),
-        n_draft_(drafting) {
+        drafting_(std::make_unique<Drafting<TBackend>>(drafting, backend_->config())),
+        is_drafted_(drafting.is_on()) {
     require(!drafting.is_on() || !keeps_a_tail(cache), "--drafter ", drafting.drafter, ": the cache ", to_string(cache),
             " keeps its newest tokens exact and cannot go back");
-    if (drafting.is_on()) counts_.emplace();
+  }
+
+  /// From the next step on by another drafter, and back again: each goes on from the sequence that it knew, which must
+  /// be the beginning of the one that there is. @return the one before
+  std::unique_ptr<Drafting<TBackend>> exchange(std::unique_ptr<Drafting<TBackend>> drafting) {
+    return std::exchange(drafting_, std::move(drafting));
   }
 
   Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
@@ -190,15 +195,17 @@ class HostSequence : public Sequence {
     held_.resize(held_.size() - static_cast<std::size_t>(n_token));
     const std::int64_t n_back = model_.position() - std::max<std::int64_t>(0, n_held() - 1);
     model_.rewind(std::clamp<std::int64_t>(n_back, 0, model_.max_rewind()));
-    drafter_->keep(n_held());
+    drafting_->drafter->keep(n_held());
     hidden_row_.reset();
   }
   void reset() override {
     model_.reset();
     held_.clear();
-    drafter_->keep(0);
+    drafting_->drafter->keep(0);
   }
-  [[nodiscard]] std::optional<draft::Counts> draft_counts() const override { return counts_; }
+  [[nodiscard]] std::optional<draft::Counts> draft_counts() const override {
+    return is_drafted_ ? std::optional(drafting_->counts) : std::nullopt;
+  }
   [[nodiscard]] std::int64_t context() const override { return backend_->context(); }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_->step_plans(); }
   [[nodiscard]] std::vector<ComponentTime> profile(const std::function<void()>& work) override {
@@ -220,7 +227,8 @@ class HostSequence : public Sequence {
 
   /// @param n_wanted tokens that are still asked for: a step gives no more
   [[nodiscard]] std::vector<std::int32_t> step(const SamplerSettings& sampler, std::int64_t n_wanted) {
-    const std::int64_t n_draft = hidden_row_ ? std::min(n_draft_.next(), n_wanted - 1) : 0;
+    const std::int64_t n_draft = hidden_row_ ? std::min(drafting_->n_draft.next(), n_wanted - 1) : 0;
+    TimedDrafter drafter{*drafting_};
     const auto judge = [&](const TBackend& target, const draft::Proposal& proposal, const SamplerSettings& settings,
                            std::int64_t position) {
       const auto row = [&](std::int64_t i) {
@@ -229,11 +237,21 @@ class HostSequence : public Sequence {
       };
       return reference::judge(row, proposal, settings, position);
     };
-    draft::Step step = draft::run_step(model_, *drafter_, held_, n_draft, sampler, hidden_row_.value_or(0), judge);
-    n_draft_.saw(step);
-    if (counts_) counts_->add(step);
+    draft::Step step = draft::run_step(model_, drafter, held_, n_draft, sampler, hidden_row_.value_or(0), judge);
+    drafting_->n_draft.saw(step);
+    drafting_->counts.add(step);
     return std::move(step.tokens);
   }
+
+  struct TimedDrafter {
+    Drafting<TBackend>& drafting;
+    void propose(TBackend& target, const draft::Request& request, draft::Proposal& proposal) {
+      const Clock::time_point start = Clock::now();
+      drafting.drafter->propose(target, request, proposal);
+      drafting.propose_us += us_since(start);
+    }
+    void keep(std::int64_t n_token) { drafting.drafter->keep(n_token); }
+  };
 
   /// A step that was ended by a token in its middle: what went through the model behind that token never was, and the
   /// token itself has not been through it.
@@ -242,9 +260,8 @@ class HostSequence : public Sequence {
   std::unique_ptr<TBackend> backend_;
   Model<TBackend> model_;
   std::vector<float> logits_;
-  std::unique_ptr<draft::AnyDrafter<TBackend>> drafter_;
-  DraftCount n_draft_;
-  std::optional<draft::Counts> counts_;
+  std::unique_ptr<Drafting<TBackend>> drafting_;
+  bool is_drafted_;
   /// Of the last lm_head, the row that gave the last token; none where that was taken back.
   std::optional<std::int64_t> hidden_row_;
 };
