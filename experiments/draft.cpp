@@ -67,7 +67,7 @@ struct Case {
 class Run {
  public:
   Run(const Options& options, ResultTable& table, const ModelSource& source, std::string cache, std::string desc)
-      : options_(options), table_(table), cache_(std::move(cache)), desc_(std::move(desc)) {
+      : options_(options), table_(table), config_(source.config()), cache_(std::move(cache)), desc_(std::move(desc)) {
     const std::int64_t n_text = options.depths.back() + options.sites * options.stride;
     context_ = context_of(options);
     ids_ = text_ids(options, source.config().vocab, n_text);
@@ -101,7 +101,7 @@ class Run {
     std::vector<Case> cases;
     const auto add = [&](const std::string& drafter, const std::string& n_draft) {
       const DraftSettings settings{.drafter = drafter, .n_draft = parse_n_draft(n_draft)};
-      cases.push_back({drafter, n_draft, std::make_unique<Drafting<AnyBackend>>(settings)});
+      cases.push_back({drafter, n_draft, std::make_unique<Drafting<AnyBackend>>(settings, config_)});
     };
     add("none", "auto");
     for (const std::string& drafter : options_.drafters) {
@@ -172,6 +172,7 @@ class Run {
 
   const Options& options_;
   ResultTable& table_;
+  const ModelConfig& config_;
   std::string cache_, desc_, plan_;
   std::int64_t context_ = 0;
   Ids ids_;
@@ -182,7 +183,7 @@ void add_options(CLI::App& app, Options& options) {
   add_model(app, options);
   add_caches(app, options);
   add_backend(app, options);
-  app.add_option("--drafters", options.drafters, "Who proposes: lookup; comma-separated")
+  app.add_option("--drafters", options.drafters, "Who proposes: lookup, or GGUF files of drafters; comma-separated")
       ->delimiter(',')
       ->capture_default_str();
   app.add_option("--drafts", options.n_drafts, "Tokens to propose for each step, 1 to 7, or auto; comma-separated")
@@ -226,7 +227,7 @@ void run(int argc, char** argv) {
     require(options.depths[i] >= options.depths[i - 1] + options.sites * options.stride, "--depths ", options.depths[i],
             ": the ", options.sites, " sites behind ", options.depths[i - 1], " reach beyond it");
   }
-  for (const std::string& drafter : options.drafters) (void)make_drafter<AnyBackend>({.drafter = drafter});
+  for (const std::string& drafter : options.drafters) require_drafter({.drafter = drafter}, options.backend == "cuda");
   for (const std::string& n_draft : options.n_drafts) (void)parse_n_draft(n_draft);
   const RunInfo info = backend_run_info(options, "draft", argc, argv);
   run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) { measure(options, table); });

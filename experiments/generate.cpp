@@ -118,9 +118,11 @@ void add_sampling(CLI::App& app, Options& options, Seen& seen) {
 }
 
 void add_drafting(CLI::App& app, Options& options, Seen& seen, std::string& n_draft) {
-  app.add_option("--drafter", options.drafting.drafter,
-                 "Who proposes tokens that the model verifies several at a time: lookup (what followed the last tokens "
-                 "where they stood before), or none. The text is the same")
+  app.add_option(
+         "--drafter", options.drafting.drafter,
+         "Who proposes tokens that the model verifies several at a time: lookup (what followed the last tokens "
+         "where they stood before), the GGUF file of a drafter, or none. The text is the same; that of a drafter "
+         "from a file, at a temperature, of the same distribution")
       ->capture_default_str();
   seen.draft =
       app.add_option("--draft", n_draft, "Tokens to propose for each step, 1 to 7; auto: from what was accepted so far")
@@ -141,7 +143,7 @@ void check_options(const Options& options) {
   require(!options.profile || options.backend == "cuda",
           "--profile: needs --backend cuda; the reference has no events");
   require(!options.profile || !options.is_interactive, "--profile: needs a --chat with a text");
-  (void)make_drafter<AnyBackend>(options.drafting);  // refused before a model is loaded
+  require_drafter(options.drafting, options.backend == "cuda");
   require(!options.profile || !options.drafting.is_on(), "--profile: cannot be had with --drafter");
   require(!options.echo || !options.is_interactive, "--echo: needs a --chat with a text");
   require(!options.is_interactive || options.messages != "-",

@@ -14,11 +14,16 @@
 #include "experiments/driver.hpp"
 #include "experiments/support/notes.hpp"
 #include "experiments/support/weight_mix.hpp"
+#include "gemma4/assistant_config.hpp"
 #include "gemma4/config_json.hpp"
+#include "gemma4/draft/drafter.hpp"
+#include "gemma4/gguf/assistant_tensors.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/gguf/text_model.hpp"
+#include "gemma4/model/assistant_weights.hpp"
 #include "gemma4/model/weights.hpp"
+#include "gemma4/plan/drafter_plan.hpp"
 
 namespace gemma4::experiment {
 namespace {
@@ -47,6 +52,20 @@ Model load_model(const std::string& name, const std::optional<std::string>& mix)
   }
   const ModelConfig config = config_from_name(name);
   return {config, model_tensors(config, std::nullopt, parse_mix(mix.value_or("q4_k_m")))};
+}
+
+/// What a drafter takes: that of a GGUF file, or of a shape by name.
+/// @throws FormatError where it is not a drafter of this model
+std::vector<PlannedBuffer> load_drafter(const std::string& name, const ModelConfig& target, PlanTarget room) {
+  if (is_gguf(name) || name.ends_with(".gguf")) {
+    const GgufFile file = GgufFile::open(name);
+    const AssistantConfig config = assistant_weights_from_gguf(file, target).config;
+    return drafter_buffers(config, model_tensors(file), room);
+  }
+  const std::optional<AssistantConfig> config = assistant_from_name(name);
+  require(config.has_value(), "--drafter '", name, "': expected a GGUF file, 31b-assistant or nano-assistant");
+  require_assistant_fits(name, *config, target);
+  return drafter_buffers(*config, assistant_tensors(*config), room);
 }
 
 /// Bytes from a number with an optional unit: 24GB, 23GiB, 512MiB, 1000000.
@@ -108,9 +127,11 @@ int run(int argc, char** argv) {
   driver.backend = "cuda";
   driver.caches = {"tq4"};
   driver.out = "-";
-  std::string model_name, limit_text, mix = "q4_k_m";
+  std::string model_name, drafter_name, limit_text, mix = "q4_k_m";
   MemoryPlanOptions options;
   app.add_option("--model", model_name, "GGUF file; or 31b, 12b, nano, tiny or a .json file of dimensions")->required();
+  app.add_option("--drafter", drafter_name,
+                 "A drafter beside it: GGUF file; or 31b-assistant or nano-assistant, in Q8_0");
   CLI::Option* const of_mix = add_mix(app, mix, "Types of the matrices of a model that is no file");
   add_backend(app, driver);
   CLI::Option* const context = add_tokens(app, "--context", options.context,
@@ -129,6 +150,10 @@ int run(int argc, char** argv) {
   if (context->count() == 0) options.context = std::min(options.context, model.config.context);
   require(options.context <= model.config.context, "--context ", options.context, ": the model was trained for ",
           model.config.context, " positions");
+  if (!drafter_name.empty()) {
+    options.drafter = load_drafter(drafter_name, model.config, options.target);
+    options.n_logit_row = draft::kMaxDrafts + 1;  // all that a step verifies
+  }
   const MemoryPlan plan = plan_memory(model.config, model.tensors, options);
   run_table(driver, run_info("memory_plan", argc, argv, 0, build_info()), kShape, [&](ResultTable& table) {
     print_memory_plan(std::cout, plan);

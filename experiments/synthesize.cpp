@@ -12,8 +12,11 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/weight_mix.hpp"
+#include "gemma4/assistant_config.hpp"
 #include "gemma4/config_json.hpp"
+#include "gemma4/gguf/assistant_tensors.hpp"
 #include "gemma4/report/progress.hpp"
+#include "gemma4/synthetic/synthetic_assistant.hpp"
 #include "gemma4/synthetic/synthetic_model.hpp"
 
 namespace gemma4::experiment {
@@ -45,23 +48,36 @@ std::string check_split_size(const std::string& text) {
                                     : "'" + text + "': expected a number of bytes, K, M or G, at least 1, as in 5G";
 }
 
+/// Files that `write(on_progress)` makes, with the bytes so far of `n_byte` shown meanwhile.
+template <class TWrite>
+std::vector<std::filesystem::path> with_progress(const DriverOptions& driver, std::int64_t n_byte, TWrite&& write) {
+  Progress progress("synthesize", n_byte, progress_options(driver, "B"));
+  const auto files = write([&](std::int64_t done) { progress.update(done); });
+  progress.finish();
+  return files;
+}
+
 void run(int argc, char** argv) {
   CLI::App app("Writes a GGUF model of any shape with random weights, for measuring speed and memory.");
   DriverOptions driver;
   SyntheticOptions options;
   std::string shape, type = "Q4_K_M", mix = "q4_k_m", split;
   std::int64_t n_layer = 0;
-  app.add_option("--shape", shape, "31b, 12b, nano, tiny or a .json file of dimensions")->required();
+  app.add_option(
+         "--shape", shape,
+         "31b, 12b, nano, tiny or a .json file of dimensions; or a drafter, 31b-assistant or nano-assistant, in Q8_0")
+      ->required();
   app.add_option("--out", driver.out, "GGUF file to write")->required();
   CLI::Option* const of_mix =
       add_mix(app, mix,
               "Types of the matrices, as published files mix them. q4_k_m: Q4_K and some Q6_K, 17.4 GiB for the 31b. "
               "qat-q4_0: Q4_0, as weights trained for it are published, 16.4 GiB. The embedding is Q6_K in both, norms "
               "are F32");
-  app.add_option("--type", type, "One type for all matrices, the embedding too, instead of a mix; Q4_K_M: q4_k_m")
-      ->check(CLI::IsMember({"Q4_K_M", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
-      ->excludes(of_mix)
-      ->capture_default_str();
+  CLI::Option* const of_type =
+      app.add_option("--type", type, "One type for all matrices, the embedding too, instead of a mix; Q4_K_M: q4_k_m")
+          ->check(CLI::IsMember({"Q4_K_M", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))
+          ->excludes(of_mix)
+          ->capture_default_str();
   add_whole(app, "--layers", n_layer, "Only so many layers of the shape, for a smaller file; 0: all", {0, 4096});
   app.add_option("--split-max-size", split,
                  "Bytes of tensors in a part, as in 5G or 500M, for a model of several files")
@@ -80,22 +96,33 @@ void run(int argc, char** argv) {
   add_quiet(app, driver);
   parse(app, argc, argv);
 
-  ModelConfig config = config_from_name(shape);
-  require(n_layer <= config.n_layer(), "--layers ", n_layer, ": the shape ", shape, " has ", config.n_layer());
-  if (n_layer > 0) config.is_sliding.resize(static_cast<std::size_t>(n_layer));
   options.seed = driver.seed;
-  options.mix = parse_mix(mix);
-  options.only = parse_weight_type(type);
   if (!split.empty()) options.split_max_bytes = parse_split_size(split);
-  const std::int64_t n_byte = total_bytes(model_tensors(config, options.only, options.mix));
-  Progress progress("synthesize", n_byte, progress_options(driver, "B"));
-  const auto files =
-      write_synthetic_model(driver.out, config, options, [&](std::int64_t done) { progress.update(done); });
-  progress.finish();
+  std::vector<std::filesystem::path> files;
+  if (const std::optional<AssistantConfig> drafter = assistant_from_name(shape)) {
+    require(n_layer == 0 && of_mix->empty(), "--shape ", shape,
+            ": a drafter has all its layers and one type; leave out ", n_layer == 0 ? "--mix" : "--layers");
+    if (!of_type->empty()) {
+      options.only = parse_weight_type(type);
+      require(options.only.has_value(), "--type ", type, ": a mix of text models; a drafter has one type");
+    }
+    n_layer = drafter->own.n_layer();
+    files =
+        with_progress(driver, total_bytes(assistant_tensors(*drafter, synthetic_assistant_type(options))),
+                      [&](const auto& done) { return write_synthetic_assistant(driver.out, *drafter, options, done); });
+  } else {
+    ModelConfig config = config_from_name(shape);
+    require(n_layer <= config.n_layer(), "--layers ", n_layer, ": the shape ", shape, " has ", config.n_layer());
+    if (n_layer > 0) config.is_sliding.resize(static_cast<std::size_t>(n_layer));
+    n_layer = config.n_layer();
+    options.mix = parse_mix(mix);
+    options.only = parse_weight_type(type);
+    files = with_progress(driver, total_bytes(model_tensors(config, options.only, options.mix)),
+                          [&](const auto& done) { return write_synthetic_model(driver.out, config, options, done); });
+  }
   double size = 0;
   for (const std::filesystem::path& file : files) size += static_cast<double>(std::filesystem::file_size(file));
-  std::cout << files.front().string() << ": " << config.n_layer() << " layers, " << size / 1e9 << " GB, seed "
-            << options.seed;
+  std::cout << files.front().string() << ": " << n_layer << " layers, " << size / 1e9 << " GB, seed " << options.seed;
   if (files.size() > 1) std::cout << ", " << files.size() << " parts";
   std::cout << "\n";
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Written by .ci/list-headers and held against the folder by .ci/check-rooms.
 set(GEMMA4_CORE_HEADERS
+    "${PROJECT_SOURCE_DIR}/include/gemma4/assistant_config.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/attention.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/attention_bound.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/cache_format.hpp"
@@ -17,6 +18,8 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/error.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/float16.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/fnv1a.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/assistant_from_gguf.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/assistant_tensors.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/block_dequantise.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/block_formats.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/gguf/block_quantise.hpp"
@@ -38,6 +41,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/kvarn_format.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/accuracy.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/accuracy_case.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/model/assistant_weights.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/finite.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/golden.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/model/model.hpp"
@@ -47,6 +51,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/philox.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/cache_bytes.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/cache_fit.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/plan/drafter_plan.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/execution.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/memory_plan.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/plan/packed_rows.hpp"
@@ -79,6 +84,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/rotation.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/sampler.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/step_limits.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/synthetic/synthetic_assistant.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/synthetic/synthetic_model.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/synthetic/synthetic_vocabulary.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/synthetic/synthetic_weights.hpp"

@@ -98,6 +98,7 @@ class Backend {
     for (std::size_t i = 0; i < rows.size(); ++i) wanted.row(static_cast<Eigen::Index>(i)) = h.row(rows[i]);
     logits_.resize(wanted.rows(), config().vocab);
     reference::lm_head<Scalar>(wanted, weights_.output, config().softcap, logits_);
+    hidden_ = std::move(wanted);
     note(x_, config().n_layer() - 1);
     for (std::size_t i = 0; i < rows.size(); ++i) {
       if (!logits_.row(static_cast<Eigen::Index>(i)).allFinite())
@@ -125,6 +126,21 @@ class Backend {
     std::transform(logits_.row(row).begin(), logits_.row(row).end(), out.begin(),
                    [](Scalar logit) { return static_cast<float>(logit); });
   }
+
+  /// [n_rows, hidden]: what the head took for them, the residual stream after the final norm.
+  [[nodiscard]] const Matrix<Scalar>& hidden() const { return hidden_; }
+
+  /// Attention of queries alone over a layer's cache as it stands, as a drafter asks for: q [1, n_head * head_dim],
+  /// with any number of heads that the layer's KV heads divide, normalised and turned to position kv_len. On a full
+  /// layer it sees the first kv_len keys, on a sliding one the window - 1 newest of them. Nothing is stored.
+  [[nodiscard]] Matrix<Scalar> attend_queries(std::int64_t layer, const Matrix<Scalar>& q, std::int64_t kv_len) const {
+    const LayerWeights& of = weights(layer);
+    const std::span<const float> k_norm = of.attn_v.empty() ? of.attn_k_norm : std::span<const float>();
+    return std::visit([&](const auto& cache) { return cache.attend_queries(q, k_norm, kv_len); },
+                      caches_[static_cast<std::size_t>(layer)]);
+  }
+
+  [[nodiscard]] const ModelWeights& weights() const { return weights_; }
 
   /// Bytes of the caches as they are stored.
   [[nodiscard]] CacheBytes cache_bytes() const {
@@ -205,7 +221,7 @@ class Backend {
   Matrix<Scalar> x_;
   Pending<Scalar> pending_;
   Qkv<Scalar> qkv_;
-  Matrix<Scalar> attended_, activation_, logits_;
+  Matrix<Scalar> attended_, activation_, logits_, hidden_;
   std::optional<NotFinite> not_finite_;
 };
 

@@ -2,6 +2,9 @@
 # Written by .ci/list-headers and held against the folder by .ci/check-rooms.
 set(GEMMA4_REFERENCE_HEADERS
     "${PROJECT_SOURCE_DIR}/reference/acceptance.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/assistant.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/assistant_check.hpp"
+    "${PROJECT_SOURCE_DIR}/reference/assistant_drafter.hpp"
     "${PROJECT_SOURCE_DIR}/reference/attention_tile.hpp"
     "${PROJECT_SOURCE_DIR}/reference/backend.hpp"
     "${PROJECT_SOURCE_DIR}/reference/bf16_attention.hpp"

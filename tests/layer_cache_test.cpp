@@ -168,6 +168,40 @@ TEST_P(LayerCacheOf, AttendsToWhatItsFormatHolds) {
   }
 }
 
+/// A query without keys, as a drafter has: on a full layer it sees the first kv_len of them, on a sliding one the
+/// window - 1 newest of those. Later tokens are in the cache already where kv_len is not the last.
+TEST_P(LayerCacheOf, QueriesAloneSeeTheKeysBeforeThemAndStoreNone) {
+  const ModelConfig config = config_of_two();
+  auto caches = reference::make_layer_caches<double>(config, parse_cache_spec(GetParam().name), kContext);
+  for (const bool sliding : {true, false}) {
+    const AttentionConfig& attention = sliding ? config.sliding : config.full;
+    const std::string format = sliding ? GetParam().ring : GetParam().name;
+    const Qkv<double> qkv = random_qkv(config, attention, sliding ? 5 : 6);
+    static_cast<void>(through(caches[sliding ? 0 : 1], qkv));
+    const Matrix<double> k = stored(format, qkv.k, attention.head_dim, CacheSide::kKey);
+    const Matrix<double> v = stored(format, qkv.v, attention.head_dim, CacheSide::kValue);
+    const Matrix<double> q = random_qkv(config, attention, 11).q;
+    const std::int64_t n_key = sliding ? config.window - 1 : kContext;
+    for (const std::int64_t kv_len : {kContext, kContext - 3, config.window, config.window - 1, std::int64_t{1}}) {
+      const Matrix<double> one = q.row(kv_len - 1);
+      const auto ask = [&] {
+        return std::visit([&](const auto& layer) { return layer.attend_queries(one, qkv.k_norm, kv_len); },
+                          std::as_const(caches[sliding ? 0 : 1]));
+      };
+      const auto off_by = [&](std::int64_t keys) {
+        return largest_difference(ask(), attended(q, k, v, attention.head_dim, keys).row(kv_len - 1));
+      };
+      EXPECT_LE(off_by(n_key), kSameFormula) << format << (sliding ? ", sliding" : ", full") << ", kv_len " << kv_len;
+      EXPECT_EQ(ask(), ask()) << "something was stored";
+      if (kv_len < n_key) continue;  // the controls: one key less, and where there is one, one key more
+      EXPECT_GT(off_by(n_key - 1), 100 * kSameFormula);
+      if (kv_len > n_key) {
+        EXPECT_GT(off_by(n_key + 1), 100 * kSameFormula);
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Formats, LayerCacheOf,
                          testing::Values(Format{"f32", "f32"}, Format{"bf16", "bf16"}, Format{"tq4", "bf16"},
                                          Format{"tq4-k3v2", "bf16"}, Format{"tq4-k2v4-cut-raw-haar", "bf16"}),
@@ -219,6 +253,50 @@ TEST(LayerCache, OneVectorForKAndVIsVAndTheRotatedQuarterOfK) {
   own_values.k_norm = {};
   auto caches = reference::make_layer_caches<double>(config, parse_cache_spec("kv5r4"), kContext);
   EXPECT_THROW((void)through(caches[1], own_values), std::invalid_argument) << "a layer whose K is not its V";
+}
+
+/// Of every format: what a token sees that is alone in its chunk, a query alone sees behind it.
+TEST(LayerCache, AQueryAloneSeesWhatTheNewestTokenSaw) {
+  const ModelConfig config = config_of_two();
+  for (const char* format : {"f32", "bf16", "tq4", "tq4-peer", "kv5r4", "kv3r6-cut-raw-haar", "kv16r16", "sim-int8",
+                             "sim-k4v4-had", "sim-k4v4-had-tail4", "sim-kvarn-k4v2"}) {
+    const Qkv<double> qkv = one_vector_qkv(config, config.full, 8);
+    auto caches = reference::make_layer_caches<double>(config, parse_cache_spec(format), kContext);
+    const auto rows = [&](std::int64_t first, std::int64_t count) { return rows_of(qkv, first, count); };
+    const std::int64_t last = kContext - 1;
+    const Matrix<double> saw = std::visit(
+        [&](auto& layer) {
+          for (std::int64_t t = 0; t < last; ++t) static_cast<void>(layer.attend(rows(t, 1), t));
+          return layer.attend(rows(last, 1), last);
+        },
+        caches[1]);
+    const auto ask = [&](const Matrix<double>& q, std::int64_t kv_len) {
+      return std::visit([&](const auto& layer) { return layer.attend_queries(q, qkv.k_norm, kv_len); },
+                        std::as_const(caches[1]));
+    };
+    EXPECT_EQ(ask(qkv.q.row(last), kContext), saw) << format;
+    EXPECT_NE(ask(qkv.q.row(last), last), saw) << format << ", the control: one key less";
+    EXPECT_THROW((void)ask(qkv.q.row(last), kContext + 1), std::invalid_argument) << format;
+    EXPECT_THROW((void)ask(qkv.q.row(last), 0), std::invalid_argument) << format;
+  }
+}
+
+TEST(LayerCache, ARingRefusesQueriesOfTokensThatAreGone) {
+  const ModelConfig config = config_of_two();
+  auto caches = reference::make_layer_caches<double>(config, parse_cache_spec("bf16"), kContext);
+  const Qkv<double> qkv = random_qkv(config, config.sliding, 5);
+  auto& ring = std::get<reference::SlidingLayerCache<Bf16>>(caches[0]);
+  for (std::int64_t position = 0; position < 5 * kContext; position += kContext) {
+    static_cast<void>(ring.attend(qkv, position));
+  }
+  const Matrix<double> q = qkv.q.row(0);
+  const auto ask = [&](std::int64_t kv_len) { return ring.attend_queries(q, {}, kv_len); };
+  EXPECT_NO_THROW((void)ask(5 * kContext));
+  EXPECT_NO_THROW((void)ask(5 * kContext - kMaxRewind));
+  EXPECT_THROW((void)ask(5 * kContext - kMaxRewind - 1), std::invalid_argument);
+  EXPECT_THROW((void)ask(5 * kContext + 1), std::invalid_argument);
+  EXPECT_THROW((void)ask(0), std::invalid_argument);
+  EXPECT_THROW((void)ring.attend_queries(Matrix<double>(qkv.q.topRows(2)), {}, 5), std::invalid_argument);
 }
 
 TEST(LayerCache, EveryLayerHasItsOwn) {

@@ -83,6 +83,7 @@ class HeldBackend final : public AnyBackend {
   [[nodiscard]] CacheBytes cache_bytes() override { return backend_.cache_bytes(); }
   void reset() override { backend_.reset(); }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }
+  [[nodiscard]] const TBackend& held() const { return backend_; }
 
  private:
   TBackend backend_;

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <iomanip>
 #include <memory>
 #include <optional>
@@ -11,10 +12,14 @@
 #include <string>
 #include <string_view>
 
+#include "experiments/support/file_drafter.hpp"
+#include "gemma4/config.hpp"
 #include "gemma4/draft/auto_drafts.hpp"
 #include "gemma4/draft/lookup.hpp"
 #include "gemma4/draft/step.hpp"
 #include "gemma4/error.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/gguf/text_model.hpp"
 
 /// Drafting as the command line asks for it.
 namespace gemma4::experiment {
@@ -24,6 +29,7 @@ struct DraftSettings {
   std::string drafter = "none";              ///< none | lookup | a model file
   std::optional<std::int64_t> n_draft = {};  ///< drafts of a step; none: AutoDrafts decides
   [[nodiscard]] bool is_on() const { return drafter != "none"; }
+  [[nodiscard]] bool is_file() const { return is_on() && drafter != "lookup"; }
 };
 
 /// `auto`, or a number of drafts. @throws std::invalid_argument naming what was not understood
@@ -36,14 +42,25 @@ struct DraftSettings {
   return n_draft;
 }
 
-/// The drafter for a target. @throws std::invalid_argument for a file: no drafter that is a model is read yet
+/// What can be refused before a model is loaded. @throws FormatError for a file that is no drafter,
+/// std::invalid_argument for one on a device
+inline void require_drafter(const DraftSettings& settings, bool is_on_device) {
+  if (!settings.is_file()) return;
+  require(std::filesystem::exists(settings.drafter), "--drafter ", settings.drafter,
+          ": expected lookup, none or the GGUF file of a drafter");
+  require_assistant(GgufFile::open(settings.drafter));
+  require(!is_on_device, "--drafter ", settings.drafter,
+          ": a drafter that is a model runs on the processor alone yet: --backend reference");
+}
+
+/// The drafter for a target of this shape. @throws FormatError where the file is no drafter, or one for another target
 template <class TTarget>
-[[nodiscard]] std::unique_ptr<draft::AnyDrafter<TTarget>> make_drafter(const DraftSettings& settings) {
+[[nodiscard]] std::unique_ptr<draft::AnyDrafter<TTarget>> make_drafter(const DraftSettings& settings,
+                                                                       const ModelConfig& target) {
   if (settings.drafter == "none") return std::make_unique<draft::Erased<TTarget, draft::NoDrafter>>();
   if (settings.drafter == "lookup") return std::make_unique<draft::Erased<TTarget, draft::LookupDrafter>>();
-  require(false, "--drafter ", settings.drafter,
-          ": expected lookup or none; a drafter that is a model cannot be read yet");
-  return nullptr;
+  require_drafter(settings, false);
+  return std::make_unique<draft::Erased<TTarget, FileDrafter>>(settings.drafter, target);
 }
 
 /// Drafts of each step: fixed, or by the rule of AutoDrafts.
@@ -65,8 +82,8 @@ class DraftCount {
 /// A drafter at work: who proposes, how many, and what came of it.
 template <class TTarget>
 struct Drafting {
-  explicit Drafting(const DraftSettings& settings)
-      : drafter(make_drafter<TTarget>(settings)), n_draft(settings, drafter->cost()) {}
+  Drafting(const DraftSettings& settings, const ModelConfig& target)
+      : drafter(make_drafter<TTarget>(settings, target)), n_draft(settings, drafter->cost()) {}
 
   std::unique_ptr<draft::AnyDrafter<TTarget>> drafter;
   DraftCount n_draft;

@@ -122,7 +122,7 @@ class HostSequence : public Sequence {
       : backend_(std::move(backend)),
         model_(*backend_),
         logits_(static_cast<std::size_t>(backend_->config().vocab)),
-        drafting_(std::make_unique<Drafting<TBackend>>(drafting)),
+        drafting_(std::make_unique<Drafting<TBackend>>(drafting, backend_->config())),
         is_drafted_(drafting.is_on()) {
     require(!drafting.is_on() || !keeps_a_tail(cache), "--drafter ", drafting.drafter, ": the cache ", to_string(cache),
             " keeps its newest tokens exact and cannot go back");

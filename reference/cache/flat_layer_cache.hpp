@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "gemma4/cache_format.hpp"
@@ -15,6 +16,21 @@
 /// The uncompressed cache of a full layer. Mirror: cuda/cache/flat_layer_cache.cuh
 namespace gemma4::reference {
 
+namespace detail {
+
+/// Attention of the last q.rows() tokens of kv_len over a flat cache: [n_query, n_head * head_dim].
+template <class Scalar, class TStorage>
+[[nodiscard]] Matrix<Scalar> attend_flat_cache(const Matrix<Scalar>& q, std::int64_t head_dim,
+                                               const FlatCache<TStorage>& cache, std::int64_t kv_len) {
+  Matrix<Scalar> out(q.rows(), q.cols());
+  bf16_attention<Scalar, TStorage>(heads_view(q, head_dim), cache.k(), cache.v(),
+                                   {.scale = ModelConfig::kAttentionScale}, kv_len,
+                                   make_view(out.data(), 1, out.rows(), out.cols() / head_dim, head_dim));
+  return out;
+}
+
+}  // namespace detail
+
 /// Full attention over an uncompressed flat cache.
 template <class TStorage>
 class FlatLayerCache {
@@ -24,16 +40,16 @@ class FlatLayerCache {
 
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
-    const std::int64_t n_token = qkv.q.rows();
-    const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
+    const std::vector<std::int32_t> positions = detail::consecutive(position, qkv.q.rows());
     bf16_cache_update<Scalar, TStorage>(detail::heads_view(qkv.k, head_dim_), detail::heads_view(qkv.v, head_dim_),
                                         positions, cache_);
-    const auto& stored = cache_;
-    Matrix<Scalar> out(n_token, qkv.q.cols());
-    bf16_attention<Scalar, TStorage>(detail::heads_view(qkv.q, head_dim_), stored.k(), stored.v(),
-                                     {.scale = ModelConfig::kAttentionScale}, position + n_token,
-                                     make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_));
-    return out;
+    return attend_queries(qkv.q, qkv.k_norm, position + qkv.q.rows());
+  }
+
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend_queries(const Matrix<Scalar>& q, std::span<const float> /*k_norm*/,
+                                              std::int64_t kv_len) const {
+    return detail::attend_flat_cache(q, head_dim_, cache_, kv_len);
   }
 
  private:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -32,20 +33,27 @@ class KvLayerCache {
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
     require(!qkv.k_norm.empty(), "kv cache: K of this layer is not its V");
-    const std::int64_t n_token = qkv.q.rows();
-    const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
-    const auto q = detail::heads_view(qkv.q, head_dim_);
+    const std::vector<std::int32_t> positions = detail::consecutive(position, qkv.q.rows());
     const auto k = detail::heads_view(qkv.k, head_dim_), v = detail::heads_view(qkv.v, head_dim_);
-    Matrix<Scalar> out(n_token, qkv.q.cols());
-    const auto to = make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_);
-    const AttentionOptions options{.scale = ModelConfig::kAttentionScale};
     if (auto* const codes = std::get_if<KvCacheBuffer>(&cache_)) {
       kv_cache_update<Scalar>(*codec_, k, v, qkv.k_norm, positions, codes->view());
-      kv_attention<Scalar>(q, qkv.k_norm, std::as_const(*codes).view(), *codec_, options, position + n_token, to);
     } else {
-      auto& plain = std::get<KvPlainBuffer<Bf16>>(cache_);
-      kv_cache_update<Scalar, Bf16>(k, v, qkv.k_norm, positions, plain.view());
-      kv_attention<Scalar, Bf16>(q, qkv.k_norm, std::as_const(plain).view(), options, position + n_token, to);
+      kv_cache_update<Scalar, Bf16>(k, v, qkv.k_norm, positions, std::get<KvPlainBuffer<Bf16>>(cache_).view());
+    }
+    return attend_queries(qkv.q, qkv.k_norm, position + qkv.q.rows());
+  }
+
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend_queries(const Matrix<Scalar>& q, std::span<const float> k_norm,
+                                              std::int64_t kv_len) const {
+    Matrix<Scalar> out(q.rows(), q.cols());
+    const auto from = detail::heads_view(q, head_dim_);
+    const auto to = make_view(out.data(), 1, out.rows(), out.cols() / head_dim_, head_dim_);
+    const AttentionOptions options{.scale = ModelConfig::kAttentionScale};
+    if (const auto* const codes = std::get_if<KvCacheBuffer>(&cache_)) {
+      kv_attention<Scalar>(from, k_norm, codes->view(), *codec_, options, kv_len, to);
+    } else {
+      kv_attention<Scalar, Bf16>(from, k_norm, std::get<KvPlainBuffer<Bf16>>(cache_).view(), options, kv_len, to);
     }
     return out;
   }

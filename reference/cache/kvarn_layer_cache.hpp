@@ -5,14 +5,15 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "gemma4/config.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/kvarn_format.hpp"
-#include "reference/bf16_attention.hpp"
 #include "reference/bf16_cache.hpp"
+#include "reference/cache/flat_layer_cache.hpp"
 #include "reference/cache/full_layer_cache.hpp"
 #include "reference/cache/heads.hpp"
 #include "reference/decoder_layer.hpp"
@@ -105,15 +106,16 @@ class KvarnLayerCache {
       bf16_cache_update<Scalar, Bf16>(detail::heads_view(piece.k, head_dim_), detail::heads_view(piece.v, head_dim_),
                                       detail::consecutive(at, count), cache_);
       if ((at + count) % kTile == 0) quantise_tile(at + count - kTile);
-      const auto& stored = cache_;
-      Matrix<Scalar> part(count, qkv.q.cols());
-      bf16_attention<Scalar, Bf16>(detail::heads_view(piece.q, head_dim_), stored.k(), stored.v(),
-                                   {.scale = ModelConfig::kAttentionScale}, at + count,
-                                   make_view(part.data(), 1, count, part.cols() / head_dim_, head_dim_));
-      out.middleRows(first, count) = part;
+      out.middleRows(first, count) = attend_queries(piece.q, {}, at + count);
       first += count;
     }
     return out;
+  }
+
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend_queries(const Matrix<Scalar>& q, std::span<const float> /*k_norm*/,
+                                              std::int64_t kv_len) const {
+    return detail::attend_flat_cache(q, head_dim_, cache_, kv_len);
   }
 
  private:

@@ -3,14 +3,15 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "gemma4/config.hpp"
 #include "gemma4/quantisers/quantiser.hpp"
 #include "gemma4/view.hpp"
-#include "reference/bf16_attention.hpp"
 #include "reference/bf16_cache.hpp"
+#include "reference/cache/flat_layer_cache.hpp"
 #include "reference/cache/full_layer_cache.hpp"
 #include "reference/cache/heads.hpp"
 #include "reference/decoder_layer.hpp"
@@ -44,11 +45,16 @@ class SimulatedLayerCache {
     return out;
   }
 
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend_queries(const Matrix<Scalar>& q, std::span<const float> /*k_norm*/,
+                                              std::int64_t kv_len) const {
+    return detail::attend_flat_cache(q, head_dim_, cache_, kv_len);
+  }
+
  private:
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend_piece(const Qkv<Scalar>& qkv, std::int64_t position) {
-    const std::int64_t n_token = qkv.q.rows();
-    const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
+    const std::vector<std::int32_t> positions = detail::consecutive(position, qkv.q.rows());
     const auto k = detail::heads_view(qkv.k, head_dim_), v = detail::heads_view(qkv.v, head_dim_);
     if (codec_->format().tail > 0) {
       bf16_cache_update<Scalar, Bf16>(k, v, positions, cache_);
@@ -56,12 +62,7 @@ class SimulatedLayerCache {
     } else {
       simulated_cache_update<Scalar>(*codec_, k, v, positions, cache_);
     }
-    const auto& stored = cache_;
-    Matrix<Scalar> out(n_token, qkv.q.cols());
-    bf16_attention<Scalar, Bf16>(detail::heads_view(qkv.q, head_dim_), stored.k(), stored.v(),
-                                 {.scale = ModelConfig::kAttentionScale}, position + n_token,
-                                 make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_));
-    return out;
+    return attend_queries(qkv.q, qkv.k_norm, position + qkv.q.rows());
   }
 
   std::int64_t head_dim_;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -92,6 +93,29 @@ class SlidingLayerCache {
                                         k_new, v_new, position, window_, ModelConfig::kAttentionScale,
                                         make_view(out.data(), n_token, n_head, head_dim_));
     ring_.commit(k_new, v_new, position);
+    return out;
+  }
+
+  /// Attention of one query at position kv_len, of which no key is stored: to the window - 1 newest of the first kv_len
+  /// keys. That is what a token at kv_len - 1 sees whose window is one key shorter.
+  /// @param q [1, n_head * head_dim]
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend_queries(const Matrix<Scalar>& q, std::span<const float> /*k_norm*/,
+                                              std::int64_t kv_len) const {
+    require(q.rows() == 1, "sliding cache: ", q.rows(), " queries without keys, need 1");
+    require(kv_len >= 1, "sliding cache: kv_len ", kv_len, ", need at least 1");
+    ring_.require_position(kv_len);
+    require(window_ >= 2, "sliding cache: window ", window_, " without the query's own key is empty");
+    const std::int64_t newest = kv_len - 1, n_head = q.cols() / head_dim_;
+    const auto row_of = [&](const View<const TStorage, 3>& ring) {
+      auto row = make_view(&ring(0, ring_slot(newest, ring_.ring_len()), 0), 1, ring.extent[0], head_dim_);
+      row.stride[1] = ring.stride[0];
+      return row;
+    };
+    Matrix<Scalar> out(1, q.cols());
+    sliding_attention<Scalar, TStorage>(make_view(q.data(), 1, n_head, head_dim_), ring_.k(), ring_.v(),
+                                        row_of(ring_.k()), row_of(ring_.v()), newest, window_ - 1,
+                                        ModelConfig::kAttentionScale, make_view(out.data(), 1, n_head, head_dim_));
     return out;
   }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -29,14 +30,19 @@ class Tq4LayerCache {
 
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
-    const std::int64_t n_token = qkv.q.rows();
-    const std::vector<std::int32_t> positions = detail::consecutive(position, n_token);
+    const std::vector<std::int32_t> positions = detail::consecutive(position, qkv.q.rows());
     tq4_cache_update<Scalar>(*codec_, detail::heads_view(qkv.k, head_dim_), detail::heads_view(qkv.v, head_dim_),
                              positions, cache_.view());
-    Matrix<Scalar> out(n_token, qkv.q.cols());
-    tq4_attention<Scalar>(detail::heads_view(qkv.q, head_dim_), std::as_const(cache_).view(), *codec_,
-                          {.scale = ModelConfig::kAttentionScale}, position + n_token,
-                          make_view(out.data(), 1, n_token, out.cols() / head_dim_, head_dim_));
+    return attend_queries(qkv.q, qkv.k_norm, position + qkv.q.rows());
+  }
+
+  template <class Scalar>
+  [[nodiscard]] Matrix<Scalar> attend_queries(const Matrix<Scalar>& q, std::span<const float> /*k_norm*/,
+                                              std::int64_t kv_len) const {
+    Matrix<Scalar> out(q.rows(), q.cols());
+    tq4_attention<Scalar>(detail::heads_view(q, head_dim_), cache_.view(), *codec_,
+                          {.scale = ModelConfig::kAttentionScale}, kv_len,
+                          make_view(out.data(), 1, out.rows(), out.cols() / head_dim_, head_dim_));
     return out;
   }
 

@@ -20,16 +20,17 @@ inline void refuse_feature(const GgufFile& file, bool present, const char* featu
                  "), which is not implemented");
 }
 
+/// Refuses a feature that shows as a count above 0.
+inline void refuse_counted(const GgufFile& file, const char* name, const char* feature) {
+  const std::string key = model_key(file, name);
+  const auto count = file.get_or<std::int64_t>(key, 0);
+  refuse_feature(file, count != 0, feature, concat(key, " = ", count));
+}
+
 /// Features of other members of the family, each recognised by its metadata or its tensors.
 inline void refuse_unimplemented(const GgufFile& file) {
-  const auto count = [&](const char* key) { return file.get_or<std::int64_t>(key, 0); };
-  for (const char* key : {"gemma4.embedding_length_per_layer_input"}) {
-    refuse_feature(file, count(key) != 0, "per-layer embeddings", concat(key, " = ", count(key)));
-  }
-  refuse_feature(file, count("gemma4.attention.shared_kv_layers") != 0, "shared KV layers",
-                 concat("gemma4.attention.shared_kv_layers = ", count("gemma4.attention.shared_kv_layers")));
-  refuse_feature(file, count("gemma4.expert_count") != 0, "experts",
-                 concat("gemma4.expert_count = ", count("gemma4.expert_count")));
+  refuse_counted(file, "embedding_length_per_layer_input", "per-layer embeddings");
+  refuse_counted(file, "expert_count", "experts");
   for (const GgufTensor& tensor : file.tensors()) {
     const std::string_view name = tensor.name;
     if (!is_text_tensor(name)) continue;
@@ -53,20 +54,20 @@ inline void refuse_unimplemented(const GgufFile& file) {
 
 /// The pattern as an array of bool, one a layer.
 inline std::vector<std::uint8_t> read_pattern(const GgufFile& file, std::int64_t n_layer) {
-  const char* key = "gemma4.attention.sliding_window_pattern";
+  const std::string key = model_key(file, "attention.sliding_window_pattern");
   const std::vector<bool> flags = file.array<bool>(key);
   require_format(static_cast<std::int64_t>(flags.size()) == n_layer, file.path().string(), ": ", key, " has ",
-                 flags.size(), " entries, expected gemma4.block_count = ", n_layer);
+                 flags.size(), " entries, expected ", model_key(file, "block_count"), " = ", n_layer);
   return {flags.begin(), flags.end()};
 }
 
 /// KV heads of the sliding or the full layers; head_count_kv is one number or an array with one a layer.
 inline std::int64_t read_n_head_kv(const GgufFile& file, const std::vector<std::uint8_t>& is_sliding, bool sliding) {
-  const char* key = "gemma4.attention.head_count_kv";
+  const std::string key = model_key(file, "attention.head_count_kv");
   if (!file.is_array(key)) return read_size(file, key);
   const std::vector<std::int64_t> counts = file.array<std::int64_t>(key);
   require_format(counts.size() == is_sliding.size(), file.path().string(), ": ", key, " has ", counts.size(),
-                 " entries, expected gemma4.block_count = ", is_sliding.size());
+                 " entries, expected ", model_key(file, "block_count"), " = ", is_sliding.size());
   std::int64_t found = 0;
   for (std::size_t layer = 0; layer < counts.size(); ++layer) {
     if ((is_sliding[layer] != 0) != sliding) continue;
@@ -103,21 +104,59 @@ inline std::int64_t read_rope_pairs(const GgufFile& file, std::int64_t head_dim)
 }
 
 inline AttentionConfig read_attention(const GgufFile& file, const std::vector<std::uint8_t>& is_sliding, bool sliding) {
-  const std::string suffix = sliding ? "_swa" : "";
-  const std::string key_length = "gemma4.attention.key_length" + suffix;
-  const std::string value_length = "gemma4.attention.value_length" + suffix;
+  const auto key = [&](const char* name) { return model_key(file, name) + (sliding ? "_swa" : ""); };
+  const std::string key_length = key("attention.key_length");
+  const std::string value_length = key("attention.value_length");
   AttentionConfig attention;
   attention.head_dim = read_size(file, key_length);
   require_format(file.get<std::int64_t>(value_length) == attention.head_dim, file.path().string(), ": ", value_length,
                  " is ", file.get<std::int64_t>(value_length), ", expected ", key_length, " = ", attention.head_dim);
-  const std::string rope_dims = "gemma4.rope.dimension_count" + suffix;
+  const std::string rope_dims = key("rope.dimension_count");
   const auto n_rope = file.get_or<std::int64_t>(rope_dims, attention.head_dim);
   require_format(n_rope == attention.head_dim, file.path().string(), ": ", rope_dims, " is ", n_rope, ", expected ",
                  key_length, " = ", attention.head_dim);
   attention.n_head_kv = read_n_head_kv(file, is_sliding, sliding);
-  attention.rope_theta = file.get<double>("gemma4.rope.freq_base" + suffix);
+  attention.rope_theta = file.get<double>(key("rope.freq_base"));
   attention.rope_pairs = sliding ? attention.head_dim / 2 : read_rope_pairs(file, attention.head_dim);
   return attention;
+}
+
+}  // namespace detail
+
+namespace detail {
+
+/// What a decoder of the family says of its layers, whatever the architecture its keys are named after. The number of
+/// tokens is that of the tokenizer, where the embedding has more rows. The softcap is its default.
+[[nodiscard]] inline ModelConfig read_layers(const GgufFile& file) {
+  const auto key = [&](const char* name) { return model_key(file, name); };
+  ModelConfig config;
+  const auto n_layer = file.get<std::int64_t>(key("block_count"));
+  require_format(n_layer >= 1 && n_layer <= 4096, file.path().string(), ": ", key("block_count"), " is ", n_layer,
+                 ", expected 1 to 4096");
+  config.is_sliding = read_pattern(file, n_layer);
+  config.hidden = read_size(file, key("embedding_length"));
+  config.ffn_hidden = read_size(file, key("feed_forward_length"));
+  config.n_head = read_size(file, key("attention.head_count"));
+  const std::string window = key("attention.sliding_window");
+  config.window = file.has(window) ? read_size(file, window) : 0;
+  config.context = read_size(file, key("context_length"));
+  config.rms_epsilon = file.get<float>(key("attention.layer_norm_rms_epsilon"));
+  if (config.n_full_layer() < n_layer) config.sliding = read_attention(file, config.is_sliding, true);
+  if (config.n_full_layer() > 0) config.full = read_attention(file, config.is_sliding, false);
+  const GgufTensor& embedding = file.tensor("token_embd.weight");
+  require_format(embedding.dims.size() == 2, file.path().string(), ": tensor 'token_embd.weight' has ",
+                 embedding.dims.size(), " dimensions, expected 2");
+  config.vocab = n_token_row(file, embedding.dims[1]);
+  return config;
+}
+
+/// Refuses, as the file's mistake, what no backend can run.
+inline void require_runnable(const GgufFile& file, const ModelConfig& config) {
+  try {
+    require_config(config);
+  } catch (const std::invalid_argument& error) {
+    throw FormatError(concat(file.path().string(), ": ", error.what()));
+  }
 }
 
 }  // namespace detail
@@ -127,31 +166,11 @@ inline AttentionConfig read_attention(const GgufFile& file, const std::vector<st
 ///         was expected
 [[nodiscard]] inline ModelConfig config_from_gguf(const GgufFile& file) {
   require_text_model(file);
+  detail::refuse_counted(file, "attention.shared_kv_layers", "shared KV layers");
   detail::refuse_unimplemented(file);
-  ModelConfig config;
-  const auto n_layer = file.get<std::int64_t>("gemma4.block_count");
-  require_format(n_layer >= 1 && n_layer <= 4096, file.path().string(), ": gemma4.block_count is ", n_layer,
-                 ", expected 1 to 4096");
-  config.is_sliding = detail::read_pattern(file, n_layer);
-  config.hidden = detail::read_size(file, "gemma4.embedding_length");
-  config.ffn_hidden = detail::read_size(file, "gemma4.feed_forward_length");
-  config.n_head = detail::read_size(file, "gemma4.attention.head_count");
-  constexpr const char* kWindow = "gemma4.attention.sliding_window";
-  config.window = file.has(kWindow) ? detail::read_size(file, kWindow) : 0;
-  config.context = detail::read_size(file, "gemma4.context_length");
-  config.rms_epsilon = file.get<float>("gemma4.attention.layer_norm_rms_epsilon");
+  ModelConfig config = detail::read_layers(file);
   config.softcap = file.get<float>("gemma4.final_logit_softcapping");
-  if (config.n_full_layer() < n_layer) config.sliding = detail::read_attention(file, config.is_sliding, true);
-  if (config.n_full_layer() > 0) config.full = detail::read_attention(file, config.is_sliding, false);
-  const GgufTensor& embedding = file.tensor("token_embd.weight");
-  require_format(embedding.dims.size() == 2, file.path().string(), ": tensor 'token_embd.weight' has ",
-                 embedding.dims.size(), " dimensions, expected 2");
-  config.vocab = n_token_row(file, embedding.dims[1]);
-  try {
-    require_config(config);
-  } catch (const std::invalid_argument& error) {
-    throw FormatError(concat(file.path().string(), ": ", error.what()));
-  }
+  detail::require_runnable(file, config);
   return config;
 }
 

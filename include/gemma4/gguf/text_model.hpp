@@ -16,11 +16,13 @@
 namespace gemma4 {
 
 inline constexpr std::string_view kArchitecture = "gemma4";
+/// Of a drafter: a few layers that read a text model's caches (gemma4/gguf/assistant_from_gguf.hpp).
+inline constexpr std::string_view kAssistantArchitecture = "gemma4-assistant";
 
 namespace detail {
 
 /// What a file is, where it is no model: by general.type, by its architecture, or by the keys that only it has.
-/// Empty for a model.
+/// Empty for a model of any architecture.
 [[nodiscard]] inline std::string kind_of_file(const GgufFile& file) {
   const auto type = file.get_or<std::string>("general.type", "");
   const auto architecture = file.get_or<std::string>("general.architecture", "");
@@ -31,18 +33,36 @@ namespace detail {
   return type == "model" ? "" : printable(type);
 }
 
+/// @param wanted what a file of that architecture is called
+inline void require_architecture(const GgufFile& file, std::string_view expected, const char* wanted) {
+  const std::string name = file.path().string();
+  const std::string kind = kind_of_file(file);
+  const bool is_an = !kind.empty() && std::string_view("aeiou").find(kind.front()) != std::string_view::npos;
+  require_format(kind.empty(), name, ": this is ", is_an ? "an " : "a ", kind, " file, not a ", wanted);
+  const auto architecture = file.get<std::string>("general.architecture");
+  if (architecture == expected) return;
+  require_format(architecture != kArchitecture, name, ": this is a text model, not a ", wanted);
+  require_format(architecture != kAssistantArchitecture, name, ": this is a drafter (", kAssistantArchitecture,
+                 "), not a ", wanted);
+  require_format(false, name, ": general.architecture is '", printable(architecture), "', expected '", expected, "'");
+}
+
 }  // namespace detail
 
 /// Refuses what is no text model of this architecture, by its kind, before anything else of it is looked at.
 /// @throws FormatError such as "FILE: this is a clip file, not a text model"
 inline void require_text_model(const GgufFile& file) {
-  const std::string name = file.path().string();
-  const std::string kind = detail::kind_of_file(file);
-  const bool is_an = !kind.empty() && std::string_view("aeiou").find(kind.front()) != std::string_view::npos;
-  require_format(kind.empty(), name, ": this is ", is_an ? "an " : "a ", kind, " file, not a text model");
-  const auto architecture = file.get<std::string>("general.architecture");
-  require_format(architecture == kArchitecture, name, ": general.architecture is '", detail::printable(architecture),
-                 "', expected '", kArchitecture, "'");
+  detail::require_architecture(file, kArchitecture, "text model");
+}
+
+/// The same for a drafter. @throws FormatError such as "FILE: this is a text model, not a drafter"
+inline void require_assistant(const GgufFile& file) {
+  detail::require_architecture(file, kAssistantArchitecture, "drafter");
+}
+
+/// A key of the model's own, named after its architecture: "gemma4.block_count".
+[[nodiscard]] inline std::string model_key(const GgufFile& file, std::string_view name) {
+  return concat(file.get<std::string>("general.architecture"), ".", name);
 }
 
 /// Whether a tensor belongs to the text model; those of the vision and audio encoders and their projectors do not.

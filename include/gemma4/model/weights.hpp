@@ -119,7 +119,11 @@ class TensorBinder {
   std::vector<std::shared_ptr<const std::vector<float>>> converted_;
 };
 
-inline LayerWeights bind_layer(TensorBinder& binder, const ModelConfig& config, std::int64_t layer) {
+/// Whether a layer writes keys and values, or only has queries for those of another model.
+enum class LayerCacheUse { kHasItsOwn, kReadsAnothers };
+
+inline LayerWeights bind_layer(TensorBinder& binder, const ModelConfig& config, std::int64_t layer,
+                               LayerCacheUse use = LayerCacheUse::kHasItsOwn) {
   const std::string prefix = "blk." + std::to_string(layer) + ".";
   const AttentionConfig& attention = config.attention(layer);
   const std::int64_t q_dim = config.n_head * attention.head_dim;
@@ -127,12 +131,14 @@ inline LayerWeights bind_layer(TensorBinder& binder, const ModelConfig& config, 
   LayerWeights weights;
   weights.attn_norm = binder.vector(prefix + "attn_norm.weight", config.hidden);
   weights.attn_q = binder.matrix(prefix + "attn_q.weight", q_dim, config.hidden);
-  weights.attn_k = binder.matrix(prefix + "attn_k.weight", kv_dim, config.hidden);
-  if (config.sliding_layer(layer) || binder.has(prefix + "attn_v.weight")) {
-    weights.attn_v = binder.matrix(prefix + "attn_v.weight", kv_dim, config.hidden);
+  if (use == LayerCacheUse::kHasItsOwn) {
+    weights.attn_k = binder.matrix(prefix + "attn_k.weight", kv_dim, config.hidden);
+    if (config.sliding_layer(layer) || binder.has(prefix + "attn_v.weight")) {
+      weights.attn_v = binder.matrix(prefix + "attn_v.weight", kv_dim, config.hidden);
+    }
+    weights.attn_k_norm = binder.vector(prefix + "attn_k_norm.weight", attention.head_dim);
   }
   weights.attn_q_norm = binder.vector(prefix + "attn_q_norm.weight", attention.head_dim);
-  weights.attn_k_norm = binder.vector(prefix + "attn_k_norm.weight", attention.head_dim);
   weights.attn_output = binder.matrix(prefix + "attn_output.weight", config.hidden, q_dim);
   weights.post_attention_norm = binder.vector(prefix + "post_attention_norm.weight", config.hidden);
   weights.ffn_norm = binder.vector(prefix + "ffn_norm.weight", config.hidden);

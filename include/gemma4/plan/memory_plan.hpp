@@ -29,6 +29,12 @@ namespace gemma4 {
 
 enum class PlanTarget { kReference, kCuda };
 
+struct PlannedBuffer {
+  std::string name;
+  std::int64_t bytes = 0;
+  std::string formula;
+};
+
 struct MemoryPlanOptions {
   PlanTarget target = PlanTarget::kCuda;
   std::int64_t context = 131072;  ///< positions that the caches hold
@@ -37,12 +43,7 @@ struct MemoryPlanOptions {
   std::int64_t n_logit_row = 1;  ///< rows whose logits are kept
   std::int64_t sm_count = 132;   ///< multiprocessors of the device: split keys leave a part in each (an H100 or H200)
   std::int64_t n_thread = 0;     ///< of the reference; 0: the hardware's
-};
-
-struct PlannedBuffer {
-  std::string name;
-  std::int64_t bytes = 0;
-  std::string formula;
+  std::vector<PlannedBuffer> drafter = {};  ///< what a drafter takes beside it (gemma4/plan/drafter_plan.hpp)
 };
 
 struct MemoryPlan {
@@ -175,6 +176,7 @@ class MemoryPlanner {
 
   [[nodiscard]] MemoryPlan plan() {
     options_.target == PlanTarget::kCuda ? add_cuda() : add_reference();
+    plan_.buffers.insert(plan_.buffers.end(), options_.drafter.begin(), options_.drafter.end());
     return std::move(plan_);
   }
 

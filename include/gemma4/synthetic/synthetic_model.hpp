@@ -162,10 +162,13 @@ class SyntheticModel {
   }
 }
 
-inline void set_model_keys(GgufWriter& writer, const ModelConfig& config, std::uint32_t file_type) {
-  const auto set_count = [&](const std::string& key, std::int64_t value) {
-    require(value >= 0 && value <= UINT32_MAX, "key '", key, "': ", value, " does not fit in 32 bits");
-    writer.set(key, static_cast<std::uint32_t>(value));
+/// What a decoder of the family says of its layers, its keys named after the architecture.
+inline void set_layer_keys(GgufWriter& writer, const std::string& architecture, const ModelConfig& config,
+                           std::int64_t shared_kv_layers) {
+  const auto key = [&](const char* name) { return architecture + "." + name; };
+  const auto set_count = [&](const char* name, std::int64_t value) {
+    require(value >= 0 && value <= UINT32_MAX, "key '", key(name), "': ", value, " does not fit in 32 bits");
+    writer.set(key(name), static_cast<std::uint32_t>(value));
   };
   std::vector<std::int32_t> n_head_kv;
   std::vector<bool> pattern;
@@ -173,30 +176,34 @@ inline void set_model_keys(GgufWriter& writer, const ModelConfig& config, std::u
     n_head_kv.push_back(static_cast<std::int32_t>(config.attention(layer).n_head_kv));
     pattern.push_back(config.sliding_layer(layer));
   }
-  writer.set("general.architecture", "gemma4");
-  writer.set("general.name", "gemma4-synthetic");
-  set_count("gemma4.context_length", config.context);
-  set_count("gemma4.embedding_length", config.hidden);
-  set_count("gemma4.block_count", config.n_layer());
-  set_count("gemma4.feed_forward_length", config.ffn_hidden);
-  set_count("gemma4.attention.head_count", config.n_head);
-  writer.set_array("gemma4.attention.head_count_kv", n_head_kv);
-  writer.set("gemma4.attention.layer_norm_rms_epsilon", config.rms_epsilon);
-  writer.set("gemma4.rope.freq_base", static_cast<float>(config.full.rope_theta));
-  writer.set("gemma4.rope.freq_base_swa", static_cast<float>(config.sliding.rope_theta));
-  set_count("gemma4.attention.sliding_window", config.window);
-  set_count("gemma4.attention.shared_kv_layers", 0);
-  set_count("gemma4.embedding_length_per_layer_input", 0);
-  writer.set_array("gemma4.attention.sliding_window_pattern", pattern);
-  set_count("gemma4.attention.key_length", config.full.head_dim);
-  set_count("gemma4.attention.value_length", config.full.head_dim);
-  set_count("gemma4.attention.key_length_swa", config.sliding.head_dim);
-  set_count("gemma4.attention.value_length_swa", config.sliding.head_dim);
-  set_count("gemma4.rope.dimension_count", config.full.head_dim);
-  set_count("gemma4.rope.dimension_count_swa", config.sliding.head_dim);
+  writer.set("general.architecture", architecture);
+  writer.set("general.name", architecture + "-synthetic");
+  set_count("context_length", config.context);
+  set_count("embedding_length", config.hidden);
+  set_count("block_count", config.n_layer());
+  set_count("feed_forward_length", config.ffn_hidden);
+  set_count("attention.head_count", config.n_head);
+  writer.set_array(key("attention.head_count_kv"), n_head_kv);
+  writer.set(key("attention.layer_norm_rms_epsilon"), config.rms_epsilon);
+  writer.set(key("rope.freq_base"), static_cast<float>(config.full.rope_theta));
+  writer.set(key("rope.freq_base_swa"), static_cast<float>(config.sliding.rope_theta));
+  set_count("attention.sliding_window", config.window);
+  set_count("attention.shared_kv_layers", shared_kv_layers);
+  set_count("embedding_length_per_layer_input", 0);
+  writer.set_array(key("attention.sliding_window_pattern"), pattern);
+  set_count("attention.key_length", config.full.head_dim);
+  set_count("attention.value_length", config.full.head_dim);
+  set_count("attention.key_length_swa", config.sliding.head_dim);
+  set_count("attention.value_length_swa", config.sliding.head_dim);
+  set_count("rope.dimension_count", config.full.head_dim);
+  set_count("rope.dimension_count_swa", config.sliding.head_dim);
+}
+
+inline void set_model_keys(GgufWriter& writer, const ModelConfig& config, std::uint32_t file_type) {
+  set_layer_keys(writer, "gemma4", config, 0);
   writer.set("gemma4.final_logit_softcapping", config.softcap);
-  set_count("gemma4.vocab_size", config.vocab);
-  set_count("general.quantization_version", 2);
+  writer.set("gemma4.vocab_size", static_cast<std::uint32_t>(config.vocab));
+  writer.set("general.quantization_version", std::uint32_t{2});
   writer.set("general.file_type", file_type);
 }
 
@@ -269,6 +276,49 @@ struct SyntheticPiece {
 
 }  // namespace detail
 
+namespace detail {
+
+/// Writes a file, or the parts of one, with rows that `fill_row(tensor, row, bytes)` makes, on all threads.
+/// @param set_keys of its first part
+template <class TFillRow>
+std::vector<std::filesystem::path> write_synthetic_tensors(const std::filesystem::path& path,
+                                                           const std::vector<ModelTensor>& tensors,
+                                                           std::int64_t split_max_bytes,
+                                                           const std::function<void(GgufWriter&)>& set_keys,
+                                                           TFillRow&& fill_row,
+                                                           const std::function<void(std::int64_t)>& on_progress) {
+  constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
+  const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+  const std::filesystem::space_info space = std::filesystem::space(folder);
+  require(static_cast<std::uintmax_t>(total_bytes(tensors)) <= space.available, "synthetic model: ", path.string(),
+          " needs ", total_bytes(tensors), " bytes, free are ", space.available);
+  GgufSplitWriter files(path, tensors, split_max_bytes, set_keys);
+
+  const std::vector<SyntheticPiece> pieces = synthetic_pieces(tensors, kPieceBytes);
+  std::mutex progress_mutex;
+  std::int64_t n_written = 0;
+  for_each_in_parallel(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i) {
+    const SyntheticPiece& piece = pieces[static_cast<std::size_t>(i)];
+    const ModelTensor& tensor = tensors[piece.tensor];
+    const std::int64_t bytes_a_row = row_bytes(tensor.type, tensor.row_len());
+    thread_local std::vector<std::byte> bytes;
+    bytes.resize(static_cast<std::size_t>(piece.n_row * bytes_a_row));
+    for (std::int64_t row = 0; row < piece.n_row; ++row) {
+      fill_row(
+          tensor, piece.first_row + row,
+          std::span(bytes).subspan(static_cast<std::size_t>(row * bytes_a_row), static_cast<std::size_t>(bytes_a_row)));
+    }
+    files.write_at(piece.tensor, static_cast<std::uint64_t>(piece.first_row * bytes_a_row), bytes);
+    const std::scoped_lock lock(progress_mutex);
+    n_written += static_cast<std::int64_t>(bytes.size());
+    if (on_progress) on_progress(n_written);
+  });
+  files.finish();
+  return files.paths();
+}
+
+}  // namespace detail
+
 /// Writes the model to `path`: all of it or nothing. With split_max_bytes to parts beside it that are named after it.
 /// The files depend on config and options alone, not on the number of threads, which make and write pieces of 1 MiB (at
 /// least one row) side by side: a thread's piece is all that it holds, and the rate grows with the cores as long as the
@@ -281,40 +331,17 @@ struct SyntheticPiece {
 inline std::vector<std::filesystem::path> write_synthetic_model(
     const std::filesystem::path& path, const ModelConfig& config, const SyntheticOptions& options = {},
     const std::function<void(std::int64_t)>& on_progress = {}) {
-  constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
   const std::vector<ModelTensor> tensors = model_tensors(config, options.only, options.mix);
   const std::uint32_t file_type = detail::file_type_number(options.only, options.mix);
-  const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
-  const std::filesystem::space_info space = std::filesystem::space(folder);
-  require(static_cast<std::uintmax_t>(total_bytes(tensors)) <= space.available, "synthetic model: ", path.string(),
-          " needs ", total_bytes(tensors), " bytes, free are ", space.available);
-  GgufSplitWriter files(path, tensors, options.split_max_bytes, [&](GgufWriter& writer) {
+  const detail::SyntheticModel model(config, options);
+  const auto set_keys = [&](GgufWriter& writer) {
     detail::set_model_keys(writer, config, file_type);
     set_vocabulary_keys(writer, config.vocab);
-  });
-
-  const detail::SyntheticModel model(config, options);
-  const std::vector<detail::SyntheticPiece> pieces = detail::synthetic_pieces(tensors, kPieceBytes);
-  std::mutex progress_mutex;
-  std::int64_t n_written = 0;
-  detail::for_each_in_parallel(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i) {
-    const detail::SyntheticPiece& piece = pieces[static_cast<std::size_t>(i)];
-    const ModelTensor& tensor = tensors[piece.tensor];
-    const std::int64_t bytes_a_row = row_bytes(tensor.type, tensor.row_len());
-    thread_local std::vector<std::byte> bytes;
-    bytes.resize(static_cast<std::size_t>(piece.n_row * bytes_a_row));
-    for (std::int64_t row = 0; row < piece.n_row; ++row) {
-      model.fill_row(
-          tensor, piece.first_row + row,
-          std::span(bytes).subspan(static_cast<std::size_t>(row * bytes_a_row), static_cast<std::size_t>(bytes_a_row)));
-    }
-    files.write_at(piece.tensor, static_cast<std::uint64_t>(piece.first_row * bytes_a_row), bytes);
-    const std::scoped_lock lock(progress_mutex);
-    n_written += static_cast<std::int64_t>(bytes.size());
-    if (on_progress) on_progress(n_written);
-  });
-  files.finish();
-  return files.paths();
+  };
+  const auto fill_row = [&](const ModelTensor& tensor, std::int64_t row, std::span<std::byte> out) {
+    model.fill_row(tensor, row, out);
+  };
+  return detail::write_synthetic_tensors(path, tensors, options.split_max_bytes, set_keys, fill_row, on_progress);
 }
 
 }  // namespace gemma4

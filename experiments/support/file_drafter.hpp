@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+
+#include "experiments/support/any_backend.hpp"
+#include "gemma4/config.hpp"
+#include "gemma4/draft/drafter.hpp"
+#include "gemma4/error.hpp"
+#include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/model/assistant_weights.hpp"
+#include "reference/assistant_drafter.hpp"
+#include "reference/backend.hpp"
+
+namespace gemma4::experiment {
+
+/// A drafter that is a model, with the file that it is bound to.
+class FileDrafter {
+ public:
+  /// @throws FormatError where the file is no drafter, or one for another target
+  FileDrafter(const std::filesystem::path& path, const ModelConfig& target)
+      : file_(GgufFile::open(path)), weights_(assistant_weights_from_gguf(file_, target)), drafter_(weights_) {}
+  FileDrafter(const FileDrafter&) = delete;
+  FileDrafter& operator=(const FileDrafter&) = delete;
+
+  void propose(const reference::Backend<float>& target, const draft::Request& request, draft::Proposal& proposal) {
+    drafter_.propose(target, request, proposal);
+  }
+  /// @throws std::invalid_argument for a backend on a device
+  void propose(const AnyBackend& target, const draft::Request& request, draft::Proposal& proposal) {
+    const auto* const held = dynamic_cast<const HeldBackend<reference::Backend<float>>*>(&target);
+    require(held != nullptr, "drafter: one that is a model runs on the processor alone yet");
+    propose(held->held(), request, proposal);
+  }
+  void keep(std::int64_t n_token) { drafter_.keep(n_token); }
+
+ private:
+  GgufFile file_;
+  AssistantWeights weights_;
+  reference::AssistantDrafter<float> drafter_;
+};
+
+}  // namespace gemma4::experiment
