@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/backend/drafting.cuh"
 #include "cuda/backend/few_tokens_path.cuh"
 #include "cuda/backend/finite.cuh"
 #include "cuda/backend/fit.cuh"
@@ -51,12 +52,14 @@ class Backend {
   /// @throws std::invalid_argument for a context, chunk or cache that cannot be had, with what would fit
   Backend(const PackedModel& model, const BackendOptions& options)
       : model_(model), options_(options), device_(current_device()), plan_(checked_plan()) {
+    options_.n_logit_row = std::max(options.n_logit_row, options.max_draft + 1);
     arena_ = DeviceArena(plan_, is_run_buffer);
     check(cudaMemsetAsync(arena_.all().data(), 0, arena_.all().size(), stream_), "fill of the arena");
     caches_.emplace(config(), options.cache, options.context, device_, arena_, options.ring);
     gemm_.emplace(arena_.buffer("scratch"), arena_.buffer("gemm_workspace"), true);
     history_ = PinnedBuffer<std::int32_t>(options.context + 1);
     place_buffers();
+    if (options.max_draft > 0) drafting_.emplace(arena_, options.context);
     const PathContext context{.model = model_,
                               .caches = *caches_,
                               .gemm = *gemm_,
@@ -91,6 +94,11 @@ class Backend {
   void set_policy(const ExecutionPolicy& policy) {
     options_.policy = policy;
     decode_plan_ = caches_->plan(1, options_.context, policy);
+    // A row behind another must not begin before that one has stored its keys, and no mask knows several rows.
+    ExecutionPolicy of_rows = policy;
+    of_rows.launch_overlap = false;
+    of_rows.kv_len_clamp = true;
+    row_plan_ = caches_->plan(1, options_.context, of_rows);
     for (std::int64_t n = 2; n <= std::min(kDecodeChunk, options_.max_chunk); ++n) {
       (void)caches_->plan(n, options_.context, policy);
     }
@@ -127,6 +135,11 @@ class Backend {
     check(cudaMemcpyAsync(tokens_, tokens.data(), tokens.size_bytes(), cudaMemcpyHostToDevice, stream_),
           "copy of tokens to the device");
     set_sequence_state(state_, position + n_token - 1, stream_);
+    if (drafting_) {
+      check(cudaMemcpyAsync(drafting_->text() + position, tokens_, tokens.size_bytes(), cudaMemcpyDeviceToDevice,
+                            stream_),
+            "copy of tokens into the text");
+    }
     show_mask();
     if (pass_.caches.needs_positions) list_positions(position, n_token, positions_, stream_);
     embedding<float>({.device = tokens_, .count = n_token, .host = tokens}, model_.token_embd(),
@@ -139,7 +152,8 @@ class Backend {
                  &state_->position,
                  {.token = &state_->token,
                   .history = history_.data(),
-                  .history_len = history_.size(),
+                  .history_len = drafting_ ? std::min(history_.size(), drafting_->n_text()) : history_.size(),
+                  .text = drafting_ ? drafting_->text() : nullptr,
                   .next_position = &state_->position,
                   .kv_len = &state_->kv_len},
                  arena_.buffer("sampler_workspace"), stream_, overlaps());
@@ -154,6 +168,48 @@ class Backend {
     embedding<float>({.device = &state_->token, .count = 1}, model_.token_embd(), config().embedding_scale(),
                      residual(), stream_, overlaps());
   }
+
+  // A step that drafts. Its rows have the bits that each would have in a step of its own.
+
+  /// Tokens behind the sampled one. @throws std::invalid_argument unless max_draft allows so many
+  void propose(std::int64_t n_draft) {
+    require(drafting_ && n_draft >= 1 && n_draft <= options_.max_draft, "backend: ", n_draft,
+            " drafts, need 1 to max_draft ", options_.max_draft);
+    drafting_->propose(state_, n_draft, stream_);
+  }
+
+  /// The sampled token and the drafts behind it, as one chunk at the position of the sampled one.
+  void embed_proposed(std::int64_t n_draft) {
+    DraftState* const draft = drafting_->state();
+    pass_ = {.chunk = {.n_token = n_draft + 1,
+                       .position = DeviceCount::on_device(draft->positions),
+                       .kv_len = DeviceCount::on_device(draft->kv_lens + n_draft),
+                       .positions = draft->positions},
+             .caches = row_plan_,
+             .row_positions = draft->positions,
+             .row_kv_lens = draft->kv_lens,
+             .overlap = overlaps(n_draft + 1),
+             .dynamic_rows = options_.policy.dynamic_rows};
+    embedding<float>({.device = draft->tokens, .count = n_draft + 1}, model_.token_embd(), config().embedding_scale(),
+                     residual(), stream_);
+  }
+
+  /// What the target would have chosen behind each row, and how many drafts are that; the position moves by so many,
+  /// and row 0 of the logits becomes that of the last token that stays.
+  void accept(const SamplerSettings& settings, std::int64_t n_draft) {
+    DraftState* const draft = drafting_->state();
+    for (std::int64_t row = 0; row < n_draft; ++row) {
+      cuda::sample(
+          make_view(static_cast<const float*>(logits_ + row * config().vocab), std::int64_t{1}, config().vocab),
+          settings, &draft->positions[row], {.token = &draft->chosen[row]}, arena_.buffer("sampler_workspace"), stream_,
+          overlaps());
+    }
+    draft_accept(state_, draft, {.text = drafting_->text(), .history = history_.data(), .size = drafting_->n_text()},
+                 drafting_->outcomes(), logits_, config().vocab, logit_rows_, config().hidden, stream_);
+  }
+
+  /// Where max_draft > 0.
+  [[nodiscard]] Drafting& drafting() { return *drafting_; }
 
   void project_qkv(std::int64_t layer) {
     on_path([&](const auto& path) { path.project_qkv(layer, pass_); });
@@ -313,6 +369,9 @@ class Backend {
     require(options_.max_chunk >= 1 && options_.max_chunk <= 65535, "backend: max_chunk ", options_.max_chunk,
             ", need 1 to 65535");
     require(options_.n_logit_row >= 1, "backend: n_logit_row ", options_.n_logit_row, ", need at least 1");
+    require(options_.max_draft >= 0 && options_.max_draft <= std::min(draft::kMaxDrafts, options_.max_chunk - 1),
+            "backend: max_draft ", options_.max_draft, ", need 0 to ",
+            std::min(draft::kMaxDrafts, options_.max_chunk - 1));
     const MemoryPlan plan = plan_memory(config(), model_.tensors(), memory_plan_options(options_, device_.sm_count));
     // The weights and the context are there already, and no longer count as free.
     const std::int64_t there = model_.bytes() + plan.bytes("cuda_context");
@@ -376,10 +435,12 @@ class Backend {
   std::optional<LinearPrefill> gemm_;
   std::optional<FewTokensPath> few_tokens_;
   std::optional<PrefillPath> prefill_;
+  std::optional<Drafting> drafting_;
   PinnedBuffer<std::int32_t> history_;  ///< tokens that were sampled, by position
   Profile* profile_ = nullptr;
 
   LayerCachePlan decode_plan_;  ///< of one token, at any position
+  LayerCachePlan row_plan_;     ///< of one token among others that are verified with it
   Pass pass_;
   std::int64_t n_logit_ = 0, first_position_ = 0;
   SequenceState* state_ = nullptr;
@@ -390,6 +451,6 @@ class Backend {
   Bf16* logit_rows_ = nullptr;
 };
 
-static_assert(SelfFeedingBackend<Backend> && WatchedBackend<Backend>);
+static_assert(DraftingBackend<Backend> && WatchedBackend<Backend>);
 
 }  // namespace gemma4::cuda

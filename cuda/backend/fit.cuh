@@ -22,6 +22,7 @@ struct BackendOptions {
   std::int64_t context = 131072;  ///< positions that the caches hold
   std::int64_t max_chunk = 2048;
   std::int64_t n_logit_row = 1;  ///< rows whose logits one forward pass may keep
+  std::int64_t max_draft = 0;    ///< tokens that a step may draft; 0: none, and nothing is kept for it
   ExecutionPolicy policy = {};
   /// The whole plan must stay within it: weights, context and all. 0: what the device has free.
   std::int64_t memory_limit_bytes = 0;
@@ -35,6 +36,7 @@ struct BackendOptions {
           .chunk = options.max_chunk,
           .cache = options.cache,
           .n_logit_row = options.n_logit_row,
+          .max_draft = options.max_draft,
           .sm_count = sm_count};
 }
 
