@@ -120,8 +120,7 @@ struct ProposedTokens {
   std::int64_t n_draft = 0;  ///< 1 to draft::kMaxDrafts
 };
 
-/// Proposes the tokens to follow tokens[0 .. *position], as draft::LookupDrafter does. Mirror:
-/// gemma4/draft/lookup.hpp
+/// Proposes the tokens to follow tokens[0 .. *position], as draft::LookupDrafter of gemma4/draft/lookup.hpp does.
 /// @param tokens     [max_token] on the device, of which those up to *position are read
 /// @param position   on the device, at least 0 and below max_token
 /// @param max_token  of any sequence that is looked through: the size of the grid
