@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/backend/describe.cuh"
 #include "cuda/backend/drafting.cuh"
 #include "cuda/backend/few_tokens_path.cuh"
 #include "cuda/backend/finite.cuh"
@@ -51,7 +52,7 @@ class Backend {
   /// @param model outlives the backend; several backends may share it
   /// @throws std::invalid_argument for a context, chunk or cache that cannot be had, with what would fit
   Backend(const PackedModel& model, const BackendOptions& options)
-      : model_(model), options_(options), device_(current_device()), plan_(checked_plan()) {
+      : model_(model), options_(options), device_(current_device()), plan_(checked_plan(model, options, device_)) {
     options_.n_logit_row = std::max(options.n_logit_row, options.max_draft + 1);
     arena_ = DeviceArena(plan_, is_run_buffer);
     check(cudaMemsetAsync(arena_.all().data(), 0, arena_.all().size(), stream_), "fill of the arena");
@@ -94,11 +95,7 @@ class Backend {
   void set_policy(const ExecutionPolicy& policy) {
     options_.policy = policy;
     decode_plan_ = caches_->plan(1, options_.context, policy);
-    // A row behind another must not begin before that one has stored its keys, and no mask knows several rows.
-    ExecutionPolicy of_rows = policy;
-    of_rows.launch_overlap = false;
-    of_rows.kv_len_clamp = true;
-    row_plan_ = caches_->plan(1, options_.context, of_rows);
+    row_plan_ = caches_->plan(1, options_.context, policy_of_rows(policy));
     for (std::int64_t n = 2; n <= std::min(kDecodeChunk, options_.max_chunk); ++n) {
       (void)caches_->plan(n, options_.context, policy);
     }
@@ -107,16 +104,7 @@ class Backend {
 
   /// How a pass of so many tokens runs, with as many before it as the context has room for.
   [[nodiscard]] StepPlan step_plan(std::int64_t n_token) const {
-    const Pass pass = plan_pass({.n_token = n_token});
-    StepPlan plan{.name = n_token == 1 ? "decode" : "prefill", .n_token = n_token};
-    plan.rows = pass_is_short(pass) ? few_tokens_->rows(pass) : prefill_->rows(pass);
-    for (StepPlanRow& row : caches_->rows(pass.caches)) plan.rows.push_back(std::move(row));
-    const LinearOptions products = few_tokens_->products(pass);
-    plan.rows.push_back(
-        {.component = "lm_head",
-         .path = concat("int8, ", type_name(model_.output().type)),
-         .tile = concat(products.tickets ? "dynamic rows" : "equal rows", products.overlap ? "" : ", no PDL")});
-    return plan;
+    return describe_pass(plan_pass({.n_token = n_token}), *few_tokens_, *prefill_, *caches_, model_);
   }
   /// A decode step and the longest chunk.
   [[nodiscard]] std::vector<StepPlan> step_plans() const { return {step_plan(1), step_plan(options_.max_chunk)}; }
@@ -171,41 +159,22 @@ class Backend {
 
   // A step that drafts. Its rows have the bits that each would have in a step of its own.
 
-  /// Tokens behind the sampled one. @throws std::invalid_argument unless max_draft allows so many
   void propose(std::int64_t n_draft) {
     require(drafting_ && n_draft >= 1 && n_draft <= options_.max_draft, "backend: ", n_draft,
             " drafts, need 1 to max_draft ", options_.max_draft);
     drafting_->propose(state_, n_draft, stream_);
   }
-
-  /// The sampled token and the drafts behind it, as one chunk at the position of the sampled one.
   void embed_proposed(std::int64_t n_draft) {
-    DraftState* const draft = drafting_->state();
-    pass_ = {.chunk = {.n_token = n_draft + 1,
-                       .position = DeviceCount::on_device(draft->positions),
-                       .kv_len = DeviceCount::on_device(draft->kv_lens + n_draft),
-                       .positions = draft->positions},
-             .caches = row_plan_,
-             .row_positions = draft->positions,
-             .row_kv_lens = draft->kv_lens,
-             .overlap = overlaps(n_draft + 1),
-             .dynamic_rows = options_.policy.dynamic_rows};
-    embedding<float>({.device = draft->tokens, .count = n_draft + 1}, model_.token_embd(), config().embedding_scale(),
-                     residual(), stream_);
+    pass_ = drafting_->pass(n_draft, row_plan_, overlaps(n_draft + 1), options_.policy.dynamic_rows);
+    embedding<float>({.device = drafting_->state()->tokens, .count = n_draft + 1}, model_.token_embd(),
+                     config().embedding_scale(), residual(), stream_);
   }
-
-  /// What the target would have chosen behind each row, and how many drafts are that; the position moves by so many,
-  /// and row 0 of the logits becomes that of the last token that stays.
   void accept(const SamplerSettings& settings, std::int64_t n_draft) {
-    DraftState* const draft = drafting_->state();
-    for (std::int64_t row = 0; row < n_draft; ++row) {
-      cuda::sample(
-          make_view(static_cast<const float*>(logits_ + row * config().vocab), std::int64_t{1}, config().vocab),
-          settings, &draft->positions[row], {.token = &draft->chosen[row]}, arena_.buffer("sampler_workspace"), stream_,
-          overlaps());
-    }
-    draft_accept(state_, draft, {.text = drafting_->text(), .history = history_.data(), .size = drafting_->n_text()},
-                 drafting_->outcomes(), logits_, config().vocab, logit_rows_, config().hidden, stream_);
+    drafting_->accept({.sequence = state_,
+                       .history = history_.data(),
+                       .logits = make_view(logits_, n_draft + 1, config().vocab),
+                       .hidden = make_view(logit_rows_, n_draft + 1, config().hidden)},
+                      settings, arena_.buffer("sampler_workspace"), stream_, overlaps());
   }
 
   /// Where max_draft > 0.
@@ -232,17 +201,11 @@ class Backend {
     const auto count = static_cast<std::int64_t>(rows.size());
     require(count <= options_.n_logit_row, "backend: logits of ", count, " rows, there is room for ",
             options_.n_logit_row, "; set BackendOptions::n_logit_row");
-    for (std::int64_t first = 0; first < count;) {
-      std::int64_t next = first + 1;
-      const auto at = [&](std::int64_t i) { return rows[static_cast<std::size_t>(i)]; };
-      while (next < count && at(next) == at(next - 1) + 1) ++next;
-      require(next == count || at(next) > at(next - 1), "backend: logits of row ", at(next < count ? next : first),
-              " after row ", at(next - 1), ", need them in increasing order");
+    for_each_run(rows, [&](std::int64_t first, std::int64_t row, std::int64_t n_row) {
       on_path([&](const auto& path) {
-        path.finish(at(first), next - first, model_.output_norm(), logit_rows_ + first * config().hidden, pass_);
+        path.finish(row, n_row, model_.output_norm(), logit_rows_ + first * config().hidden, pass_);
       });
-      first = next;
-    }
+    });
     if (count == n_token()) pass_.pending = {};
     for (std::int64_t first = 0; first < count; first += kMaxDecodeTokens) {
       const std::int64_t some = std::min(kMaxDecodeTokens, count - first);
@@ -363,24 +326,6 @@ class Backend {
     return !PackedModel::is_weight_buffer(name) && name != "cuda_context" && name != "rotation";
   }
 
-  [[nodiscard]] MemoryPlan checked_plan() const {
-    require(options_.context >= 1 && options_.context <= config().context, "backend: context ", options_.context,
-            ", need 1 to the model's ", config().context);
-    require(options_.max_chunk >= 1 && options_.max_chunk <= 65535, "backend: max_chunk ", options_.max_chunk,
-            ", need 1 to 65535");
-    require(options_.n_logit_row >= 1, "backend: n_logit_row ", options_.n_logit_row, ", need at least 1");
-    require(options_.max_draft >= 0 && options_.max_draft <= std::min(draft::kMaxDrafts, options_.max_chunk - 1),
-            "backend: max_draft ", options_.max_draft, ", need 0 to ",
-            std::min(draft::kMaxDrafts, options_.max_chunk - 1));
-    const MemoryPlan plan = plan_memory(config(), model_.tensors(), memory_plan_options(options_, device_.sm_count));
-    // The weights and the context are there already, and no longer count as free.
-    const std::int64_t there = model_.bytes() + plan.bytes("cuda_context");
-    const std::int64_t limit = device_bytes_free() + there;
-    require_fits(config(), model_.tensors(), options_, device_.sm_count,
-                 options_.memory_limit_bytes > 0 ? std::min(options_.memory_limit_bytes, limit) : limit);
-    return plan;
-  }
-
   void place_buffers() {
     const std::int64_t chunk = options_.max_chunk;
     residual_ = arena_.data<float>("residual", chunk * config().hidden);
@@ -411,7 +356,6 @@ class Backend {
     if (pass_.caches.masks) show_tokens(state_, {mask_, static_cast<std::size_t>(options_.context)}, stream_);
   }
 
-  [[nodiscard]] static bool pass_is_short(const Pass& pass) { return pass.n_token() <= kDecodeChunk; }
   template <class TBody>
   void on_path(TBody&& body) {
     pass_is_short(pass_) ? body(*few_tokens_) : body(*prefill_);

@@ -4,7 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -16,6 +18,7 @@
 #include "cuda/residual_norm.cuh"
 #include "gemma4/config.hpp"
 #include "gemma4/gguf/gguf.hpp"
+#include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/step_plan.hpp"
 
 /// What the two ways of a chunk through a layer share: that of a few tokens and that of a long chunk.
@@ -91,6 +94,14 @@ template <class TIn>
   return heads;
 }
 
+/// How a row among others goes through the caches: it must not begin before the one in front has stored its keys, and
+/// no mask knows several rows.
+[[nodiscard]] inline ExecutionPolicy policy_of_rows(ExecutionPolicy policy) {
+  policy.launch_overlap = false;
+  policy.kv_len_clamp = true;
+  return policy;
+}
+
 /// Attention of one row after another, each over the keys up to its own. The bits are those of steps of one token; what
 /// several rows could share is read and worked out anew for each.
 template <class TIn>
@@ -129,6 +140,20 @@ void attend_heads(const PathContext& context, const Pass& pass, std::int64_t lay
   if (!context.caches.commits(layer, pass.caches)) return;
   const auto range = context.range("cache_commit");
   context.caches.commit(layer, heads, pass.chunk, context.stream);
+}
+
+/// Calls body(index of the first, its value, how many) for each run of neighbours in `rows`.
+/// @throws std::invalid_argument unless they increase
+template <class TBody>
+void for_each_run(std::span<const std::int64_t> rows, TBody&& body) {
+  for (std::size_t first = 0; first < rows.size();) {
+    std::size_t next = first + 1;
+    while (next < rows.size() && rows[next] == rows[next - 1] + 1) ++next;
+    require(next == rows.size() || rows[next] > rows[next - 1], "backend: logits of row ",
+            rows[next < rows.size() ? next : first], " after row ", rows[next - 1], ", need them in increasing order");
+    body(static_cast<std::int64_t>(first), rows[first], static_cast<std::int64_t>(next - first));
+    first = next;
+  }
 }
 
 /// The types of a matrix that all layers have, as `Q4_K+Q6_K`.
