@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/backend/describe.cuh"
+#include "cuda/backend/drafting.cuh"
 #include "cuda/backend/few_tokens_path.cuh"
 #include "cuda/backend/finite.cuh"
 #include "cuda/backend/fit.cuh"
@@ -50,13 +52,15 @@ class Backend {
   /// @param model outlives the backend; several backends may share it
   /// @throws std::invalid_argument for a context, chunk or cache that cannot be had, with what would fit
   Backend(const PackedModel& model, const BackendOptions& options)
-      : model_(model), options_(options), device_(current_device()), plan_(checked_plan()) {
+      : model_(model), options_(options), device_(current_device()), plan_(checked_plan(model, options, device_)) {
+    options_.n_logit_row = std::max(options.n_logit_row, options.max_draft + 1);
     arena_ = DeviceArena(plan_, is_run_buffer);
     check(cudaMemsetAsync(arena_.all().data(), 0, arena_.all().size(), stream_), "fill of the arena");
     caches_.emplace(config(), options.cache, options.context, device_, arena_, options.ring);
     gemm_.emplace(arena_.buffer("scratch"), arena_.buffer("gemm_workspace"), true);
     history_ = PinnedBuffer<std::int32_t>(options.context + 1);
     place_buffers();
+    if (options.max_draft > 0) drafting_.emplace(arena_, options.context);
     const PathContext context{.model = model_,
                               .caches = *caches_,
                               .gemm = *gemm_,
@@ -91,6 +95,7 @@ class Backend {
   void set_policy(const ExecutionPolicy& policy) {
     options_.policy = policy;
     decode_plan_ = caches_->plan(1, options_.context, policy);
+    row_plan_ = caches_->plan(1, options_.context, policy_of_rows(policy));
     for (std::int64_t n = 2; n <= std::min(kDecodeChunk, options_.max_chunk); ++n) {
       (void)caches_->plan(n, options_.context, policy);
     }
@@ -99,16 +104,7 @@ class Backend {
 
   /// How a pass of so many tokens runs, with as many before it as the context has room for.
   [[nodiscard]] StepPlan step_plan(std::int64_t n_token) const {
-    const Pass pass = plan_pass({.n_token = n_token});
-    StepPlan plan{.name = n_token == 1 ? "decode" : "prefill", .n_token = n_token};
-    plan.rows = pass_is_short(pass) ? few_tokens_->rows(pass) : prefill_->rows(pass);
-    for (StepPlanRow& row : caches_->rows(pass.caches)) plan.rows.push_back(std::move(row));
-    const LinearOptions products = few_tokens_->products(pass);
-    plan.rows.push_back(
-        {.component = "lm_head",
-         .path = concat("int8, ", type_name(model_.output().type)),
-         .tile = concat(products.tickets ? "dynamic rows" : "equal rows", products.overlap ? "" : ", no PDL")});
-    return plan;
+    return describe_pass(plan_pass({.n_token = n_token}), *few_tokens_, *prefill_, *caches_, model_);
   }
   /// A decode step and the longest chunk.
   [[nodiscard]] std::vector<StepPlan> step_plans() const { return {step_plan(1), step_plan(options_.max_chunk)}; }
@@ -127,6 +123,11 @@ class Backend {
     check(cudaMemcpyAsync(tokens_, tokens.data(), tokens.size_bytes(), cudaMemcpyHostToDevice, stream_),
           "copy of tokens to the device");
     set_sequence_state(state_, position + n_token - 1, stream_);
+    if (drafting_) {
+      check(cudaMemcpyAsync(drafting_->text() + position, tokens_, tokens.size_bytes(), cudaMemcpyDeviceToDevice,
+                            stream_),
+            "copy of tokens into the text");
+    }
     show_mask();
     if (pass_.caches.needs_positions) list_positions(position, n_token, positions_, stream_);
     embedding<float>({.device = tokens_, .count = n_token, .host = tokens}, model_.token_embd(),
@@ -139,7 +140,8 @@ class Backend {
                  &state_->position,
                  {.token = &state_->token,
                   .history = history_.data(),
-                  .history_len = history_.size(),
+                  .history_len = drafting_ ? std::min(history_.size(), drafting_->n_text()) : history_.size(),
+                  .text = drafting_ ? drafting_->text() : nullptr,
                   .next_position = &state_->position,
                   .kv_len = &state_->kv_len},
                  arena_.buffer("sampler_workspace"), stream_, overlaps());
@@ -154,6 +156,29 @@ class Backend {
     embedding<float>({.device = &state_->token, .count = 1}, model_.token_embd(), config().embedding_scale(),
                      residual(), stream_, overlaps());
   }
+
+  // A step that drafts. Its rows have the bits that each would have in a step of its own.
+
+  void propose(std::int64_t n_draft) {
+    require(drafting_ && n_draft >= 1 && n_draft <= options_.max_draft, "backend: ", n_draft,
+            " drafts, need 1 to max_draft ", options_.max_draft);
+    drafting_->propose(state_, n_draft, stream_);
+  }
+  void embed_proposed(std::int64_t n_draft) {
+    pass_ = drafting_->pass(n_draft, row_plan_, overlaps(n_draft + 1), options_.policy.dynamic_rows);
+    embedding<float>({.device = drafting_->state()->tokens, .count = n_draft + 1}, model_.token_embd(),
+                     config().embedding_scale(), residual(), stream_);
+  }
+  void accept(const SamplerSettings& settings, std::int64_t n_draft) {
+    drafting_->accept({.sequence = state_,
+                       .history = history_.data(),
+                       .logits = make_view(logits_, n_draft + 1, config().vocab),
+                       .hidden = make_view(logit_rows_, n_draft + 1, config().hidden)},
+                      settings, arena_.buffer("sampler_workspace"), stream_, overlaps());
+  }
+
+  /// Where max_draft > 0.
+  [[nodiscard]] Drafting& drafting() { return *drafting_; }
 
   void project_qkv(std::int64_t layer) {
     on_path([&](const auto& path) { path.project_qkv(layer, pass_); });
@@ -176,17 +201,11 @@ class Backend {
     const auto count = static_cast<std::int64_t>(rows.size());
     require(count <= options_.n_logit_row, "backend: logits of ", count, " rows, there is room for ",
             options_.n_logit_row, "; set BackendOptions::n_logit_row");
-    for (std::int64_t first = 0; first < count;) {
-      std::int64_t next = first + 1;
-      const auto at = [&](std::int64_t i) { return rows[static_cast<std::size_t>(i)]; };
-      while (next < count && at(next) == at(next - 1) + 1) ++next;
-      require(next == count || at(next) > at(next - 1), "backend: logits of row ", at(next < count ? next : first),
-              " after row ", at(next - 1), ", need them in increasing order");
+    for_each_run(rows, [&](std::int64_t first, std::int64_t row, std::int64_t n_row) {
       on_path([&](const auto& path) {
-        path.finish(at(first), next - first, model_.output_norm(), logit_rows_ + first * config().hidden, pass_);
+        path.finish(row, n_row, model_.output_norm(), logit_rows_ + first * config().hidden, pass_);
       });
-      first = next;
-    }
+    });
     if (count == n_token()) pass_.pending = {};
     for (std::int64_t first = 0; first < count; first += kMaxDecodeTokens) {
       const std::int64_t some = std::min(kMaxDecodeTokens, count - first);
@@ -307,21 +326,6 @@ class Backend {
     return !PackedModel::is_weight_buffer(name) && name != "cuda_context" && name != "rotation";
   }
 
-  [[nodiscard]] MemoryPlan checked_plan() const {
-    require(options_.context >= 1 && options_.context <= config().context, "backend: context ", options_.context,
-            ", need 1 to the model's ", config().context);
-    require(options_.max_chunk >= 1 && options_.max_chunk <= 65535, "backend: max_chunk ", options_.max_chunk,
-            ", need 1 to 65535");
-    require(options_.n_logit_row >= 1, "backend: n_logit_row ", options_.n_logit_row, ", need at least 1");
-    const MemoryPlan plan = plan_memory(config(), model_.tensors(), memory_plan_options(options_, device_.sm_count));
-    // The weights and the context are there already, and no longer count as free.
-    const std::int64_t there = model_.bytes() + plan.bytes("cuda_context");
-    const std::int64_t limit = device_bytes_free() + there;
-    require_fits(config(), model_.tensors(), options_, device_.sm_count,
-                 options_.memory_limit_bytes > 0 ? std::min(options_.memory_limit_bytes, limit) : limit);
-    return plan;
-  }
-
   void place_buffers() {
     const std::int64_t chunk = options_.max_chunk;
     residual_ = arena_.data<float>("residual", chunk * config().hidden);
@@ -352,7 +356,6 @@ class Backend {
     if (pass_.caches.masks) show_tokens(state_, {mask_, static_cast<std::size_t>(options_.context)}, stream_);
   }
 
-  [[nodiscard]] static bool pass_is_short(const Pass& pass) { return pass.n_token() <= kDecodeChunk; }
   template <class TBody>
   void on_path(TBody&& body) {
     pass_is_short(pass_) ? body(*few_tokens_) : body(*prefill_);
@@ -376,10 +379,12 @@ class Backend {
   std::optional<LinearPrefill> gemm_;
   std::optional<FewTokensPath> few_tokens_;
   std::optional<PrefillPath> prefill_;
+  std::optional<Drafting> drafting_;
   PinnedBuffer<std::int32_t> history_;  ///< tokens that were sampled, by position
   Profile* profile_ = nullptr;
 
   LayerCachePlan decode_plan_;  ///< of one token, at any position
+  LayerCachePlan row_plan_;     ///< of one token among others that are verified with it
   Pass pass_;
   std::int64_t n_logit_ = 0, first_position_ = 0;
   SequenceState* state_ = nullptr;
@@ -390,6 +395,6 @@ class Backend {
   Bf16* logit_rows_ = nullptr;
 };
 
-static_assert(SelfFeedingBackend<Backend> && WatchedBackend<Backend>);
+static_assert(DraftingBackend<Backend> && WatchedBackend<Backend>);
 
 }  // namespace gemma4::cuda

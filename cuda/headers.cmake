@@ -2,6 +2,8 @@
 # Written by .ci/list-headers and held against the folder by .ci/check-rooms.
 set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/backend.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/backend/describe.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/backend/drafting.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/few_tokens_path.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/finite.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/fit.cuh"
@@ -31,6 +33,8 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/device/profile.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/device/sequence_state.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/device/stream.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/draft_lookup.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/draft_step.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/embedding.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash/combine.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash/describe.cuh"

@@ -117,6 +117,7 @@ struct SampledToken {
   std::int32_t* token = nullptr;          ///< the token, or -1: see sample()
   std::int32_t* history = nullptr;        ///< optional: history[position + 1] = token, if there is such a place
   std::int64_t history_len = 0;           ///< places of it
+  std::int32_t* text = nullptr;           ///< optional, beside a history: the same again, elsewhere
   std::int32_t* next_position = nullptr;  ///< optional: position + 1; may be `position` itself
   std::int32_t* kv_len = nullptr;         ///< optional: position + 2, the keys that the token will see, itself included
 };
@@ -163,7 +164,7 @@ inline void sample(const View<const float, 2>& logits, const SamplerSettings& se
                                      .position = position,
                                      .state = reinterpret_cast<detail::SamplerState*>(workspace.data()),
                                      .is_aligned = reinterpret_cast<std::uintptr_t>(logits.data) % 16 == 0};
-  const detail::SampledTokenParams target{to.token, to.history, to.history_len, to.next_position, to.kv_len};
+  const detail::SampledTokenParams target{to.token, to.history, to.history_len, to.text, to.next_position, to.kv_len};
   const auto launch = [&](auto kernel, const auto&... arguments) {
     detail::Launch{.what = "sampler kernels",
                    .grid = static_cast<unsigned>(n_block),

@@ -4,8 +4,10 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <exception>
 #include <optional>
 #include <span>
@@ -14,18 +16,23 @@
 
 #include "cuda/backend.cuh"
 #include "cuda/device/stream.cuh"
+#include "gemma4/draft/drafter.hpp"
+#include "gemma4/draft/step.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/model/finite.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"
 
-/// A sequence that is read and continued on the device: prefill in chunks, decoding as replays of one captured step.
+/// A sequence that is read and continued on the device: prefill in chunks, decoding as replays of captured steps, of
+/// one token or of what is accepted of some drafts.
 namespace gemma4::cuda {
 
 struct SessionOptions {
   bool use_graph = true;  ///< false: every step launches its kernels anew; the same kernels, the same bits
   /// Steps that are under way while the host looks at a token. A stop is seen so late, and taken back.
   std::int64_t lag = 4;
+  /// Drafts of a step, at most BackendOptions::max_draft; 0: none. Text and logits are the same with any number.
+  std::int64_t n_draft = 0;
 };
 
 /// What a stretch of work took on the device, by events.
@@ -39,6 +46,7 @@ struct DecodeResult {
   std::vector<std::int32_t> tokens;  ///< also the one that ended it
   bool stopped = false;              ///< by on_token, not by the count
   Timing timing;                     ///< of all steps, those taken back included
+  draft::Counts drafts;              ///< of the steps that drafted
 };
 
 /// Tokens may be appended by prefill() and decode() in any order; one after another they give what one call would.
@@ -50,21 +58,37 @@ class Session {
   explicit Session(Backend& backend, const SessionOptions& options = {})
       : model_(backend), options_(options), done_(static_cast<std::size_t>(options.lag + 1)) {
     require(options.lag >= 1 && options.lag < kMaxRewind, "session: lag ", options.lag, ", need 1 to ", kMaxRewind - 1);
+    set_drafts(options.n_draft);
     reset();
   }
 
   [[nodiscard]] std::int64_t position() const { return model_.position(); }
   [[nodiscard]] Backend& backend() const { return model_.backend(); }
   /// Kernels and copies of the captured step; 0 before the first.
-  [[nodiscard]] std::size_t n_graph_node() const { return step_ ? step_->graph.n_node() : 0; }
+  [[nodiscard]] std::size_t n_graph_node(std::int64_t n_draft = 0) const {
+    const std::optional<Step>& step = steps_[static_cast<std::size_t>(n_draft)];
+    return step ? step->graph.n_node() : 0;
+  }
 
   /// From the next step on. The captured step is kept, and good for later.
   void set_use_graph(bool use_graph) { options_.use_graph = use_graph; }
 
+  /// From the next step on.
+  /// @throws std::invalid_argument for more than the backend has room for, or so many that the steps under way could
+  /// not all be taken back
+  void set_drafts(std::int64_t n_draft) {
+    const std::int64_t most = backend().options().max_draft;
+    require(n_draft >= 0 && n_draft <= most, "session: ", n_draft, " drafts a step, need 0 to max_draft ", most);
+    require(n_draft == 0 || (options_.lag + 1) * (n_draft + 1) + n_draft < kMaxRewind, "session: ", options_.lag + 1,
+            " steps under way of ", n_draft + 1, " tokens, and ", n_draft, " rejected ones, need fewer than ",
+            kMaxRewind);
+    options_.n_draft = n_draft;
+  }
+
   /// Other ways to the same tokens, from here on: the sequence and its caches stay, the step is captured anew.
   void set_policy(const ExecutionPolicy& policy) {
     stream().synchronize();
-    step_.reset();
+    for (std::optional<Step>& step : steps_) step.reset();
     backend().set_policy(policy);
   }
 
@@ -117,32 +141,34 @@ class Session {
     require(n_token >= 1, "session: ", n_token, " tokens to decode, need at least 1");
     require(has_logits_, "session: nothing to continue; prefill() first");
     model_.require_room(n_token);
-    const std::int64_t first = position();
+    UnderWay way{.first = position(), .n_wanted = n_token};
     DecodeResult result;
-    std::int64_t n_enqueued = 0;
     std::exception_ptr failure;
     begin_.record(stream());
-    for (std::int64_t n_seen = 0; n_seen < n_token && !result.stopped; ++n_seen) {
-      for (; n_enqueued < n_token && n_enqueued <= n_seen + options_.lag; ++n_enqueued) enqueue(settings, n_enqueued);
-      done(n_seen).synchronize();
-      const std::int32_t token = backend().sampled(first + n_seen);
-      if (token < 0) {
-        settle(n_enqueued, result.tokens);
-        has_logits_ = false;
-        throw NotFiniteError(model_.locate(tokens_, first + n_seen - 1), backend().config().n_layer());
-      }
-      result.tokens.push_back(token);
-      try {
-        result.stopped = !on_token(token);
-      } catch (...) {
-        failure = std::current_exception();
-        break;
+    while (way.n_known() < n_token && !result.stopped && !failure) {
+      enqueue_what_may(way, settings);
+      const std::int64_t from = way.known;
+      finish_oldest(way, result.drafts);
+      for (std::int64_t at = from; at < way.known && way.n_known(at) < n_token && !result.stopped && !failure; ++at) {
+        const std::int32_t token = backend().sampled(at);
+        if (token < 0) {
+          settle(way, result);
+          has_logits_ = false;
+          throw NotFiniteError(model_.locate(tokens_, at - 1), backend().config().n_layer());
+        }
+        result.tokens.push_back(token);
+        try {
+          result.stopped = !on_token(token);
+        } catch (...) {
+          failure = std::current_exception();
+        }
       }
     }
-    const Event& last = done(n_enqueued - 1);
+    const Event& last = done(way.n_step - 1);
     last.synchronize();
-    result.timing = {n_enqueued, last.us_since(begin_)};
-    if (settle(n_enqueued, result.tokens) > 0) refresh_logits();
+    const std::int64_t n_back = settle(way, result);
+    result.timing = {position() - way.first + n_back, last.us_since(begin_)};
+    if (n_back > 0) refresh_logits();
     if (failure) std::rethrow_exception(failure);
     return result;
   }
@@ -190,31 +216,87 @@ class Session {
     farthest_ = std::max(farthest_, position());
   }
 
+  /// Steps of one decode(): what the host knows of them, and those whose end it has not seen.
+  struct UnderWay {
+    std::int64_t first;                    ///< position at the beginning
+    std::int64_t n_wanted;                 ///< tokens
+    std::int64_t known = first;            ///< position behind the tokens that the host may read
+    std::int64_t farthest = first;         ///< position behind all that was written, rejected drafts among it
+    std::int64_t n_step = 0;               ///< enqueued
+    std::deque<std::int64_t> drafts = {};  ///< of each step under way, the oldest first
+
+    [[nodiscard]] std::int64_t n_known() const { return known - first; }
+    [[nodiscard]] std::int64_t n_known(std::int64_t at) const { return at - first; }
+    [[nodiscard]] std::int64_t n_under_way() const { return static_cast<std::int64_t>(drafts.size()); }
+    /// Position behind what the steps under way write at most.
+    [[nodiscard]] std::int64_t end() const {
+      std::int64_t end = known;
+      for (const std::int64_t n_draft : drafts) end += n_draft + 1;
+      return end;
+    }
+  };
+
+  /// As many steps as may be under way. Each gives at least one token, so that none is begun in vain; one drafts no
+  /// more than are wanted behind it, or than there is room for.
+  void enqueue_what_may(UnderWay& way, const SamplerSettings& settings) {
+    while (way.n_under_way() <= options_.lag && way.n_known() + way.n_under_way() < way.n_wanted) {
+      const std::int64_t n_wanted = way.n_wanted - way.n_known() - way.n_under_way();
+      const std::int64_t n_room = backend().context() - way.end();
+      if (n_room < 1) return;  // once the steps under way have ended, there will be
+      const std::int64_t n_draft = std::min({options_.n_draft, n_wanted - 1, n_room - 1});
+      enqueue(settings, n_draft, way.n_step++);
+      way.drafts.push_back(n_draft);
+    }
+  }
+
+  /// Waits for the oldest step under way, and learns what it gave.
+  void finish_oldest(UnderWay& way, draft::Counts& counts) {
+    const std::int64_t n_draft = way.drafts.front(), step = way.n_step - way.n_under_way();
+    done(step).synchronize();
+    way.farthest = std::max(way.farthest, way.known + n_draft + 1);
+    std::int64_t n_accepted = 0;
+    if (n_draft > 0) {
+      const auto n_later = std::ranges::count_if(way.drafts, [](std::int64_t n) { return n > 0; });
+      const DraftOutcome outcome = backend().drafting().outcome(backend().drafting().n_step() - n_later);
+      n_accepted = outcome.n_accepted;
+      counts.add(outcome.n_proposed, outcome.n_accepted);
+    }
+    way.known += n_accepted + 1;
+    way.drafts.pop_front();
+  }
+
   /// A step: replayed once it has been captured, which is after its kernels have been loaded by a run.
-  void enqueue(const SamplerSettings& settings, std::int64_t step) {
-    if (options_.use_graph && step_ && same(step_->settings, settings)) {
-      step_->graph.launch(stream());
+  void enqueue(const SamplerSettings& settings, std::int64_t n_draft, std::int64_t number) {
+    std::optional<Step>& step = steps_[static_cast<std::size_t>(n_draft)];
+    const auto launch = [&] {
+      n_draft > 0 ? model_.enqueue_draft_step(settings, n_draft) : model_.enqueue_step(settings);
+    };
+    if (options_.use_graph && step && same(step->settings, settings)) {
+      step->graph.launch(stream());
       backend().note_replay();
     } else {
-      model_.enqueue_step(settings);
+      launch();
       if (options_.use_graph) {
-        step_.reset();
-        step_.emplace(Step{settings, Graph::capture(stream(), [&] { model_.enqueue_step(settings); })});
+        step.reset();
+        step.emplace(Step{settings, Graph::capture(stream(), launch)});
       }
     }
-    done(step).record(stream());
+    if (n_draft > 0) backend().drafting().note_step();
+    done(number).record(stream());
   }
 
   [[nodiscard]] static bool same(const SamplerSettings& a, const SamplerSettings& b) {
     return a.temperature == b.temperature && a.top_k == b.top_k && a.top_p == b.top_p && a.seed == b.seed;
   }
 
-  /// Of `n_enqueued` steps the tokens `kept` stay. @return how many steps were taken back
-  std::int64_t settle(std::int64_t n_enqueued, std::span<const std::int32_t> kept) {
+  /// Of all steps the tokens of `result` stay. @return how many tokens were taken back
+  std::int64_t settle(UnderWay& way, DecodeResult& result) {
     stream().synchronize();
-    const std::int64_t n_back = n_enqueued - static_cast<std::int64_t>(kept.size());
-    model_.advance(n_enqueued);
-    append(kept);
+    while (!way.drafts.empty()) finish_oldest(way, result.drafts);
+    const std::int64_t n_back = way.n_known() - static_cast<std::int64_t>(result.tokens.size());
+    model_.advance(way.n_known(), way.farthest - way.known);
+    append(result.tokens);
+    farthest_ = std::max(farthest_, way.farthest);
     model_.rewind(n_back);
     return n_back;
   }
@@ -228,7 +310,7 @@ class Session {
 
   Model<Backend> model_;
   SessionOptions options_;
-  std::optional<Step> step_;
+  std::array<std::optional<Step>, draft::kMaxDrafts + 1> steps_;  ///< by the number of drafts
   std::vector<std::int32_t> tokens_;
   std::int64_t farthest_ = 0;  ///< position that the sequence had at most
   bool has_logits_ = false;

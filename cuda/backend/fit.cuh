@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cuda/device/device_arena.cuh"
+#include "cuda/device/device_info.cuh"
+#include "cuda/model_weights.cuh"
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
+#include "gemma4/draft/drafter.hpp"
+#include "gemma4/error.hpp"
 #include "gemma4/gguf/config_from_gguf.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/plan/execution.hpp"
@@ -22,6 +28,7 @@ struct BackendOptions {
   std::int64_t context = 131072;  ///< positions that the caches hold
   std::int64_t max_chunk = 2048;
   std::int64_t n_logit_row = 1;  ///< rows whose logits one forward pass may keep
+  std::int64_t max_draft = 0;    ///< tokens that a step may draft; 0: none, and nothing is kept for it
   ExecutionPolicy policy = {};
   /// The whole plan must stay within it: weights, context and all. 0: what the device has free.
   std::int64_t memory_limit_bytes = 0;
@@ -35,6 +42,7 @@ struct BackendOptions {
           .chunk = options.max_chunk,
           .cache = options.cache,
           .n_logit_row = options.n_logit_row,
+          .max_draft = options.max_draft,
           .sm_count = sm_count};
 }
 
@@ -53,6 +61,27 @@ inline void require_fits(const ModelConfig& config, const std::vector<ModelTenso
   if (!context && !chunk) remedy = "; no context and no chunk would fit: a smaller model or cache format is needed";
   require(false, "backend: a context of ", options.context, " in chunks of ", options.max_chunk, " needs ",
           plan.total_bytes(), " B of device memory, there are ", limit_bytes, " B", remedy);
+}
+
+/// The plan of a backend over a model that is on the device, once all of it is known to be possible.
+/// @throws std::invalid_argument naming what is not, or with what would fit
+[[nodiscard]] inline MemoryPlan checked_plan(const PackedModel& model, const BackendOptions& options,
+                                             const DeviceInfo& device) {
+  const ModelConfig& config = model.config();
+  const std::int64_t most = std::min(draft::kMaxDrafts, options.max_chunk - 1);
+  require(options.context >= 1 && options.context <= config.context, "backend: context ", options.context,
+          ", need 1 to the model's ", config.context);
+  require(options.max_chunk >= 1 && options.max_chunk <= 65535, "backend: max_chunk ", options.max_chunk,
+          ", need 1 to 65535");
+  require(options.n_logit_row >= 1, "backend: n_logit_row ", options.n_logit_row, ", need at least 1");
+  require(options.max_draft >= 0 && options.max_draft <= most, "backend: max_draft ", options.max_draft, ", need 0 to ",
+          most);
+  const MemoryPlan plan = plan_memory(config, model.tensors(), memory_plan_options(options, device.sm_count));
+  // The weights and the context are there already, and no longer count as free.
+  const std::int64_t limit = device_bytes_free() + model.bytes() + plan.bytes("cuda_context");
+  require_fits(config, model.tensors(), options, device.sm_count,
+               options.memory_limit_bytes > 0 ? std::min(options.memory_limit_bytes, limit) : limit);
+  return plan;
 }
 
 }  // namespace gemma4::cuda

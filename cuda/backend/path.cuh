@@ -4,7 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -16,6 +18,7 @@
 #include "cuda/residual_norm.cuh"
 #include "gemma4/config.hpp"
 #include "gemma4/gguf/gguf.hpp"
+#include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/step_plan.hpp"
 
 /// What the two ways of a chunk through a layer share: that of a few tokens and that of a long chunk.
@@ -32,6 +35,10 @@ struct Pass {
   ChunkPlace chunk = {};
   LayerCachePlan caches = {};
   PendingOutput pending = {};
+  /// Not null: every row goes through attention by itself, as a step of one token would at that position, and `caches`
+  /// is the plan of one. On the device, [n_token]; with them kv_len of each.
+  const std::int32_t* row_positions = nullptr;
+  const std::int32_t* row_kv_lens = nullptr;
   bool overlap = true;       ///< programmatic dependent launch of what reads or writes the residual stream
   bool dynamic_rows = true;  ///< blocks of a decode product that end early take rows of others
   [[nodiscard]] std::int64_t n_token() const { return chunk.n_token; }
@@ -76,8 +83,47 @@ void finish_rows(const PathContext& context, const Pass& pass, const TPending* p
                                 make_view(to, count, hidden), context.stream, pass.overlap, x_at_rest);
 }
 
+/// Row `row` of projected heads.
+template <class TIn>
+[[nodiscard]] ProjectedHeads<TIn> row_of(ProjectedHeads<TIn> heads, std::int64_t row) {
+  const auto cut = [&](auto& view) {
+    view.data += row * view.stride[0];
+    view.extent[0] = 1;
+  };
+  cut(heads.q), cut(heads.k), cut(heads.v), cut(heads.q_out), cut(heads.k_out), cut(heads.v_out);
+  return heads;
+}
+
+/// How a row among others goes through the caches: it must not begin before the one in front has stored its keys, and
+/// no mask knows several rows.
+[[nodiscard]] inline ExecutionPolicy policy_of_rows(ExecutionPolicy policy) {
+  policy.launch_overlap = false;
+  policy.kv_len_clamp = true;
+  return policy;
+}
+
+/// Attention of one row after another, each over the keys up to its own. The bits are those of steps of one token; what
+/// several rows could share is read and worked out anew for each.
+template <class TIn>
+void attend_row_by_row(const PathContext& context, const Pass& pass, std::int64_t layer,
+                       const ProjectedHeads<TIn>& heads) {
+  const LayerCaches& caches = context.caches;
+  const QkNorms norms = context.qk_norms(layer);
+  for (std::int64_t row = 0; row < pass.n_token(); ++row) {
+    const ProjectedHeads<TIn> one = row_of(heads, row);
+    const ChunkPlace place{.n_token = 1,
+                           .position = DeviceCount::on_device(pass.row_positions + row),
+                           .kv_len = DeviceCount::on_device(pass.row_kv_lens + row),
+                           .positions = pass.row_positions + row};
+    caches.store(layer, one, norms, place, pass.caches, context.stream);
+    caches.attend(layer, one, norms, place, pass.caches, context.stream);
+    if (caches.commits(layer, pass.caches)) caches.commit(layer, one, place, context.stream);
+  }
+}
+
 template <class TIn>
 void store_heads(const PathContext& context, const Pass& pass, std::int64_t layer, const ProjectedHeads<TIn>& heads) {
+  if (pass.row_positions != nullptr) return;
   if (context.caches.stores_in_attend(layer, pass.caches)) return;
   const auto range = context.range("qkv_prologue");
   context.caches.store(layer, heads, context.qk_norms(layer), pass.chunk, pass.caches, context.stream);
@@ -87,12 +133,27 @@ template <class TIn>
 void attend_heads(const PathContext& context, const Pass& pass, std::int64_t layer, const ProjectedHeads<TIn>& heads) {
   {
     const auto range = context.range(context.config().sliding_layer(layer) ? "attention_sliding" : "attention_full");
+    if (pass.row_positions != nullptr) return attend_row_by_row(context, pass, layer, heads);
     context.caches.attend(layer, heads, context.qk_norms(layer), pass.chunk, pass.caches, context.stream);
   }
   if (context.caches.borrows_scratch(layer, pass.caches)) context.gemm.scratch_was_lent(context.stream);
   if (!context.caches.commits(layer, pass.caches)) return;
   const auto range = context.range("cache_commit");
   context.caches.commit(layer, heads, pass.chunk, context.stream);
+}
+
+/// Calls body(index of the first, its value, how many) for each run of neighbours in `rows`.
+/// @throws std::invalid_argument unless they increase
+template <class TBody>
+void for_each_run(std::span<const std::int64_t> rows, TBody&& body) {
+  for (std::size_t first = 0; first < rows.size();) {
+    std::size_t next = first + 1;
+    while (next < rows.size() && rows[next] == rows[next - 1] + 1) ++next;
+    require(next == rows.size() || rows[next] > rows[next - 1], "backend: logits of row ",
+            rows[next < rows.size() ? next : first], " after row ", rows[next - 1], ", need them in increasing order");
+    body(static_cast<std::int64_t>(first), rows[first], static_cast<std::int64_t>(next - first));
+    first = next;
+  }
 }
 
 /// The types of a matrix that all layers have, as `Q4_K+Q6_K`.

@@ -143,6 +143,7 @@ struct SampledTokenParams {
   std::int32_t* token;
   std::int32_t* history;
   std::int64_t history_len;
+  std::int32_t* text;
   std::int32_t* next_position;
   std::int32_t* kv_len;
 };
@@ -196,6 +197,7 @@ __device__ inline void store_token(const SampledTokenParams& to, const std::int3
   const std::int32_t position = *last_position;
   if (to.history != nullptr && position >= -1 && position + std::int64_t{1} < to.history_len) {
     to.history[position + 1] = token;
+    if (to.text != nullptr) to.text[position + 1] = token;
   }
   if (to.next_position != nullptr) *to.next_position = position + 1;
   if (to.kv_len != nullptr) *to.kv_len = position + 2;

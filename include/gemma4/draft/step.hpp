@@ -31,13 +31,15 @@ struct Counts {
   std::array<std::int64_t, kMaxDrafts> drafted = {};   ///< [place] steps that drafted a token there
   std::array<std::int64_t, kMaxDrafts> accepted = {};  ///< [place] of those, in which it stayed
 
-  void add(const Step& step) {
+  void add(const Step& step) { add(step.n_draft, step.n_accepted()); }
+  /// A step of so many drafts, of which the first n_accepted stayed.
+  void add(std::int64_t n_draft, std::int64_t n_accepted) {
     ++n_step;
-    n_token += static_cast<std::int64_t>(step.tokens.size());
-    for (std::int64_t i = 0; i < step.n_draft; ++i) {
+    n_token += n_accepted + 1;
+    for (std::int64_t i = 0; i < n_draft; ++i) {
       const auto place = static_cast<std::size_t>(i);
       ++drafted[place];
-      accepted[place] += i < step.n_accepted() ? 1 : 0;
+      accepted[place] += i < n_accepted ? 1 : 0;
     }
   }
   [[nodiscard]] double tokens_per_step() const {

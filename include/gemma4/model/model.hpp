@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <vector>
@@ -64,6 +65,15 @@ template <class TBackend>
 concept SelfFeedingBackend = Backend<TBackend> && requires(TBackend& backend, const SamplerSettings& settings) {
   backend.sample(settings);  // the token after the last one, from row 0 of the last logits
   backend.embed_sampled();   // that token, at the next position: what embed() does for a token that the host knows
+};
+
+/// One that also drafts: it proposes tokens behind the one that it chose, and says itself how many of them stay.
+template <class TBackend>
+concept DraftingBackend = SelfFeedingBackend<TBackend> &&
+    requires(TBackend& backend, const SamplerSettings& settings, std::int64_t n_draft) {
+  backend.propose(n_draft);           // behind the token that sample() chose
+  backend.embed_proposed(n_draft);    // that token and the drafts, at the positions that follow
+  backend.accept(settings, n_draft);  // from the logits of all rows; the position moves, the last logits are row 0's
 };
 
 template <Backend TBackend>
@@ -203,11 +213,25 @@ class Model {
     run_graph([&] { backend_.embed_sampled(); }, kFirstRow, nothing);
   }
 
-  /// `n_token` tokens went through the backend by enqueue_step().
-  void advance(std::int64_t n_token) {
+  /// One step that may give several tokens: that of enqueue_step() and what is accepted of `n_draft` drafts behind it.
+  /// The caller asks for room for n_draft + 1.
+  void enqueue_draft_step(const SamplerSettings& settings, std::int64_t n_draft) requires DraftingBackend<TBackend> {
+    [[maybe_unused]] const auto range = backend_.range("draft step");
+    std::array<std::int64_t, kDecodeChunk> rows;
+    std::iota(rows.begin(), rows.end(), 0);
+    step("sample", [&] { backend_.sample(settings); });
+    step("propose", [&] { backend_.propose(n_draft); });
+    run_graph([&] { backend_.embed_proposed(n_draft); },
+              std::span<const std::int64_t>(rows).first(static_cast<std::size_t>(n_draft + 1)), nothing);
+    step("accept", [&] { backend_.accept(settings, n_draft); });
+  }
+
+  /// `n_token` tokens went through the backend by such steps.
+  /// @param n_beyond positions behind them that rejected drafts took
+  void advance(std::int64_t n_token, std::int64_t n_beyond = 0) {
     require_room(n_token);
     position_ += n_token;
-    farthest_ = std::max(farthest_, position_);
+    farthest_ = std::max(farthest_, position_ + n_beyond);
     chunks_.insert(chunks_.end(), static_cast<std::size_t>(n_token), 1);
   }
 

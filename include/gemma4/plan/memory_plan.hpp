@@ -41,6 +41,7 @@ struct MemoryPlanOptions {
   std::int64_t chunk = 2048;      ///< tokens of the longest prefill chunk
   CacheSpec cache = Tq4Format{};
   std::int64_t n_logit_row = 1;  ///< rows whose logits are kept
+  std::int64_t max_draft = 0;    ///< tokens that a step drafts, at most; each has logits of its own
   std::int64_t sm_count = 132;   ///< multiprocessors of the device: split keys leave a part in each (an H100 or H200)
   std::int64_t n_thread = 0;     ///< of the reference; 0: the hardware's
   std::vector<PlannedBuffer> drafter = {};  ///< what a drafter takes beside it (gemma4/plan/drafter_plan.hpp)
@@ -154,6 +155,9 @@ struct QkvWidths {
   return detail::round_up(bytes, kDeviceAlignment);
 }
 
+/// Of a step that drafts on a device, beside the text (cuda/backend/drafting.cuh).
+inline constexpr std::int64_t kDraftStateBytes = 4096;
+
 namespace detail {
 
 /// Adds buffers one by one; the shapes that several of them share are computed once.
@@ -164,6 +168,8 @@ class MemoryPlanner {
     require(options.context >= 1, "memory plan: context ", options.context, ", need at least 1");
     require(options.chunk >= 1, "memory plan: chunk ", options.chunk, ", need at least 1");
     require(options.n_logit_row >= 1, "memory plan: n_logit_row ", options.n_logit_row, ", need at least 1");
+    require(options.max_draft >= 0 && options.max_draft < kDecodeChunk, "memory plan: max_draft ", options.max_draft,
+            ", need 0 to ", kDecodeChunk - 1);
     require_cache_suits(options.cache, config, tensors);
     for (const ModelTensor& tensor : tensors) {
       if (tensor.dims.size() == 1 || is_weight_type(tensor.type)) continue;
@@ -253,7 +259,7 @@ class MemoryPlanner {
 
   void add_cuda() {
     constexpr std::int64_t kBf16 = 2, kF32 = 4, kMiB = std::int64_t{1} << 20;
-    const std::int64_t t = options_.chunk, hidden = config_.hidden, rows = options_.n_logit_row;
+    const std::int64_t t = options_.chunk, hidden = config_.hidden, rows = logit_rows();
     add_cuda_weights();
     const std::int64_t unpacked_kv =
         std::visit([&](const auto& format) { return add_cuda_caches(format); }, options_.cache);
@@ -273,12 +279,18 @@ class MemoryPlanner {
         concat("of up to ", kDecodeChunk, " tokens that take the path of decoding"));
     add_device("tokens", 2 * round_up(t * 4, kDeviceAlignment) + kDeviceAlignment + options_.context,
                "ids and positions of a chunk, the state of decoding, a mask of the context for runs without kv_len");
+    if (options_.max_draft > 0) {
+      add_device("draft", kDraftStateBytes + options_.context * 4,
+                 "the state of a step that drafts, and the text that it looks through");
+    }
     add("linear_tickets", kDeviceAlignment, "by which rows of products are dealt in decoding");
     add("sampler_workspace", kMiB, "candidates of the sampler");
     add("gemm_workspace", 32 * kMiB, "of the GEMM library");
     add("rotation", rotation_bytes_, "dense, and its transpose, f32");
     add("cuda_context", 536 * kMiB, "driver, modules and graphs; measured on an H200");
   }
+
+  [[nodiscard]] std::int64_t logit_rows() const { return std::max(options_.n_logit_row, options_.max_draft + 1); }
 
   [[nodiscard]] std::int64_t largest_matrix() const {
     std::int64_t largest = 0;
@@ -302,8 +314,8 @@ class MemoryPlanner {
     add("qkv", 2 * t * (q_dim_ + 2 * kv_dim_) * kF32, "2 (old, new) x chunk x (q + k + v) x f32");
     add("attended", 4 * t * q_dim_ * kF32, "4 (rotated q, result, old, new) x chunk x q x f32");
     add("mlp", 2 * t * config_.ffn_hidden * kF32, "2 (old, new) x chunk x ffn_hidden x f32");
-    add("logits", 2 * options_.n_logit_row * config_.vocab * kF32,
-        concat("2 (raw, capped) x ", options_.n_logit_row, " rows x vocab x f32"));
+    add("logits", 2 * logit_rows() * config_.vocab * kF32,
+        concat("2 (raw, capped) x ", logit_rows(), " rows x vocab x f32"));
     std::int64_t widest = 0;
     for (const ModelTensor& tensor : tensors_) widest = std::max(widest, tensor.row_len());
     add("weight_tiles", n_thread * 2 * kTileRows * (widest + t) * kF32,
