@@ -113,6 +113,7 @@ TEST(AutoDrafts, RefusesWhatCannotBe) {
   EXPECT_TRUE(testkit::refuses([&] { rule.saw(8, 0); }, {"0 accepted of 8", "at most 7"}));
   EXPECT_TRUE(testkit::refuses([] { (void)AutoDrafts({}, 8); }, {"up to 8 drafts", "1 to 7"}));
   EXPECT_TRUE(testkit::refuses([] { (void)AutoDrafts({}, 0); }, {"up to 0"}));
+  EXPECT_TRUE(testkit::refuses([] { (void)AutoDrafts({.draft = -0.06}); }, {"1 drafts costs 0.99", "fewer, 1"}));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <charconv>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <iomanip>
@@ -65,8 +66,9 @@ template <class TTarget>
 /// Drafts of each step: fixed, or by the rule of AutoDrafts.
 class DraftCount {
  public:
-  explicit DraftCount(const DraftSettings& settings)
-      : fixed_(settings.is_on() ? settings.n_draft : std::optional<std::int64_t>(0)) {}
+  /// @param cost of a proposed token, in plain steps
+  DraftCount(const DraftSettings& settings, double cost)
+      : fixed_(settings.is_on() ? settings.n_draft : std::optional<std::int64_t>(0)), rule_({.draft = cost}) {}
   [[nodiscard]] std::int64_t next() const { return fixed_ ? *fixed_ : rule_.next(); }
   void saw(const draft::Step& step) {
     if (!fixed_) rule_.saw(step.n_draft, step.n_accepted());
@@ -81,7 +83,7 @@ class DraftCount {
 template <class TTarget>
 struct Drafting {
   Drafting(const DraftSettings& settings, const ModelConfig& target)
-      : drafter(make_drafter<TTarget>(settings, target)), n_draft(settings) {}
+      : drafter(make_drafter<TTarget>(settings, target)), n_draft(settings, drafter->cost()) {}
 
   std::unique_ptr<draft::AnyDrafter<TTarget>> drafter;
   DraftCount n_draft;

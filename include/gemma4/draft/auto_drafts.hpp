@@ -45,6 +45,10 @@ class AutoDrafts {
 
   /// @param limit drafts of a step, at most
   explicit AutoDrafts(const StepCosts& costs = {}, std::int64_t limit = kMaxDrafts) : costs_(costs), limit_(limit) {
+    for (std::int64_t k = 1; k <= kMaxDrafts; ++k) {
+      require(costs.of(k) >= costs.of(k - 1), "draft: a step of ", k, " drafts costs ", costs.of(k),
+              ", less than one of fewer, ", costs.of(k - 1));
+    }
     require(limit >= 1 && limit <= kMaxDrafts, "draft: auto with up to ", limit, " drafts, need 1 to ", kMaxDrafts);
     share_.fill(kFirstShare);
   }

@@ -101,6 +101,8 @@ class AnyDrafter {
   virtual ~AnyDrafter() = default;
   virtual void propose(TTarget& target, const Request& request, Proposal& proposal) = 0;
   virtual void keep(std::int64_t n_token) = 0;
+  /// What a proposed token costs, in plain steps of the target: for AutoDrafts.
+  [[nodiscard]] virtual double cost() const = 0;
 };
 
 template <class TTarget, Drafter<TTarget> TDrafter>
@@ -112,6 +114,11 @@ class Erased final : public AnyDrafter<TTarget> {
     drafter_.propose(target, request, proposal);
   }
   void keep(std::int64_t n_token) override { drafter_.keep(n_token); }
+  /// That of the drafter where it says so, else nothing.
+  [[nodiscard]] double cost() const override {
+    if constexpr (requires { drafter_.cost(); }) return drafter_.cost();
+    return 0;
+  }
   [[nodiscard]] TDrafter& drafter() { return drafter_; }
 
  private:
