@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 
 #include "cuda/device/device_buffer.cuh"
@@ -220,7 +221,17 @@ KvOptions some_format() {
           .r_bits = *rc::gen::inRange(3, 7)};
 }
 
-/// A decode case: few queries, and a random number of splits, format and memory limit.
+/// The compiled configurations that take a format and fit the device.
+std::vector<KvDecodeTile> tiles_for(std::int64_t head_dim, const KvOptions& format) {
+  const std::int64_t limit = current_device().smem_limit_bytes;
+  std::vector<KvDecodeTile> tiles;
+  std::ranges::copy_if(kKvDecodeTiles, std::back_inserter(tiles), [&](const KvDecodeTile& tile) {
+    return tile.head_dim == head_dim && tile.takes(format.v_bits, format.r_bits) && tile.smem_bytes() <= limit;
+  });
+  return tiles;
+}
+
+/// A decode case: few queries, and a random number of splits, format, and memory limit or configuration.
 Drawn decode_case(const AttentionCase& original) {
   Drawn drawn{original};
   AttentionCase& c = drawn.c;
@@ -230,6 +241,9 @@ Drawn decode_case(const AttentionCase& original) {
   if (*rc::gen::arbitrary<bool>()) drawn.fixed.choice.decode.n_split = *rc::gen::inRange(1, 40);
   drawn.fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
   drawn.fixed.format = some_format();
+  if (drawn.fixed.smem_limit_bytes == 0 && *rc::gen::arbitrary<bool>()) {
+    drawn.fixed.choice.decode.tile = *rc::gen::elementOf(tiles_for(c.shape.head_dim, drawn.fixed.format));
+  }
   RC_LOG() << "kv" << drawn.fixed.format.v_bits << "r" << drawn.fixed.format.r_bits << ", " << c << '\n';
   return drawn;
 }
@@ -310,6 +324,37 @@ RC_GTEST_PROP(KvAttentionGpu, AnySplitAgreesWithOne, (const AttentionCase& origi
   rc_require(vectors_close(many, std::vector<double>(one.begin(), one.end()), bounds, c.shape.head_dim));
 }
 
+std::string name_of(const KvDecodeTile& tile, const KvOptions& format) {
+  return concat("tile d", tile.head_dim, " of ", tile.v_bits, "/", tile.r_bits, " bits, warps ", tile.team_warps, " x ",
+                tile.teams, ", stages ", tile.n_stage, ", row tiles ", tile.row_tiles, ", ", tile.batch, " at a time",
+                tile.by_product ? ", turned by products" : ", turned by movmatrix", "; kv", format.v_bits, "r",
+                format.r_bits);
+}
+
+/// However a team divides its records, and however many it takes at a time: what differs is how weights are rounded and
+/// the order of sums. Control: one key fewer is seen in each.
+RC_GTEST_PROP(KvAttentionGpu, AnyTileAgreesWithTheFirst, (const AttentionCase& original)) {
+  auto [c, fixed] = decode_case(original);
+  c.shape.head_dim = *rc::gen::weightedElement<std::int64_t>({{6, 512}, {1, 256}});
+  fixed.format = {.v_bits = *rc::gen::element(4, 5)};
+  fixed.smem_limit_bytes = 0;
+  std::vector<float> first;
+  for (const KvDecodeTile& tile : tiles_for(c.shape.head_dim, fixed.format)) {
+    fixed.choice.decode.tile = tile;
+    const DeviceSubject subject(c, fixed);
+    const std::vector<float> out = subject.attend(c.options(), c.kv_len);
+    if (first.empty()) first = out;
+    std::vector<double> bounds = subject.bounds(subject.exact(sees_of(c)));
+    for (double& bound : bounds) bound *= 2;  // each is within one bound of the exact result
+    rc_require(vectors_close(out, std::vector<double>(first.begin(), first.end()), bounds, c.shape.head_dim),
+               name_of(tile, fixed.format));
+    const AttentionCase few = control_case(c);
+    const DeviceSubject control(few, fixed);
+    const Sees one_short = [&few](std::int64_t, std::int64_t t, std::int64_t j) { return j < few.limit(t) - 1; };
+    RC_ASSERT(!control.compare(control.attend(few.options(), few.kv_len), control.exact(one_short)));
+  }
+}
+
 AttentionCase example(std::int64_t head_dim, std::int64_t group, std::int64_t n_query, std::int64_t kv_len) {
   return {.shape = {.batch = 1,
                     .n_query = n_query,
@@ -320,13 +365,6 @@ AttentionCase example(std::int64_t head_dim, std::int64_t group, std::int64_t n_
           .kv_len = kv_len,
           .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
           .seed = 11};
-}
-
-std::string name_of(const KvDecodeTile& tile, const KvOptions& format) {
-  return concat("tile d", tile.head_dim, " of ", tile.v_bits, "/", tile.r_bits, " bits, warps ", tile.team_warps, " x ",
-                tile.teams, ", stages ", tile.n_stage,
-                tile.by_product ? ", turned by products" : ", turned by movmatrix", "; kv", format.v_bits, "r",
-                format.r_bits);
 }
 
 /// Every compiled configuration, and each width of either side in those that take any.

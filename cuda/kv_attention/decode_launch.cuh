@@ -56,9 +56,12 @@ struct KvDecodePlan {
             " bits and at most ", device.smem_limit_bytes, " B");
     plan.tile = *choice.tile;
   } else {
-    const auto suits = [&](const KvDecodeTile& tile) { return fits(tile) && (tile.row_tiles > 1) == (n_row_tile > 1); };
+    const auto serves = [&](const KvDecodeTile& tile) { return fits(tile) && tile.is_measured(); };
+    const auto suits = [&](const KvDecodeTile& tile) {
+      return serves(tile) && (tile.row_tiles > 1) == (n_row_tile > 1);
+    };
     auto found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), suits);
-    if (found == kKvDecodeTiles.end()) found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), fits);
+    if (found == kKvDecodeTiles.end()) found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), serves);
     require(found != kKvDecodeTiles.end(), who, ": no tile for head_dim ", shape.head_dim, " and ", format.v_bits,
             " and ", format.r_bits, " bits fits ", device.smem_limit_bytes, " B of shared memory a block");
     plan.tile = *found;
