@@ -160,15 +160,15 @@ struct KvStaging {
       if (warp + kWarps < Task::kCount) {
         stage_part<TTraits>(params, part, factor_ahead, Task::of(warp + kWarps), smem);
       }
-      return;
-    }
-    for (int index = warp; index < Task::kCount; index += kWarps) {
-      const Task task = Task::of(index);
-      if (index != warp) {
-        part.load(params.base, task);
-        load_factors<TTraits>(params.k_weight, task.is_v, factor);
+    } else {
+      for (int index = warp; index < Task::kCount; index += kWarps) {
+        const Task task = Task::of(index);
+        if (index != warp) {
+          part.load(params.base, task);
+          load_factors<TTraits>(params.k_weight, task.is_v, factor);
+        }
+        stage_part<TTraits>(params, part, factor, task, smem);
       }
-      stage_part<TTraits>(params, part, factor, task, smem);
     }
   }
 };
