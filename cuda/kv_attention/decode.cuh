@@ -29,7 +29,8 @@
 /// multiprocessor has in the time that the memory takes for one.
 ///
 /// Up to four tiles of eight rows share a decoded record where a KV head has more than eight: with two teams of 255
-/// registers a thread.
+/// registers a thread. Configurations that take several records at a time make each weight once and meet less often
+/// (cuda/kv_attention/decode_batches.cuh), with up to eight tiles of rows for one team.
 ///
 /// Bytes: D (4 v + r) / 2 + 64 a record of 16 tokens, read once per eight rows, or 32. Integer pipe: 9 operations for 8
 /// codes of 4 bits, 13 for 5. Tensor cores at head_dim 512: 32 + 8 products for S, 64 to turn, 32 for O, a record. q in
