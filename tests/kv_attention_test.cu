@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 
 #include "cuda/device/device_buffer.cuh"
@@ -215,6 +216,16 @@ KvOptions some_format() {
           .r_bits = *rc::gen::inRange(3, 7)};
 }
 
+/// The compiled configurations that take a format and fit the device.
+std::vector<KvDecodeTile> tiles_for(std::int64_t head_dim, const KvOptions& format) {
+  const std::int64_t limit = current_device().smem_limit_bytes;
+  std::vector<KvDecodeTile> tiles;
+  std::ranges::copy_if(kKvDecodeTiles, std::back_inserter(tiles), [&](const KvDecodeTile& tile) {
+    return tile.head_dim == head_dim && tile.takes(format.v_bits, format.r_bits) && tile.smem_bytes() <= limit;
+  });
+  return tiles;
+}
+
 /// tests/support/record_decode_promises.hpp holds it to its list.
 struct KvDecode {
   using Subject = DeviceSubject;
@@ -226,14 +237,55 @@ struct KvDecode {
     return fixed;
   }
   [[nodiscard]] static Fixed usual() { return {}; }
+  /// Any configuration, where all fit.
+  static void choose(const AttentionCase& c, Fixed& fixed) {
+    if (fixed.smem_limit_bytes != 0 || !*rc::gen::arbitrary<bool>()) return;
+    fixed.choice.decode.tile = *rc::gen::elementOf(tiles_for(c.shape.head_dim, fixed.format));
+  }
 };
 INSTANTIATE_TYPED_TEST_SUITE_P(KvGpu, RecordDecode, KvDecode);
 
 std::string name_of(const KvDecodeTile& tile, const KvOptions& format) {
   return concat("tile d", tile.head_dim, " of ", tile.v_bits, "/", tile.r_bits, " bits, warps ", tile.team_warps, " x ",
-                tile.teams, ", stages ", tile.n_stage,
+                tile.teams, ", stages ", tile.n_stage, ", row tiles ", tile.row_tiles, ", ", tile.batch, " at a time",
                 tile.by_product ? ", turned by products" : ", turned by movmatrix", "; kv", format.v_bits, "r",
                 format.r_bits);
+}
+
+/// Few keys of even weights, so that each of them matters far above the bounds.
+AttentionCase few_keys(AttentionCase c) {
+  c = even_case(c);
+  c.kv_len = std::min<std::int64_t>(c.kv_len, c.shape.n_query + 7);
+  c.shape.buffer_len = c.kv_len + 3;
+  return c;
+}
+
+/// However a team divides its records, and however many it takes at a time: what differs is how weights are rounded and
+/// the order of sums. Control: one key fewer is seen in each.
+RC_GTEST_PROP(KvAttentionGpu, AnyTileAgreesWithTheFirst, (const AttentionCase& original)) {
+  AttentionCase c = original;
+  c.shape.n_query = std::clamp<std::int64_t>(c.shape.n_query, 1, kKvDecodeQueries);
+  c.kv_len = std::max(c.kv_len, c.shape.n_query);
+  c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len + 1);
+  cuda::Fixed fixed;
+  c.shape.head_dim = *rc::gen::weightedElement<std::int64_t>({{6, 512}, {1, 256}});
+  fixed.format = {.v_bits = *rc::gen::element(4, 5)};
+  fixed.smem_limit_bytes = 0;
+  std::vector<float> first;
+  for (const KvDecodeTile& tile : tiles_for(c.shape.head_dim, fixed.format)) {
+    fixed.choice.decode.tile = tile;
+    const DeviceSubject subject(c, fixed);
+    const std::vector<float> out = subject.attend(c.options(), c.kv_len);
+    if (first.empty()) first = out;
+    std::vector<double> bounds = subject.bounds(subject.exact(sees_of(c)));
+    for (double& bound : bounds) bound *= 2;  // each is within one bound of the exact result
+    rc_require(vectors_close(out, std::vector<double>(first.begin(), first.end()), bounds, c.shape.head_dim),
+               name_of(tile, fixed.format));
+    const AttentionCase few = few_keys(c);
+    const DeviceSubject control(few, fixed);
+    const Sees one_short = [&few](std::int64_t, std::int64_t t, std::int64_t j) { return j < few.limit(t) - 1; };
+    RC_ASSERT(!control.compare(control.attend(few.options(), few.kv_len), control.exact(one_short)));
+  }
 }
 
 /// Every compiled configuration, and each width of either side in those that take any.

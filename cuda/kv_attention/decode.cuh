@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/kv_attention/decode_batches.cuh"
 #include "cuda/kv_attention/decode_params.cuh"
 #include "cuda/kv_attention/decode_query.cuh"
 #include "cuda/kv_attention/decode_records.cuh"
@@ -28,7 +29,8 @@
 /// multiprocessor has in the time that the memory takes for one.
 ///
 /// Up to four tiles of eight rows share a decoded record where a KV head has more than eight: with two teams of 255
-/// registers a thread.
+/// registers a thread. Configurations that take several records at a time make each weight once and meet less often
+/// (cuda/kv_attention/decode_batches.cuh), with up to eight tiles of rows for one team.
 ///
 /// Bytes: D (4 v + r) / 2 + 64 a record of 16 tokens, read once per eight rows, or 32. Integer pipe: 9 operations for 8
 /// codes of 4 bits, 13 for 5. Tensor cores at head_dim 512: 32 + 8 products for S, 64 to turn, 32 for O, a record. q in
@@ -41,18 +43,15 @@ template <class TTraits>
 __global__ void __launch_bounds__(TTraits::kThreads, 1)
     kv_decode_kernel(const __grid_constant__ KvDecodeParams params) {
   extern __shared__ __align__(128) unsigned char smem[];
-  constexpr int kWarps = TTraits::kTeamWarps * TTraits::kPairs;
   const Tq4DecodeParams& base = params.base;
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) / 32;
   const Tq4DecodeThread at{warp / TTraits::kTeamWarps, warp % TTraits::kTeamWarps, lane, lane >> 2, lane & 3};
   const Tq4DecodeUnit unit = kv_unit<TTraits>(base, 0);
-  auto task = KvStageTask<TTraits>::of(warp);
-  float factor[TTraits::kValues];
-  load_factors<TTraits>(params.k_weight, task.is_v, factor);  // weights, which no kernel writes
+  KvStaging<TTraits> staging;
+  staging.load_weights(params.k_weight, warp);
   wait_for_previous_kernel();
   allow_next_kernel();
-  KvQueryPart<TTraits> part;
-  if (warp < KvStageTask<TTraits>::kCount) part.load(base, task);  // its latency runs beside that of kv_len
+  staging.load_queries(base, warp);  // its latency runs beside that of kv_len
   const Tq4DecodeKeys keys = decode_keys(base);
   const auto block = static_cast<int>(blockIdx.x);
   if (block >= keys.n_active) return;  // the whole block; the merge knows
@@ -76,14 +75,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1)
              reinterpret_cast<const unsigned char*>(params.records) +
                  (std::int64_t{unit.batch} * base.n_head_kv + unit.head_kv) * n_record * bytes.get(),
              begin, end, TTraits::kTeamBarrier + at.pair, bytes);
-  for (int index = warp; index < KvStageTask<TTraits>::kCount; index += kWarps) {
-    if (index != warp) {
-      task = KvStageTask<TTraits>::of(index);
-      part.load(base, task);
-      load_factors<TTraits>(params.k_weight, task.is_v, factor);
-    }
-    stage_part<TTraits>(params, part, factor, task, smem);
-  }
+  staging.stage(params, warp, smem);
   ring.start_rest(begin, end);  // not sooner: what the staging still has to fetch would queue behind the records
   __syncthreads();
 
@@ -94,7 +86,11 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1)
   for (auto& tile : state) tile.init();
   const int most = (count + TTraits::kPairs - 1) / TTraits::kPairs;  // of a team
   const Tq4DecodeRun run{.begin = begin, .end = end, .most = most, .seen_by_all = seen_by_all};
-  absorb_kv_records<TTraits>(state, params, ring, smem, run, at);
+  if constexpr (TTraits::kBatch == 1) {
+    absorb_kv_records<TTraits>(state, params, ring, smem, run, at);
+  } else {
+    absorb_kv_batches<TTraits>(state, params, ring, smem, run, at);
+  }
   if (base.record_count != nullptr && at.half == 0 && at.lane == 0 && end > begin) {
     atomicAdd(base.record_count, static_cast<unsigned long long>(end - begin));
   }

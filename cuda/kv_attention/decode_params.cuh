@@ -22,9 +22,10 @@ struct KvDecodeTile {
   int v_bits, r_bits;  ///< 0: any, told when it runs
   int team_warps;      ///< that share a record
   int teams;           ///< each with records of its own
-  int n_stage;         ///< records in flight or in use a team
+  int n_stage;         ///< records in flight or in use a team, whole batches
   int row_tiles;       ///< of eight query rows of a KV head, which share a decoded record
   bool by_product;     ///< decoded tiles are turned by products with the identity, else by movmatrix
+  int batch = 1;       ///< records that a team takes at a time; more than one: cuda/kv_attention/decode_batches.cuh
   bool operator==(const KvDecodeTile&) const = default;
 
   [[nodiscard]] constexpr bool takes(int v, int r) const {
@@ -39,10 +40,19 @@ struct KvDecodeTile {
   [[nodiscard]] constexpr int ring_bytes() const { return teams * n_stage * record_bytes(); }
   /// Of eight queries as fragments of fp16, V's part and R's part in whole columns of 32 dims.
   [[nodiscard]] constexpr int q_tile_bytes() const { return 16 * head_dim + std::max(4 * head_dim, 512); }
-  /// Two turns of what each warp of a team posts.
-  [[nodiscard]] constexpr int score_bytes() const { return 2 * teams * team_warps * row_tiles * 512; }
+  /// Columns of 32 dims of R that a warp takes of a batch, all of one record, and how many warps share a record's.
+  [[nodiscard]] constexpr int r_share() const { return std::max(1, batch * (head_dim / 128) / team_warps); }
+  [[nodiscard]] constexpr int r_parts() const { return head_dim / 128 / r_share(); }
+  /// A team's, of a batch: for each record and row tile what each warp posts, V's part and R's, and the weights and
+  /// references that one of them makes of it. One at a time: two turns of what each warp posts.
+  [[nodiscard]] constexpr int team_score_bytes() const {
+    return batch == 1 ? 2 * team_warps * row_tiles * 512 : batch * row_tiles * (512 * (team_warps + r_parts()) + 288);
+  }
+  [[nodiscard]] constexpr int score_bytes() const { return teams * team_score_bytes(); }
   /// Of the ring's, so many that what follows is aligned to 16 bytes.
   [[nodiscard]] constexpr int barrier_bytes() const { return (teams * n_stage + 1) / 2 * 16; }
+  /// Whether a plan takes it unasked: not before it has been timed.
+  [[nodiscard]] constexpr bool is_measured() const { return batch == 1; }
   /// Ring, q, scores, barriers, (m, l) of every team and row, two scales of every row.
   [[nodiscard]] constexpr int smem_bytes() const {
     return ring_bytes() + row_tiles * (q_tile_bytes() + 64) + score_bytes() + barrier_bytes() + 64 * teams;
@@ -52,14 +62,18 @@ struct KvDecodeTile {
 /// For each head_dim and width the first that takes it and fits is taken, among those of one row tile for up to eight
 /// rows of a KV head, of several for more; without one of those, one of the others. The last of each head_dim needs at
 /// most 99 KB. Of five bits movmatrix is the faster way to turn a tile; three teams, and teams of two warps, were
-/// slower than four of four (`attention --one-vector-tile` times those that are here).
+/// slower than four of four (`attention --one-vector-tile` times those that are here). Those of several records at a
+/// time come last and are for a choice alone, until they have been timed.
 inline constexpr std::array kKvDecodeTiles{
-    // head_dim, v_bits, r_bits, team_warps, teams, n_stage, row_tiles, by_product
-    KvDecodeTile{512, 5, 4, 4, 4, 8, 1, false}, KvDecodeTile{512, 4, 4, 4, 4, 9, 1, true},
-    KvDecodeTile{512, 5, 4, 4, 2, 12, 4, true}, KvDecodeTile{512, 4, 4, 4, 2, 14, 4, true},
-    KvDecodeTile{512, 5, 4, 4, 4, 8, 1, true},  KvDecodeTile{512, 0, 0, 4, 4, 6, 1, true},
-    KvDecodeTile{512, 0, 0, 4, 3, 3, 1, true},  KvDecodeTile{256, 0, 0, 4, 4, 5, 1, true},
-    KvDecodeTile{128, 0, 0, 4, 4, 6, 1, true},  KvDecodeTile{64, 0, 0, 2, 4, 6, 1, true},
+    // head_dim, v_bits, r_bits, team_warps, teams, n_stage, row_tiles, by_product, batch
+    KvDecodeTile{512, 5, 4, 4, 4, 8, 1, false},     KvDecodeTile{512, 4, 4, 4, 4, 9, 1, true},
+    KvDecodeTile{512, 5, 4, 4, 2, 12, 4, true},     KvDecodeTile{512, 4, 4, 4, 2, 14, 4, true},
+    KvDecodeTile{512, 5, 4, 4, 4, 8, 1, true},      KvDecodeTile{512, 0, 0, 4, 4, 6, 1, true},
+    KvDecodeTile{512, 0, 0, 4, 3, 3, 1, true},      KvDecodeTile{256, 0, 0, 4, 4, 5, 1, true},
+    KvDecodeTile{128, 0, 0, 4, 4, 6, 1, true},      KvDecodeTile{64, 0, 0, 2, 4, 6, 1, true},
+    KvDecodeTile{512, 5, 4, 4, 2, 12, 1, false, 4}, KvDecodeTile{512, 4, 4, 4, 2, 12, 1, false, 4},
+    KvDecodeTile{512, 5, 4, 4, 3, 10, 1, false, 2}, KvDecodeTile{512, 4, 4, 4, 3, 10, 1, false, 2},
+    KvDecodeTile{512, 5, 4, 4, 2, 8, 4, false, 2},  KvDecodeTile{512, 5, 4, 8, 1, 6, 8, false, 2},
 };
 
 namespace detail {
@@ -90,6 +104,7 @@ struct KvDecodeTraits {
   static constexpr int kHeadDim = kTile.head_dim, kRotated = kHeadDim / 4, kStages = kTile.n_stage;
   static constexpr int kVBits = kTile.v_bits, kRBits = kTile.r_bits;
   static constexpr int kTeamWarps = kTile.team_warps, kRowTiles = kTile.row_tiles;
+  static constexpr int kBatch = kTile.batch, kRShare = kTile.r_share(), kRParts = kTile.r_parts();
   static constexpr int kPairs = kTile.teams;  ///< the name that the machinery of TQ4 decode has for teams
   static constexpr int kThreads = 32 * kTeamWarps * kPairs;
   static constexpr int kValues = kHeadDim / 32;  ///< of a vector in a lane
@@ -99,6 +114,7 @@ struct KvDecodeTraits {
   static constexpr int kRWords = kRotated < 32 ? 1 : kRotated / 32;  ///< columns of 32 dims of R
   static constexpr int kQOffset = kTile.ring_bytes();
   static constexpr int kQTileBytes = kTile.q_tile_bytes(), kScoreOffset = kQOffset + kRowTiles * kQTileBytes;
+  static constexpr int kTeamScoreBytes = kTile.team_score_bytes();
   static constexpr int kBarrierOffset = kScoreOffset + kTile.score_bytes();
   static constexpr int kMlOffset = kBarrierOffset + kTile.barrier_bytes();
   static constexpr int kScaleOffset = kMlOffset + 64 * kPairs;
@@ -111,7 +127,8 @@ struct KvDecodeTraits {
                 "the output of a team must fit into its own ring");
   static_assert(kScaleOffset + 64 * kRowTiles == kSmemBytes && kScaleOffset % 16 == 0);
   using Bytes = std::conditional_t<kVBits == 0, ToldRecordBytes, FixedRecordBytes<kRecordBytes>>;
-  using Ring = RecordRing<kRecordBytes, kStages, 32 * kTeamWarps, Bytes>;
+  static_assert(kStages % kBatch == 0, "the ring holds whole batches");
+  using Ring = RecordRing<kRecordBytes, kStages / kBatch, 32 * kTeamWarps, Bytes, kBatch>;
 };
 
 }  // namespace detail

@@ -86,10 +86,11 @@ __device__ __forceinline__ void with_queries(const unsigned char* q_smem, int co
 
 /// One or two words of each of a lane's two tokens (four at a time spill): tiles of 16 dims from `tiles` on, and their
 /// products with the rows, added to `s`.
-/// @param column of 32 dims, the first
-template <class TTraits, int kCount>
+/// @param column    of 32 dims, the first
+/// @param queries   queries(i, body) calls body(tile, B fragments of column + i) for each tile of rows
+template <class TTraits, int kCount, class TQueries>
 __device__ __forceinline__ void score_columns(KvScores<TTraits>& s, KvTile* tiles, const unsigned char* record,
-                                              const unsigned char* q_smem, const KvDecodeParams& params, int column,
+                                              const TQueries& queries, const KvDecodeParams& params, int column,
                                               const Tq4DecodeThread& at) {
   constexpr int kN = TTraits::kHeadDim;
   const auto* const words = reinterpret_cast<const std::uint32_t*>(record);
@@ -109,7 +110,7 @@ __device__ __forceinline__ void score_columns(KvScores<TTraits>& s, KvTile* tile
       KvTile &low = tiles[2 * kWord], &high = tiles[2 * kWord + 1];
       low = {{a[0], b[0], a[1], b[1]}};
       high = {{a[2], b[2], a[3], b[3]}};
-      with_queries<TTraits>(q_smem, column + kWord, at, [&](int tile, const uint4& q) {
+      queries(kWord, [&](int tile, const uint4& q) {
         mma_f16(s[tile], low.a, q.x, q.y);
         mma_f16(s[tile], high.a, q.z, q.w);
       });
@@ -130,9 +131,46 @@ __device__ __forceinline__ void score_values(KvScores<TTraits>& s, KvTile (&tile
   constexpr int kWords = TTraits::kWords, kCount = kWords < 2 ? kWords : 2;
 #pragma unroll
   for (int run = 0; run < kWords / kCount; ++run) {
-    score_columns<TTraits, kCount>(s, tiles + 2 * kCount * run, record, q_smem, params, at.half * kWords + kCount * run,
-                                   at);
+    const int column = at.half * kWords + kCount * run;
+    const auto queries = [&](int word, auto&& body) { with_queries<TTraits>(q_smem, column + word, at, body); };
+    score_columns<TTraits, kCount>(s, tiles + 2 * kCount * run, record, queries, params, column, at);
   }
+}
+
+/// The products of one column of 32 dims of R with the rows, added to `s`. `words` are R's codes of the record.
+template <class TTraits>
+__device__ __forceinline__ void score_rotated_column(KvScores<TTraits>& s, const std::uint32_t* words,
+                                                     const unsigned char* q_smem, const KvDecodeParams& params,
+                                                     int column, const Tq4DecodeThread& at) {
+  constexpr int kN = TTraits::kRotated;
+  with_kv_bits<TTraits::kRBits>(params.r_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
+    const auto decode = [&](int token, std::uint32_t(&out)[4]) {
+      const KvPlace place = kv_place(kN, token, 32 * column + 2 * at.t);
+      KvGroupWords<kBits, 1> codes;
+      codes.load(words, kN / 2, place.group, place.word);
+      decode_kv_word<kBits, 0>(codes.nibbles[0], codes.signs, codes.extra, params.levels.r, params.levels.shifts, out);
+    };
+    std::uint32_t a[4];
+    [[maybe_unused]] std::uint32_t b[4];  // of tokens g + 8
+    decode(at.g, a);
+    if constexpr (kN > 16) decode(at.g + 8, b);
+    with_queries<TTraits>(q_smem, TTraits::kHeadDim / 32 + column, at, [&](int tile, const uint4& q) {
+      if constexpr (kN == 16) {  // a word holds both tokens
+        mma_f16(s[tile], {a[0], a[2], a[1], a[3]}, q.x, q.y);
+      } else {
+        mma_f16(s[tile], {a[0], b[0], a[1], b[1]}, q.x, q.y);
+        mma_f16(s[tile], {a[2], b[2], a[3], b[3]}, q.z, q.w);
+      }
+    });
+  });
+}
+
+/// R's codes of a record.
+template <class TTraits>
+[[nodiscard]] __device__ __forceinline__ const std::uint32_t* rotated_words(const unsigned char* record,
+                                                                            const KvDecodeParams& params) {
+  const int v_bits = TTraits::kVBits != 0 ? TTraits::kVBits : params.v_bits;
+  return reinterpret_cast<const std::uint32_t*>(record + kv_set_bytes(TTraits::kHeadDim, v_bits));
 }
 
 /// The warp's part of the products of R with the rows, added to `s`: its columns of 32 dims, where it has one.
@@ -140,34 +178,13 @@ template <class TTraits>
 __device__ __forceinline__ void score_rotated(KvScores<TTraits>& s, const unsigned char* record,
                                               const unsigned char* q_smem, const KvDecodeParams& params,
                                               const Tq4DecodeThread& at) {
-  constexpr int kN = TTraits::kRotated, kColumns = TTraits::kRWords;
-  const int v_bits = TTraits::kVBits != 0 ? TTraits::kVBits : params.v_bits;
-  const auto* const words = reinterpret_cast<const std::uint32_t*>(record + kv_set_bytes(TTraits::kHeadDim, v_bits));
+  constexpr int kColumns = TTraits::kRWords;
+  const std::uint32_t* const words = rotated_words<TTraits>(record, params);
 #pragma unroll
   for (int run = 0; run < (kColumns + TTraits::kTeamWarps - 1) / TTraits::kTeamWarps; ++run) {
     const int column = at.half + run * TTraits::kTeamWarps;
     if (kColumns % TTraits::kTeamWarps != 0 && column >= kColumns) return;
-    with_kv_bits<TTraits::kRBits>(params.r_bits, [&]<int kBits>(std::integral_constant<int, kBits>) {
-      const auto decode = [&](int token, std::uint32_t(&out)[4]) {
-        const KvPlace place = kv_place(kN, token, 32 * column + 2 * at.t);
-        KvGroupWords<kBits, 1> codes;
-        codes.load(words, kN / 2, place.group, place.word);
-        decode_kv_word<kBits, 0>(codes.nibbles[0], codes.signs, codes.extra, params.levels.r, params.levels.shifts,
-                                 out);
-      };
-      std::uint32_t a[4];
-      [[maybe_unused]] std::uint32_t b[4];  // of tokens g + 8
-      decode(at.g, a);
-      if constexpr (kN > 16) decode(at.g + 8, b);
-      with_queries<TTraits>(q_smem, TTraits::kHeadDim / 32 + column, at, [&](int tile, const uint4& q) {
-        if constexpr (kN == 16) {  // a word holds both tokens
-          mma_f16(s[tile], {a[0], a[2], a[1], a[3]}, q.x, q.y);
-        } else {
-          mma_f16(s[tile], {a[0], b[0], a[1], b[1]}, q.x, q.y);
-          mma_f16(s[tile], {a[2], b[2], a[3], b[3]}, q.z, q.w);
-        }
-      });
-    });
+    score_rotated_column<TTraits>(s, words, q_smem, params, column, at);
   }
 }
 

@@ -22,6 +22,18 @@ template <int kThreads>
 __device__ __forceinline__ void named_barrier_sync(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
+/// Meets them, and tells whether `value` holds in any of them.
+template <int kThreads>
+[[nodiscard]] __device__ __forceinline__ bool named_barrier_any(int barrier, bool value) {
+  int any;
+  asm volatile(
+      "{ .reg .pred mine, any; setp.ne.s32 mine, %1, 0; bar.red.or.pred any, %2, %3, mine; selp.s32 %0, 1, 0, any; }"
+      : "=r"(any)
+      : "r"(static_cast<int>(value)), "r"(barrier), "n"(kThreads)
+      : "memory");
+  return any != 0;
+}
+
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void named_barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");

@@ -30,8 +30,9 @@ struct ToldRecordBytes {
 /// Records of a contiguous sequence, kStages of them in flight or in use; threads of a team are neighbours in the
 /// block. All threads of the team call every function together, except that start() must be followed by a barrier of
 /// the team before the first wait(). With ToldRecordBytes kRecordBytes is the
-/// largest that may come.
-template <int kRecordBytes, int kStages, int kTeamThreads, class TBytes = FixedRecordBytes<kRecordBytes>>
+/// largest that may come. With kBatch above one a stage holds so many neighbouring records, the last one what is left.
+template <int kRecordBytes, int kStages, int kTeamThreads, class TBytes = FixedRecordBytes<kRecordBytes>,
+          int kBatch = 1>
 class RecordRing {
   static_assert(kRecordBytes % 16 == 0, "copies move 16 bytes");
   static_assert(kStages >= 2, "one record is in use while the next one comes");
@@ -64,18 +65,19 @@ class RecordRing {
   /// Fetches as many more as there is room for; once, before the first wait().
   __device__ __forceinline__ void start_rest(int begin, int end) {
 #pragma unroll
-    for (int stage = 1; stage < kStages; ++stage) fetch(stage, begin + stage, end);
+    for (int stage = 1; stage < kStages; ++stage) fetch(stage, begin + stage * kBatch, end);
   }
 
-  /// The next record, once it has arrived. Every other call of wait() is preceded by a release(), except the first two.
+  /// The next record, or batch, once it has arrived. Every other call of wait() is preceded by a release(), except the
+  /// first two; of batches every one by a release_last(), except the first.
   [[nodiscard]] __device__ __forceinline__ const unsigned char* wait() {
 #if __CUDA_ARCH__ >= 900
     mbarrier_wait(barrier_ + 8 * stage_, phase_);
 #else
-    copy_async_wait<kStages - 2>();
+    copy_async_wait<kBatch == 1 ? kStages - 2 : kStages - 1>();
     named_barrier_sync<kTeamThreads>(team_barrier_);
 #endif
-    const unsigned char* const record = smem_ + stage_ * kRecordBytes;
+    const unsigned char* const record = smem_ + stage_ * kBatch * kRecordBytes;
     if (++stage_ == kStages) {
       stage_ = 0;
       phase_ ^= 1u;
@@ -100,6 +102,13 @@ class RecordRing {
     fetch(stage, index + kStages, end);
   }
 
+  /// Gives the place of the last batch that was waited for, which begins at record `index`, to the one kStages further
+  /// on, on the same terms.
+  __device__ __forceinline__ void release_last(int index, int end) {
+    static_assert(kBatch > 1);
+    fetch(stage_ == 0 ? kStages - 1 : stage_ - 1, index + kStages * kBatch, end);
+  }
+
  private:
   [[nodiscard]] static __device__ __forceinline__ int thread() {
     return static_cast<int>(threadIdx.x) & (kTeamThreads - 1);
@@ -108,15 +117,16 @@ class RecordRing {
   __device__ __forceinline__ void fetch(int stage, int index, int end) {
     if (index < end) {
       const unsigned char* const source = records_ + static_cast<std::int64_t>(index) * bytes_.get();
-      const std::uint32_t target = shared_address(smem_ + stage * kRecordBytes);
+      const std::uint32_t target = shared_address(smem_ + stage * kBatch * kRecordBytes);
+      const int n_byte = kBatch == 1 ? bytes_.get() : min(kBatch, end - index) * bytes_.get();
 #if __CUDA_ARCH__ >= 900
       if (thread() == 0) {
         const std::uint32_t barrier = barrier_ + 8 * stage;
-        mbarrier_expect(barrier, bytes_.get());
-        bulk_load(target, source, bytes_.get(), barrier);
+        mbarrier_expect(barrier, n_byte);
+        bulk_load(target, source, n_byte, barrier);
       }
 #else
-      for (int piece = thread(); piece < bytes_.get() / 16; piece += kTeamThreads) {
+      for (int piece = thread(); piece < n_byte / 16; piece += kTeamThreads) {
         copy_async_16(target + 16 * piece, source + 16 * piece, true);
       }
 #endif

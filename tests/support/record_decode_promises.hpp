@@ -22,6 +22,7 @@
 ///   static Fixed draw()  of the properties: the decode path, and a format where there are several
 ///   static Fixed usual() of the examples
 ///   kMostQueries         that the decode path takes
+///   static void choose(c, fixed)  optional: more about how the case is run
 namespace gemma4::testkit {
 
 template <class TDecode>
@@ -45,6 +46,7 @@ class RecordDecode : public testing::Test {
     c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len + 1);
     if (*rc::gen::arbitrary<bool>()) drawn.fixed.choice.decode.n_split = *rc::gen::inRange(1, 40);
     drawn.fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
+    if constexpr (requires { TDecode::choose(c, drawn.fixed); }) TDecode::choose(c, drawn.fixed);
     return drawn;
   }
 
