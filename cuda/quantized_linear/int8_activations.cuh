@@ -55,31 +55,32 @@ __device__ __forceinline__ void quantize_columns(const TIn* x, std::int64_t stri
   constexpr int kUnroll = sizeof(TIn) == 2 ? 6 : 3;
   // Row of piece i: i / n_piece, as the upper half of a product; exact while i n_piece < 2^32.
   const std::uint32_t inverse = 0xFFFFFFFFu / static_cast<std::uint32_t>(n_piece) + 1;
-  const int n_there = n_token * n_piece;
+  const auto row_of = [&](int at) { return static_cast<int>(__umulhi(static_cast<std::uint32_t>(at), inverse)); };
+  const int n_there = n_token * n_piece, thread = static_cast<int>(threadIdx.x), part = thread & 3;
+  std::uint8_t* const codes = columns + 16 * (part / 2) * n_group + 8 * (part & 1);  // of a group's part
   for (int first = 0; first < n_there; first += kUnroll * kThreads) {
     RawValues<8, TIn> raw[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int at = first + i * kThreads + static_cast<int>(threadIdx.x);
-      const int token = static_cast<int>(__umulhi(static_cast<std::uint32_t>(at), inverse));
+      const int at = first + i * kThreads + thread, token = row_of(at);
       raw[i].clear();
       if (at < n_there) raw[i].load_from_l2(x + token * stride + 8 * (at - token * n_piece));
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       if (first + i * kThreads >= n_there) break;
-      const int at = first + i * kThreads + static_cast<int>(threadIdx.x);
+      const int at = first + i * kThreads + thread, token = row_of(at);
+      const int group4 = at - token * n_piece - part;  // four times the group
+      const int column = token % kSet, set = token / kSet * Layout::bytes(n_group);
       float values[8];
       raw[i].widen(values);
       const EightCodes eight(values);
       if (at >= n_there) continue;
-      const int token = static_cast<int>(__umulhi(static_cast<std::uint32_t>(at), inverse));
-      const int piece = at - token * n_piece, part = piece & 3, group = piece / 4, column = token % kSet;
-      std::uint8_t* const set = columns + token / kSet * Layout::bytes(n_group);
-      std::uint8_t* const codes = set + column * Layout::pitch(n_group) + 16 * (part / 2 * n_group + group);
-      *reinterpret_cast<uint2*>(codes + 8 * (part & 1)) = make_uint2(eight.word[0], eight.word[1]);
+      *reinterpret_cast<uint2*>(codes + set + column * Layout::pitch(n_group) + 4 * group4) =
+          make_uint2(eight.word[0], eight.word[1]);
       if (part == 0) {
-        float* const tail = reinterpret_cast<float*>(set + Layout::code_bytes(n_group)) + Layout::tail(group, column);
+        float* const tail =
+            reinterpret_cast<float*>(columns + set + Layout::code_bytes(n_group)) + Layout::tail(group4 / 4, column);
         tail[0] = eight.scale;
         tail[Layout::kSumBehind] = __fmul_rn(eight.scale, static_cast<float>(eight.sum + eight.other));
       }
