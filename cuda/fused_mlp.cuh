@@ -79,16 +79,17 @@ void gelu_times_rows(const View<const TIn, 2>& gate, const View<const TIn, 2>& u
 
 }  // namespace detail
 
-/// @param x        [n_token, hidden] Bf16 or float, 1 to 8 tokens
+/// @param x        [n_token, hidden] Bf16 or float, 1 to 8 tokens (16 on int8 tensor cores)
 /// @param scratch  [2, n_token, ffn_hidden] float on the device; may be empty when fused
 /// @param out      [n_token, ffn_hidden] Bf16 or float
-/// @throws std::invalid_argument when a shape differs, the scratch is too small, or for more than 8 tokens
+/// @throws std::invalid_argument when a shape differs, the scratch is too small, or for more tokens
 template <class TIn, class TOut>
 void gate_up_decode(const View<const TIn, 2>& x, const GateUpWeights& weights, std::span<float> scratch,
                     const View<TOut, 2>& out, const DeviceInfo& device, cudaStream_t stream,
                     const LinearOptions& options = {}) {
   const std::int64_t n_token = x.extent[0], ffn_hidden = weights.ffn_hidden();
-  require(n_token <= kMaxDecodeTokens, "gate_up_decode: ", n_token, " tokens, at most ", kMaxDecodeTokens);
+  const std::int64_t most = detail::max_linear_tokens(n_token, options);
+  require(n_token <= most, "gate_up_decode: ", n_token, " tokens, at most ", most);
   require_extents("gate_up_decode", "out", out, {n_token, ffn_hidden});
   if (n_token == 0) return;
   if (weights.is_fused()) {

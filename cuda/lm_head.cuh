@@ -22,16 +22,18 @@ static __global__ void __launch_bounds__(256)
 }  // namespace detail
 
 /// logits = softcap * tanh(x table^T / softcap), in float.
-/// @param x       [n_row, hidden] Bf16 or float, after the output norm; 1 to 8 rows, those whose logits are wanted
+/// @param x       [n_row, hidden] Bf16 or float, after the output norm; the rows whose logits are wanted, 1 to 8 (16 on
+///                int8 tensor cores)
 /// @param table   [vocab, hidden], the tied embedding or an output matrix of its own
 /// @param logits  [n_row, vocab]
-/// @throws std::invalid_argument when a shape differs, the cap is not positive, or for more than 8 rows
+/// @throws std::invalid_argument when a shape differs, the cap is not positive, or for more rows than those
 /// Mirror: reference/lm_head.hpp
 template <class TIn>
 void lm_head(const View<const TIn, 2>& x, const PackedMatrix& table, float softcap, const View<float, 2>& logits,
              const DeviceInfo& device, cudaStream_t stream, const LinearOptions& options = {}) {
   require(softcap > 0, "lm_head: softcap is ", softcap, ", need a positive number");
-  require(x.extent[0] <= kMaxDecodeTokens, "lm_head: ", x.extent[0], " rows, at most ", kMaxDecodeTokens, " a call");
+  const std::int64_t most = detail::max_linear_tokens(x.extent[0], options);
+  require(x.extent[0] <= most, "lm_head: ", x.extent[0], " rows, at most ", most, " a call");
   detail::require_linear("lm_head", x, table, logits, table.rows);
   if (x.extent[0] == 0) return;
   if (is_packed_type(table.type)) {

@@ -15,14 +15,17 @@
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/quantized_linear/few_tokens.cuh"
+#include "cuda/quantized_linear/int8_tokens.cuh"
 #include "cuda/quantized_linear/plain.cuh"
+#include "cuda/quantized_linear/plan.cuh"
 #include "cuda/weights/layout.cuh"
 #include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/view.hpp"
 
-/// Products with quantised weights for 1 to 8 tokens: out[t, n] = sum_k x[t, k] weight[n, k].
+/// Products with quantised weights for 1 to 8 tokens (1 to 16 on int8 tensor cores): out[t, n] = sum_k x[t, k]
+/// weight[n, k].
 ///
 /// Activations become 8-bit integers in blocks of 32 (activation_blocks.cuh), products of integers are exact, and sums
 /// are float in an order that depends on the number of columns alone. So a token's result has the same bits however
@@ -30,77 +33,6 @@
 /// Error: |out - exact| <= sum over blocks of s_x / 2 * sum_k |w_k|, with s_x = max|x| / 127 of the block, and float
 /// rounding. Bytes: the weights once. Mirror: reference/quantized_linear.hpp
 namespace gemma4::cuda {
-
-inline constexpr std::int64_t kMaxDecodeTokens = 8;
-
-/// How a call for few tokens runs.
-struct LinearPlan {
-  int n_token = 1;        ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8
-  int n_slot = 0;         ///< stages in flight
-  bool is_tall = false;   ///< stages of more rows, see detail::stage_rows()
-  bool is_every = false;  ///< by the kernel that knows all formats, see detail::is_of_four_formats()
-  std::int64_t slot_bytes = 0;
-  std::int64_t smem_bytes = 0;
-  std::int64_t smem_limit_bytes = 0;  ///< what the kernel is allowed, whatever it uses: one value for all launches
-  int n_block = 1;
-  bool overlap = false;  ///< with the kernel before: from sm_90 on
-};
-
-/// How a product for few tokens may run; the same bits in any case.
-struct LinearOptions {
-  /// For dynamic row scheduling: 8 bytes of device memory, zero before the first launch, from which blocks that end
-  /// early take rows (tickets). Null: each block has an equal share. Products of one stream may share it.
-  LinearTickets* tickets = nullptr;
-  bool overlap = true;  ///< programmatic dependent launch, where the device has it
-};
-
-namespace detail {
-
-/// Shared memory with which two blocks share a multiprocessor. (1 KB of each block is the system's.)
-[[nodiscard]] constexpr std::int64_t half_of_smem(std::int64_t limit) {
-  return (limit + 1024) / 2 - 1024;
-}
-
-/// Slots of the ring that fit into `smem_limit` bytes.
-[[nodiscard]] constexpr int linear_slots(std::int64_t cols, int n_token, std::int64_t slot_bytes,
-                                         std::int64_t smem_limit) {
-  int n_slot = 0;
-  while (n_slot < kMaxLinearSlots &&
-         linear_smem(cols, n_token, n_slot + 1, static_cast<int>(slot_bytes)).total <= smem_limit) {
-    ++n_slot;
-  }
-  return n_slot;
-}
-
-}  // namespace detail
-
-/// @param types of the matrices that share the input; only packed types count
-/// @throws std::invalid_argument when not even one token fits into the device's shared memory
-[[nodiscard]] inline LinearPlan plan_linear_decode(std::int64_t cols, std::int64_t n_token,
-                                                   std::span<const TensorType> types, const DeviceInfo& device) {
-  LinearPlan plan{.smem_limit_bytes = device.smem_limit_bytes, .overlap = device.compute_capability >= 90};
-  const std::int64_t half = detail::half_of_smem(device.smem_limit_bytes);
-  plan.is_tall = n_token == 1 && row_chunks(cols) == 1 &&
-                 std::all_of(types.begin(), types.end(), [](TensorType type) { return type == TensorType::kQ6K; });
-  plan.is_every = !std::all_of(types.begin(), types.end(), detail::is_of_four_formats);
-  for (const TensorType type : types) {
-    const std::int64_t bytes = detail::stage_rows(type, plan.is_tall) * chunk_bytes(type, chunk_groups(cols));
-    plan.slot_bytes = std::max(plan.slot_bytes, (bytes + 127) / 128 * 128);
-  }
-  plan.n_token = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(n_token, 1, 8))));
-  for (; plan.n_token >= 1; plan.n_token /= 2) {
-    plan.n_slot = plan.n_token > 2 ? 0 : detail::linear_slots(cols, plan.n_token, plan.slot_bytes, half);
-    if (plan.n_slot < 3) {
-      plan.n_slot = detail::linear_slots(cols, plan.n_token, plan.slot_bytes, device.smem_limit_bytes);
-    }
-    if (plan.n_slot >= 2) break;
-  }
-  require(plan.n_token >= 1, "quantized_linear: rows of ", cols, " columns do not fit into ", device.smem_limit_bytes,
-          " B of shared memory a block");
-  plan.smem_bytes = detail::linear_smem(cols, plan.n_token, plan.n_slot, static_cast<int>(plan.slot_bytes)).total;
-  plan.n_block = plan.n_token <= 2 && plan.smem_bytes <= half ? 2 * device.sm_count : device.sm_count;
-  return plan;
-}
 
 namespace detail {
 
@@ -116,7 +48,23 @@ void launch_linear_tokens(const LinearParams& params, const LinearPlan& plan, cu
       plan.is_every ? linear_decode_kernel<kTokens, true> : linear_decode_kernel<kTokens, false>, params);
 }
 
+template <int kSet, int kWarps>
+void launch_linear_int8(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
+  Launch{.what = "linear_int8_kernel",
+         .grid = static_cast<unsigned>(plan.n_block),
+         .block = 32 * (kWarps + 2),
+         .stream = stream,
+         .overlap = plan.overlap,
+         .smem_bytes = plan.smem_bytes,
+         .smem_limit_bytes = plan.smem_limit_bytes}(linear_int8_kernel<kSet, kWarps>, params);
+}
+
 inline void launch_linear_decode(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
+  if (plan.path == LinearPath::kInt8) {
+    if (plan.n_token > 4) return launch_linear_int8<8, 14>(params, plan, stream);
+    return plan.n_warp == 8 ? launch_linear_int8<4, 8>(params, plan, stream)
+                            : launch_linear_int8<4, 14>(params, plan, stream);
+  }
   switch (plan.n_token) {
     case 1:
       return launch_linear_tokens<1>(params, plan, stream);
@@ -133,17 +81,20 @@ template <class TIn, class TOut>
 void plain_decode(const View<const TIn, 2>& x, const PackedMatrix& weight, const View<TOut, 2>& out,
                   cudaStream_t stream) {
   const auto launch = [&]<class TWeight>(const TWeight* data) {
-    launch_plain_linear<TWeight>({.weight = data,
-                                  .x = x.data,
-                                  .out = out.data,
-                                  .rows = weight.rows,
-                                  .cols = weight.cols,
-                                  .x_stride = x.stride[0],
-                                  .out_stride = out.stride[0],
-                                  .n_token = static_cast<int>(x.extent[0]),
-                                  .x_is_bf16 = std::is_same_v<TIn, Bf16>,
-                                  .out_is_bf16 = std::is_same_v<TOut, Bf16>},
-                                 stream);
+    for (std::int64_t token = 0; token < x.extent[0]; token += kPlainTokens) {
+      launch_plain_linear<TWeight>(
+          {.weight = data,
+           .x = x.data + token * x.stride[0],
+           .out = out.data + token * out.stride[0],
+           .rows = weight.rows,
+           .cols = weight.cols,
+           .x_stride = x.stride[0],
+           .out_stride = out.stride[0],
+           .n_token = static_cast<int>(std::min<std::int64_t>(kPlainTokens, x.extent[0] - token)),
+           .x_is_bf16 = std::is_same_v<TIn, Bf16>,
+           .out_is_bf16 = std::is_same_v<TOut, Bf16>},
+          stream);
+    }
   };
   switch (weight.type) {
     case TensorType::kBf16:
@@ -193,9 +144,44 @@ inline constexpr int kSharePercent = 80;
 /// everything.)
 [[nodiscard]] inline std::int32_t share_of_rows(std::span<const PackedMatrix> weights, const LinearPlan& plan) {
   const PackedMatrix& last = weights.back();
-  const int step = stage_rows(last.type, plan.is_tall);
+  const int step = plan.path == LinearPath::kInt8 ? kInt8StageRows : stage_rows(last.type, plan.is_tall);
   const std::int64_t shared = last.rows * kSharePercent / 100;
   return static_cast<std::int32_t>(shared / plan.n_block / step * step);
+}
+
+/// A matrix as the kernels take it, without its output.
+[[nodiscard]] inline LinearMatrix linear_matrix(const PackedMatrix& weight, std::int32_t full_groups,
+                                                std::int32_t last_groups) {
+  const std::int64_t full = chunk_bytes(weight.type, full_groups), last = chunk_bytes(weight.type, last_groups);
+  return {.data = reinterpret_cast<const std::uint8_t*>(weight.data),
+          .out = nullptr,
+          .out_stride = 0,
+          .row_bytes = weight.row_bytes(),
+          .chunk_bytes = static_cast<std::int32_t>(full),
+          .last_bytes = static_cast<std::int32_t>(last),
+          .chunk_pitch = static_cast<std::int32_t>(int8_pitch(full)),
+          .last_pitch = static_cast<std::int32_t>(int8_pitch(last)),
+          .rows = static_cast<std::int32_t>(weight.rows),
+          .type = weight.type};
+}
+
+/// What the plan decides about a launch.
+inline void set_plan(LinearParams& params, std::int64_t cols, std::span<const PackedMatrix> weights,
+                     const LinearOptions& options, const LinearPlan& plan) {
+  const bool is_int8 = plan.path == LinearPath::kInt8;
+  params.n_slot = plan.n_slot;
+  params.is_tall = plan.is_tall;
+  params.slot_bytes = static_cast<std::int32_t>(plan.slot_bytes);
+  params.is_by_chunk = plan.is_by_chunk;
+  params.n_set = plan.n_token > 8 ? 2 : 1;
+  params.pass_rows = plan.is_by_chunk ? kInt8PassRows : kInt8StageRows;
+  params.n_group =
+      static_cast<std::int32_t>(is_int8 ? int8_held_groups(cols, plan.is_by_chunk) : activation_groups(cols));
+  params.smem = is_int8 ? int8_smem(cols, plan.n_token, plan.is_by_chunk, plan.n_slot, plan.slot_bytes)
+                        : linear_smem(cols, plan.n_token, plan.n_slot, params.slot_bytes);
+  // A ticket is a stage of rows, whose chunks would have to be there at once.
+  params.tickets = plan.is_by_chunk ? nullptr : options.tickets;
+  if (params.tickets != nullptr) params.share_rows = share_of_rows(weights, plan);
 }
 
 /// Packed matrices that share their input, in one launch for each plan.n_token tokens.
@@ -208,7 +194,6 @@ void packed_decode(const LinearSource& source, std::span<const PackedMatrix> wei
   params.n_matrix = static_cast<std::int32_t>(weights.size());
   const std::int64_t cols = source.cols;
   params.n_piece = static_cast<std::int32_t>(cols / 8);
-  params.n_group = static_cast<std::int32_t>(activation_groups(cols));
   params.n_chunk = static_cast<std::int32_t>(row_chunks(cols));
   params.full_groups = chunk_groups(cols);
   params.last_groups = groups_of_chunk(cols, params.n_chunk - 1);
@@ -218,26 +203,14 @@ void packed_decode(const LinearSource& source, std::span<const PackedMatrix> wei
   params.softcap = frame.softcap;
   params.row_align = frame.epilogue == LinearEpilogue::kGeluUp ? 2 : 1;
   for (std::size_t i = 0; i < weights.size(); ++i) {
-    const PackedMatrix& weight = weights[i];
-    types[i] = weight.type;
-    params.matrix[i] = {.data = reinterpret_cast<const std::uint8_t*>(weight.data),
-                        .out = nullptr,
-                        .out_stride = outs[i].stride[0],
-                        .row_bytes = weight.row_bytes(),
-                        .chunk_bytes = static_cast<std::int32_t>(chunk_bytes(weight.type, params.full_groups)),
-                        .last_bytes = static_cast<std::int32_t>(chunk_bytes(weight.type, params.last_groups)),
-                        .rows = static_cast<std::int32_t>(weight.rows),
-                        .type = weight.type};
+    types[i] = weights[i].type;
+    params.matrix[i] = linear_matrix(weights[i], params.full_groups, params.last_groups);
+    params.matrix[i].out_stride = outs[i].stride[0];
   }
-  LinearPlan plan =
-      plan_linear_decode(cols, source.n_token, std::span<const TensorType>(types, weights.size()), device);
+  LinearPlan plan = plan_linear(frame.options.path(source.n_token), cols, source.n_token,
+                                std::span<const TensorType>(types, weights.size()), device);
   plan.overlap = plan.overlap && frame.options.overlap;
-  params.n_slot = plan.n_slot;
-  params.is_tall = plan.is_tall;
-  params.tickets = frame.options.tickets;
-  if (params.tickets != nullptr) params.share_rows = share_of_rows(weights, plan);
-  params.slot_bytes = static_cast<std::int32_t>(plan.slot_bytes);
-  params.smem = linear_smem(cols, plan.n_token, plan.n_slot, params.slot_bytes);
+  set_plan(params, cols, weights, frame.options, plan);
   for (std::int64_t token = 0; token < source.n_token; token += plan.n_token) {
     params.input = input_from(source.input, token);
     params.n_token = static_cast<std::int32_t>(std::min<std::int64_t>(plan.n_token, source.n_token - token));
@@ -265,10 +238,17 @@ void require_linear(const char* who, const View<const TIn, 2>& x, const PackedMa
           who, ": rows of x must begin at multiples of 16 bytes; row stride ", x.stride[0], " elements");
 }
 
-inline void require_matrices(std::int64_t n_token, std::size_t n_weight, std::size_t n_out) {
+/// Tokens that a call of n_token may have.
+[[nodiscard]] inline std::int64_t max_linear_tokens(std::int64_t n_token, const LinearOptions& options) {
+  return options.path(n_token) == LinearPath::kInt8 ? kMaxInt8Tokens : kMaxDecodeTokens;
+}
+
+inline void require_matrices(std::int64_t n_token, std::size_t n_weight, std::size_t n_out,
+                             const LinearOptions& options) {
   require(n_weight == n_out && n_weight <= kMaxLinearMatrices, "quantized_linear: ", n_weight, " matrices and ", n_out,
           " outputs, need as many of both, at most ", kMaxLinearMatrices);
-  require(n_token <= kMaxDecodeTokens, "quantized_linear_decode: ", n_token, " tokens, at most ", kMaxDecodeTokens,
+  const std::int64_t most = max_linear_tokens(n_token, options);
+  require(n_token <= most, "quantized_linear_decode: ", n_token, " tokens, at most ", most,
           "; more go through quantized_linear_prefill()");
 }
 
@@ -279,12 +259,12 @@ inline void require_matrices(std::int64_t n_token, std::size_t n_weight, std::si
 /// @param x        [n_token, cols] Bf16 or float, finite, rows at multiples of 16 bytes
 /// @param weights  up to four matrices [rows_i, cols]
 /// @param outs     [n_token, rows_i] Bf16 or float; must not alias x
-/// @throws std::invalid_argument when shapes differ, or for more than 8 tokens
+/// @throws std::invalid_argument when shapes differ, or for more than 8 tokens (16 on int8 tensor cores)
 template <class TIn, class TOut>
 void quantized_linear_decode(const View<const TIn, 2>& x, std::span<const PackedMatrix> weights,
                              std::span<const View<TOut, 2>> outs, const DeviceInfo& device, cudaStream_t stream,
                              const LinearOptions& options = {}) {
-  detail::require_matrices(x.extent[0], weights.size(), outs.size());
+  detail::require_matrices(x.extent[0], weights.size(), outs.size(), options);
   for (std::size_t i = 0; i < weights.size(); ++i) {
     detail::require_linear("quantized_linear", x, weights[i], outs[i], weights[i].rows);
   }

@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <iostream>
 #include <map>
 #include <span>
@@ -41,6 +42,29 @@ enum class Start {
 
 [[nodiscard]] const char* input_name(Start start) {
   return start == Start::kPlain ? "bf16" : "norm_launch";
+}
+
+/// What multiplies, and for how many tokens.
+struct Width {
+  std::int64_t n_token = 0;
+  cuda::LinearPath path = cuda::LinearPath::kDot;
+
+  [[nodiscard]] const char* path_name() const { return path == cuda::LinearPath::kDot ? "dot" : "int8"; }
+  [[nodiscard]] std::int64_t int8_from() const { return path == cuda::LinearPath::kDot ? n_token + 1 : n_token; }
+};
+
+/// Every number of tokens with every path that takes as many, few tokens first.
+std::vector<Width> widths_of(std::vector<std::int64_t> tokens, const std::vector<std::string>& paths) {
+  std::ranges::sort(tokens);
+  std::vector<Width> widths;
+  for (const std::int64_t n_token : tokens) {
+    for (const cuda::LinearPath path : {cuda::LinearPath::kDot, cuda::LinearPath::kInt8}) {
+      const Width width{n_token, path};
+      const bool is_asked = std::ranges::find(paths, width.path_name()) != paths.end();
+      if (is_asked && (path == cuda::LinearPath::kInt8 || n_token <= cuda::kMaxDecodeTokens)) widths.push_back(width);
+    }
+  }
+  return widths;
 }
 
 /// One launch of a decode step: matrices that share their input.
@@ -109,13 +133,13 @@ struct Pool {
 class Bench {
  public:
   explicit Bench(std::uint64_t seed) : rows_(seed), device_(cuda::current_device()) {
-    x_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxDecodeTokens * kMaxCols);
-    normed_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxDecodeTokens * kHidden);
+    x_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxInt8Tokens * kMaxCols);
+    normed_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxInt8Tokens * kHidden);
     fill_random(x_.data(), x_.size(), static_cast<std::uint32_t>(seed) + 7, stream_);
     host_x_ = x_.to_host(stream_);
-    out_ = cuda::DeviceBuffer<float>(cuda::kMaxDecodeTokens * kMaxRows);
+    out_ = cuda::DeviceBuffer<float>(cuda::kMaxInt8Tokens * kMaxRows);
     norms_ = cuda::DeviceBuffer<float>(std::vector<float>(static_cast<std::size_t>(kHidden), 1.0f));
-    const std::vector<float> rows(static_cast<std::size_t>(cuda::kMaxDecodeTokens * kHidden), 0.25f);
+    const std::vector<float> rows(static_cast<std::size_t>(cuda::kMaxInt8Tokens * kHidden), 0.25f);
     pending_ = cuda::DeviceBuffer<float>(rows);
     residual_ = cuda::DeviceBuffer<float>(rows);
     tickets_ = cuda::DeviceBuffer<cuda::LinearTickets>(1);
@@ -182,13 +206,34 @@ class Bench {
     run(make_view(static_cast<const Bf16*>(normed_.data()), n_token, launch.cols));
   }
 
+  /// Results of the pool's rows, [n_token, kPoolRows], of the input's rows from `first` on.
+  [[nodiscard]] std::vector<float> pool_results(TensorType type, std::int64_t cols, const Width& width,
+                                                std::int64_t first = 0) {
+    const cuda::PackedMatrix matrix{type, kPoolRows, cols, pool_of(type, cols).packed.data()};
+    const auto out = make_view(out_.data(), width.n_token, kPoolRows);
+    cuda::quantized_linear_decode<Bf16, float>(
+        make_view(static_cast<const Bf16*>(x_.data()) + first * cols, width.n_token, cols), matrix, out, device_,
+        stream_, {.int8_from = width.int8_from()});
+    std::vector<float> results = out_.to_host(stream_);
+    results.resize(static_cast<std::size_t>(width.n_token * kPoolRows));
+    return results;
+  }
+
+  /// Whether every row of the pool has the bits that each token gives alone, by dot products.
+  [[nodiscard]] bool has_bits_of_one(TensorType type, std::int64_t cols, const Width& width) {
+    const std::vector<float> results = pool_results(type, cols, width);
+    for (std::int64_t t = 0; t < width.n_token; ++t) {
+      const std::vector<float> alone = pool_results(type, cols, {1, cuda::LinearPath::kDot}, t);
+      if (std::memcmp(alone.data(), results.data() + t * kPoolRows, alone.size() * sizeof(float)) != 0) return false;
+    }
+    return true;
+  }
+
   /// Largest error of the pool's rows, in units of the bound of 8-bit activations; above 1 is wrong.
-  [[nodiscard]] double error_of_bound(TensorType type, std::int64_t cols, std::int64_t n_token) {
+  [[nodiscard]] double error_of_bound(TensorType type, std::int64_t cols, const Width& width) {
+    const std::int64_t n_token = width.n_token;
     const Pool& pool = pool_of(type, cols);
-    const cuda::PackedMatrix matrix{type, kPoolRows, cols, pool.packed.data()};
-    cuda::quantized_linear_decode<Bf16, float>(make_view(static_cast<const Bf16*>(x_.data()), n_token, cols), matrix,
-                                               make_view(out_.data(), n_token, kPoolRows), device_, stream_);
-    const std::vector<float> out = out_.to_host(stream_);
+    const std::vector<float> out = pool_results(type, cols, width);
     std::vector<float> weight(static_cast<std::size_t>(kPoolRows * cols));
     dequantise_row(type, pool.file, weight);
     double worst = 0;
@@ -203,22 +248,23 @@ class Bench {
     return worst;
   }
 
-  [[nodiscard]] Timing time_launch(const Launch& launch, std::int64_t n_token) {
+  [[nodiscard]] Timing time_launch(const Launch& launch, const Width& width) {
     const std::int64_t n_copy = std::max<std::int64_t>(2, (kBeyondL2 + launch.bytes() - 1) / launch.bytes());
     const Weights weights = make_weights(std::vector<Launch>(static_cast<std::size_t>(n_copy), launch));
     const int n_launch = static_cast<int>(n_copy * ((15 + n_copy) / n_copy));
     return time_calls(stream_, {.n_launch = n_launch, .n_warmup = 4, .n_repeat = 30}, [&](int i) {
-      enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], n_token,
-              Start::kPlain, {.tickets = tickets_.data()});
+      enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], width.n_token,
+              Start::kPlain, {.tickets = tickets_.data(), .int8_from = width.int8_from()});
     });
   }
 
   /// All matrices of one token, each its own memory, one launch after another.
-  [[nodiscard]] Timing time_token(const std::vector<Launch>& launches, const Weights& weights, std::int64_t n_token,
+  [[nodiscard]] Timing time_token(const std::vector<Launch>& launches, const Weights& weights, const Width& width,
                                   Start start) {
     return time_calls(stream_, {.n_launch = 1, .n_warmup = 3, .n_repeat = 20}, [&](int) {
       for (std::size_t i = 0; i < launches.size(); ++i) {
-        enqueue(launches[i], weights.bytes.data() + weights.begin[i], n_token, start, {.tickets = tickets_.data()});
+        enqueue(launches[i], weights.bytes.data() + weights.begin[i], width.n_token, start,
+                {.tickets = tickets_.data(), .int8_from = width.int8_from()});
       }
     });
   }
@@ -297,7 +343,7 @@ class Bench {
 /// What a row says besides its matrix and its time.
 struct RowContext {
   std::string mix;
-  std::int64_t n_token = 0;
+  Width width;
   Start start = Start::kPlain;
 };
 
@@ -306,26 +352,24 @@ class Experiment {
   Experiment(Bench& bench, ResultTable& table, Progress& progress)
       : bench_(bench), table_(table), progress_(progress) {}
 
-  void measure(const std::string& mix, const std::vector<std::int64_t>& tokens) {
+  void measure(const std::string& mix, const std::vector<Width>& widths) {
     const std::vector<Launch> launches = launches_of(gemma4_31b(), tensors_of_31b(mix));
     const Bench::Weights weights = bench_.make_weights(launches);
-    for (const std::int64_t n_token : tokens) {
-      measure_launches(launches, {mix, n_token});
+    for (const Width& width : widths) {
+      measure_launches(launches, {mix, width});
       for (const Start start : {Start::kPlain, Start::kNormLaunch}) {
-        write_step("step_chained", launches, {mix, n_token, start},
-                   bench_.time_token(launches, weights, n_token, start));
+        write_step("step_chained", launches, {mix, width, start}, bench_.time_token(launches, weights, width, start));
       }
     }
   }
 
   /// One matrix of a step.
-  void measure_matrix(const std::string& mix, const std::string& name, const std::vector<std::int64_t>& tokens) {
+  void measure_matrix(const std::string& mix, const std::string& name, const std::vector<Width>& widths) {
     const std::vector<Launch> launches = launches_of(gemma4_31b(), tensors_of_31b(mix));
     const auto has_name = [&](const Launch& launch) { return launch.name == name; };
     const auto found = std::ranges::find_if(launches, has_name);
-    for (const std::int64_t n_token : tokens) {
-      write_launch(*found, std::ranges::count_if(launches, has_name), {mix, n_token},
-                   bench_.time_launch(*found, n_token));
+    for (const Width& width : widths) {
+      write_launch(*found, std::ranges::count_if(launches, has_name), {mix, width}, bench_.time_launch(*found, width));
       progress_.advance();
     }
   }
@@ -340,7 +384,7 @@ class Experiment {
     }
     Timing sum;
     for (const auto& [launch, count] : distinct) {
-      const Timing timing = bench_.time_launch(launch, context.n_token);
+      const Timing timing = bench_.time_launch(launch, context.width);
       write_launch(launch, count, context, timing);
       const auto n = static_cast<double>(count);
       sum.median_us += n * timing.median_us, sum.p10_us += n * timing.p10_us, sum.p90_us += n * timing.p90_us;
@@ -351,33 +395,44 @@ class Experiment {
   }
 
   [[nodiscard]] ResultTable::Row row_of(const RowContext& context, const std::string& matrix, std::int64_t count,
-                                        std::int64_t bytes, const Timing& timing) {
+                                        std::int64_t bytes, const Timing& timing, const std::string& types = {}) {
     const double gb_per_s = 1e-3 * static_cast<double>(bytes) / timing.median_us;
     auto row = table_.row();
-    row.set("mix", context.mix).set("matrix", matrix).set("n_token", context.n_token).set("n_per_step", count);
-    row.set("input", input_name(context.start));
+    row.set("mix", context.mix).set("matrix", matrix).set("n_token", context.width.n_token);
+    row.set("n_per_step", count).set("input", input_name(context.start)).set("path", context.width.path_name());
     row.set("median_us", timing.median_us).set("p10_us", timing.p10_us).set("p90_us", timing.p90_us);
     row.set("n_repeat", timing.n_repeat).set("bytes", bytes).set("gb_per_s", gb_per_s);
     row.set("copy_gb_per_s", bench_.copy_rate()).set("of_copy", gb_per_s / bench_.copy_rate());
     row.set("step_us", static_cast<double>(count) * timing.median_us);
+    const std::string what = context.mix + ' ' + matrix + ' ' + types + ' ' + input_name(context.start);
+    const bool is_one = context.width.n_token == 1 && context.width.path == cuda::LinearPath::kDot;
+    if (is_one) one_token_us_[what] = timing.median_us;
+    const auto one = one_token_us_.find(what);
+    if (one != one_token_us_.end()) row.set("over_one_token", timing.median_us / one->second);
     return row;
   }
 
   /// One row: `count` launches of a token take `timing` each.
   void write_launch(const Launch& launch, std::int64_t count, const RowContext& context, const Timing& timing) {
     double error = 0;
+    bool has_bits = true;
     for (const TensorType type : launch.types) {
-      error = std::max(error, bench_.error_of_bound(type, launch.cols, context.n_token));
+      error = std::max(error, bench_.error_of_bound(type, launch.cols, context.width));
+      has_bits = has_bits && bench_.has_bits_of_one(type, launch.cols, context.width);
     }
-    auto row = row_of(context, launch.name, count, launch.bytes(), timing);
+    auto row = row_of(context, launch.name, count, launch.bytes(), timing, launch.type_text());
     row.set("types", launch.type_text()).set("n_out", launch.total_rows()).set("n_in", launch.cols);
-    const double blas_us = bench_.time_blas(launch, context.n_token).median_us;
-    row.set("blas_bf16_us", blas_us).set("over_blas", blas_us / timing.median_us);
+    if (context.width.path == cuda::LinearPath::kDot) {  // once for each number of tokens
+      const double blas_us = bench_.time_blas(launch, context.width.n_token).median_us;
+      row.set("blas_bf16_us", blas_us).set("over_blas", blas_us / timing.median_us);
+    }
     row.set("error_of_bound", error);
-    if (error <= 1.0) {
-      row.commit();
-    } else {
+    if (error > 1.0) {
       row.fail("wrong: the error is beyond the bound");
+    } else if (!has_bits) {
+      row.fail("wrong: other bits than each token alone");
+    } else {
+      row.commit();
     }
   }
 
@@ -393,23 +448,30 @@ class Experiment {
   Bench& bench_;
   ResultTable& table_;
   Progress& progress_;
+  std::map<std::string, double> one_token_us_;  ///< by dot products, by what was measured
 };
 
-const TableShape kShape = {{"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input"},
-                           {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s",
-                            "of_copy", "step_us", "blas_bf16_us", "over_blas", "error_of_bound"},
-                           {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "median_us",
-                            "gb_per_s", "of_copy", "step_us", "over_blas", "error_of_bound", "status"}};
+const TableShape kShape = {
+    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "path"},
+    {"median_us", "p10_us", "p90_us", "n_repeat", "bytes", "gb_per_s", "copy_gb_per_s", "of_copy", "step_us",
+     "over_one_token", "blas_bf16_us", "over_blas", "error_of_bound"},
+    {"mix", "matrix", "types", "n_out", "n_in", "n_token", "n_per_step", "input", "path", "median_us", "gb_per_s",
+     "of_copy", "step_us", "over_one_token", "over_blas", "error_of_bound", "status"}};
 
 void run(int argc, char** argv) {
   CLI::App app("How fast the matrices of a decode step of the 31B are read, one by one and as a whole step.");
   DriverOptions driver;
-  std::vector<std::int64_t> tokens = {1, 2, 4, 8};
-  std::vector<std::string> mixes = {"q4_k_m", "q4_k"}, formats = block_format_names();
+  std::vector<std::int64_t> tokens = {1, 2, 4, 8, 16};
+  std::vector<std::string> mixes = {"q4_k_m", "q4_k"}, formats = block_format_names(), paths = {"dot", "int8"};
   add_seed(app, driver);
   add_out(app, driver);
   add_quiet(app, driver);
-  add_whole(app, "--tokens", tokens, "Tokens of a step, comma-separated", {1, 8})->delimiter(',');
+  add_whole(app, "--tokens", tokens, "Tokens of a step, comma-separated", {1, cuda::kMaxInt8Tokens})->delimiter(',');
+  app.add_option("--path", paths,
+                 "What multiplies, comma-separated: dot (a dot product a token, up to 8) or int8 (tensor cores)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"dot", "int8"}))
+      ->capture_default_str();
   app.add_option("--mix", mixes, "Types of the weights: a mix, or a block format for every matrix, comma-separated")
       ->delimiter(',')
       ->check(CLI::IsMember(mix_or_format_names()))
@@ -420,16 +482,17 @@ void run(int argc, char** argv) {
       ->capture_default_str();
   parse(app, argc, argv);
   formats = formats_beside(mixes, formats);
+  const std::vector<Width> widths = widths_of(tokens, paths);
 
   const RunInfo info = gpu_run_info("linear", argc, argv, driver.seed);
   run_table(driver, info, kShape, [&](ResultTable& table) {
     Bench bench(driver.seed);
     Progress progress("linear",
-                      static_cast<std::int64_t>((mixes.size() * kRowsPerStep + formats.size()) * tokens.size()),
+                      static_cast<std::int64_t>((mixes.size() * kRowsPerStep + formats.size()) * widths.size()),
                       progress_options(driver, "row"));
     Experiment experiment(bench, table, progress);
-    for (const std::string& mix : mixes) experiment.measure(mix, tokens);
-    for (const std::string& format : formats) experiment.measure_matrix(format, "gate_up", tokens);
+    for (const std::string& mix : mixes) experiment.measure(mix, widths);
+    for (const std::string& format : formats) experiment.measure_matrix(format, "gate_up", widths);
     progress.finish();
   });
 }

@@ -20,4 +20,9 @@ __device__ __forceinline__ void have_now(std::uint32_t& a, float& b) {
   return value;
 }
 
+[[nodiscard]] __device__ __forceinline__ std::uint32_t opaque(std::uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 }  // namespace gemma4::cuda

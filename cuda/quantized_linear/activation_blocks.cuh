@@ -32,38 +32,52 @@ struct BlockTail {
   std::uint32_t sums;
 };
 
+/// Eight values of a block as codes, the block's scale, and its sums: four neighbouring lanes hold a block.
+struct EightCodes {
+  std::uint32_t word[2];
+  float scale;
+  int sum;    ///< of the codes of this half of the block, 16
+  int other;  ///< and of the other half
+
+  /// Every lane of the warp calls.
+  __device__ __forceinline__ explicit EightCodes(const float (&x)[8]) {
+    float largest = fabsf(x[0]);
+#pragma unroll
+    for (int i = 1; i < 8; ++i) largest = max_or_nan(largest, fabsf(x[i]));
+    largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 2));
+    const bool is_zero = largest < 0x1p-110f;
+    // The difference is zero, or NaN where the largest is not finite; codes then are what they may.
+    scale = is_zero ? 0.0f : __fadd_rn(__fmul_rn(largest, 1.0f / 127.0f), __fsub_rn(largest, largest));
+    // (An exact division costs the widest product time.)
+    const float inverse = is_zero ? 0.0f : __fmul_rn(reciprocal_approx(__fmul_rn(largest, 0x1p-8f)), 127.0f * 0x1p-8f);
+    // The low byte of the sum is the code.
+    std::uint32_t bits[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) bits[i] = bit_cast<std::uint32_t>(__fmaf_rn(x[i], inverse, kMagicFloat));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      word[i] = __byte_perm(__byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040),
+                            __byte_perm(bits[4 * i + 2], bits[4 * i + 3], 0x0040), 0x5410);
+    }
+    sum = dot4(word[0], 0x01010101u, dot4(word[1], 0x01010101u, 0));
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    other = __shfl_xor_sync(~0u, sum, 2);
+  }
+};
+
 /// Four neighbouring lanes hold a block, eight values each; every lane of the warp calls. Stores the block.
 __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t* activations, int n_group, int group,
                                                bool valid) {
   const int part = threadIdx.x & 3;
-  float largest = fabsf(x[0]);
-#pragma unroll
-  for (int i = 1; i < 8; ++i) largest = max_or_nan(largest, fabsf(x[i]));
-  largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 1));
-  largest = max_or_nan(largest, __shfl_xor_sync(~0u, largest, 2));
-  const bool is_zero = largest < 0x1p-110f;
-  // The difference is zero, or NaN where the largest is not finite; codes then are what they may.
-  const float scale = is_zero ? 0.0f : __fadd_rn(__fmul_rn(largest, 1.0f / 127.0f), __fsub_rn(largest, largest));
-  // (An exact division costs the widest product time.)
-  const float inverse = is_zero ? 0.0f : __fmul_rn(reciprocal_approx(__fmul_rn(largest, 0x1p-8f)), 127.0f * 0x1p-8f);
-  // The low byte of the sum is the code.
-  std::uint32_t bits[8], word[2];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) bits[i] = bit_cast<std::uint32_t>(__fmaf_rn(x[i], inverse, kMagicFloat));
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    word[i] = __byte_perm(__byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040),
-                          __byte_perm(bits[4 * i + 2], bits[4 * i + 3], 0x0040), 0x5410);
-  }
-  int sum = dot4(word[0], 0x01010101u, dot4(word[1], 0x01010101u, 0));
-  sum += __shfl_xor_sync(~0u, sum, 1);
-  const int other = __shfl_xor_sync(~0u, sum, 2);
+  const EightCodes eight(x);
   if (!valid) return;
   std::uint8_t* const codes = activations + 16 * (part / 2 * n_group + group) + 8 * (part & 1);
-  *reinterpret_cast<uint2*>(codes) = make_uint2(word[0], word[1]);
+  *reinterpret_cast<uint2*>(codes) = make_uint2(eight.word[0], eight.word[1]);
   if (part == 0) {
     reinterpret_cast<BlockTail*>(activations + 32 * n_group)[group] = {
-        scale, (static_cast<std::uint32_t>(sum) & 0xFFFFu) | (static_cast<std::uint32_t>(other) << 16)};
+        eight.scale,
+        (static_cast<std::uint32_t>(eight.sum) & 0xFFFFu) | (static_cast<std::uint32_t>(eight.other) << 16)};
   }
 }
 

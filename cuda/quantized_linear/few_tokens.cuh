@@ -168,7 +168,7 @@ __device__ __forceinline__ void end_tickets(LinearTickets& tickets) {
 
 /// The finishing warp: adds the tasks' sums of a stage to those of the chunks before, and after the last chunk ends the
 /// rows. Lane l holds row l % 8 of tokens l / 8, l / 8 + 4, ...
-template <int kTokens, bool kEvery>
+template <int kTokens, class TOrder>
 __device__ __forceinline__ void finish_stages(const LinearParams& params, unsigned char* smem) {
   constexpr int kEach = (kTokens + 3) / 4;
   const RingBarriers barriers(params, smem);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
     mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase);
     return warp_value(note_of(params, smem, stage));
   };
-  for_each_stage<kEvery>(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  TOrder::for_each(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     const int n_task = ((stage.is_last_chunk ? params.last_groups : params.full_groups) + 31) / 32;
     const float* const from = partials + stage.slot * params.n_task * kTokens * kMaxStageRows;
     mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase);
@@ -199,12 +199,17 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int token = lane / kMaxStageRows + 4 * i;
+      // Where a pass has many rows, what is known of them waits in shared memory, for this lane.
+      float* const kept =
+          reinterpret_cast<float*>(smem + params.smem.sums) + (stage.row - stage.pass_row) * kTokens + 32 * i + lane;
+      if (TOrder::kKeepsSums && stage.chunk > 0) sum[i] = *kept;
       float value = stage.chunk == 0 ? 0.0f : sum[i];
 #pragma unroll
       for (int task = 0; task < kMaxTasks; ++task) {
         if (task < n_task) value = __fadd_rn(value, part[i][task]);
       }
       sum[i] = value;
+      if (TOrder::kKeepsSums && !stage.is_last_chunk) *kept = value;
       if (!stage.is_last_chunk) continue;
       const float up = __shfl_down_sync(~0u, value, 1);
       if (row < stage.n_row && token < params.n_token) store_row(params, matrix, token, stage.row + row, value, up);
@@ -291,7 +296,7 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
     if (row < 0) mbarrier_arrive(barriers.empty + 8 * stage.slot);
     return row;
   };
-  for_each_stage<kEvery>(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  ByRows<kEvery>::for_each(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     const int groups = stage.is_last_chunk ? params.last_groups : params.full_groups;
     const std::uint8_t* const slot = smem + stage.slot * params.slot_bytes;
     mbarrier_wait(barriers.full + 8 * stage.slot, stage.phase);
@@ -332,9 +337,9 @@ __global__ void __launch_bounds__(kLinearThreads, kTokens <= 2 ? 2 : 1)
   __syncthreads();
   const int warp = static_cast<int>(threadIdx.x / 32);
   if (warp == kLinearWarps) {
-    copy_stages<kEvery>(params, linear_smem_bytes);
+    copy_stages<ByRows<kEvery>>(params, linear_smem_bytes);
   } else if (warp > kLinearWarps) {
-    finish_stages<kTokens, kEvery>(params, linear_smem_bytes);
+    finish_stages<kTokens, ByRows<kEvery>>(params, linear_smem_bytes);
   } else {
     multiply<kTokens, kEvery>(params, linear_smem_bytes);
   }

@@ -71,6 +71,8 @@ struct LinearMatrix {
   std::int64_t row_bytes;
   std::int32_t chunk_bytes;  ///< of a full chunk
   std::int32_t last_bytes;   ///< of the last chunk
+  std::int32_t chunk_pitch;  ///< of rows of a full chunk in a slot; ByRows has them one behind the other
+  std::int32_t last_pitch;   ///< of rows of the last chunk
   std::int32_t rows;
   TensorType type;
 };
@@ -78,6 +80,7 @@ struct LinearMatrix {
 /// Where things lie in shared memory, in bytes.
 struct LinearSmem {
   std::int32_t activations, partials, barriers, notes, total;
+  std::int32_t sums;  ///< of the chunks before, of ByPasses
 };
 
 /// Groups of a token's activations in shared memory: an even number, so that each token begins at 16 bytes.
@@ -92,8 +95,12 @@ struct LinearSmem {
   const std::int64_t n_task = (chunk_groups(cols) + 31) / 32;
   const std::int64_t barriers = partials + n_slot * n_task * n_token * kMaxStageRows * 4;
   const std::int64_t notes = barriers + 2 * 8 * n_slot;
-  return {static_cast<std::int32_t>(ring), static_cast<std::int32_t>(partials), static_cast<std::int32_t>(barriers),
-          static_cast<std::int32_t>(notes), static_cast<std::int32_t>(notes + 2 * 4 * n_slot)};
+  return {static_cast<std::int32_t>(ring),
+          static_cast<std::int32_t>(partials),
+          static_cast<std::int32_t>(barriers),
+          static_cast<std::int32_t>(notes),
+          static_cast<std::int32_t>(notes + 2 * 4 * n_slot),
+          0};
 }
 
 /// What divides is divided on the host: a 64-bit division in the loop over tasks once halved the rate of the kernel.
@@ -114,6 +121,9 @@ struct LinearParams {
   bool is_tall;             ///< see stage_rows()
   LinearTickets* tickets;   ///< null: each block has an equal share of every matrix
   std::int32_t share_rows;  ///< of the last matrix that each block has; the others are dealt, a stage a ticket
+  std::int32_t n_set;       ///< of eight columns, of int8_tokens.cuh
+  std::int32_t pass_rows;   ///< of ByPasses: rows whose chunks are walked before the next rows are begun
+  bool is_by_chunk;         ///< of ByPasses: activations are there chunk by chunk
   LinearSmem smem;
   bool out_is_bf16;
   LinearEpilogue epilogue;
@@ -130,6 +140,7 @@ static_assert(std::is_trivially_copyable_v<LinearParams>);
 /// Some rows of one chunk, in one slot of the ring.
 struct LinearStage {
   int row, n_row, chunk, slot;
+  int pass_row;         ///< of ByPasses: first row of the pass
   std::uint32_t phase;  ///< of the slot's barriers
   bool is_last_chunk;
 };
@@ -140,7 +151,7 @@ struct LinearStage {
   return static_cast<int>(__reduce_or_sync(~0u, static_cast<unsigned>(value)));
 }
 
-/// The ring. A slot holds a stage; each warp of a block passes all stages in the same order through for_each_stage(),
+/// The ring. A slot holds a stage; each warp of a block passes all stages in the same order through TOrder::for_each(),
 /// so that slot and phase of a stage are the same for all. Two mbarriers a slot, whose phase p is that of the slot's
 /// p-th use; a wait tells only neighbouring phases apart, so that no warp may be a round ahead of another, or behind:
 ///
@@ -161,11 +172,29 @@ struct LinearStage {
 /// every phase has all its arrivals. Two faults came of less: a lane that skipped a round, and a warp that passed by
 /// stages without a task of its own.
 
-/// Calls body(matrix, stage) for the stages of this block: matrix by matrix, some rows at a time, chunk by chunk. Keeps
-/// a matrix in registers: parameters at an index that is not known at compile time take long to come.
+/// An order of stages: which rows a stage has, and how the producer, the consumers and the finisher walk a block's
+/// stages. Calls body(matrix, stage) for each. Keeps a matrix in registers: parameters at an index that is not known at
+/// compile time take long to come.
 /// @param next(stage)  the first row of a ticket, whose first stage is `stage`; below zero: there are no more
-template <bool kEvery, class TNext, class TBody>
-__device__ __forceinline__ void for_each_stage(const LinearParams& params, TNext&& next, TBody&& body) {
+///
+/// ByRows: matrix by matrix, some rows at a time, chunk by chunk.
+template <bool kEvery>
+struct ByRows {
+  static constexpr bool kKeepsSums = false;  ///< between chunks, in shared memory
+  [[nodiscard]] static __device__ __forceinline__ int rows(const LinearParams& params, TensorType type) {
+    return stage_rows<kEvery>(type, params.is_tall);
+  }
+  [[nodiscard]] static __device__ __forceinline__ std::uint32_t pitch(const LinearMatrix&, const LinearStage&,
+                                                                      std::uint32_t bytes) {
+    return bytes;
+  }
+  template <class TNext, class TBody>
+  static __device__ __forceinline__ void for_each(const LinearParams& params, TNext&& next, TBody&& body);
+};
+
+template <bool kEvery>
+template <class TNext, class TBody>
+__device__ __forceinline__ void ByRows<kEvery>::for_each(const LinearParams& params, TNext&& next, TBody&& body) {
   LinearStage stage{};
 #pragma unroll 1
   for (int index = 0; index < params.n_matrix; ++index) {
@@ -173,7 +202,7 @@ __device__ __forceinline__ void for_each_stage(const LinearParams& params, TNext
     const bool is_dealt = params.tickets != nullptr && index + 1 == params.n_matrix;
     // Mirrored for every other matrix, so that it is not always the same blocks that get a row more.
     const std::uint32_t block = index % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const int step = stage_rows<kEvery>(matrix.type, params.is_tall);
+    const int step = rows(params, matrix.type);
     int row = is_dealt ? params.share_rows * static_cast<int>(blockIdx.x)
                        : linear_first_row(matrix.rows, params.row_align, block, gridDim.x);
     int end =
@@ -232,25 +261,26 @@ struct RingBarriers {
 };
 
 /// One thread: before the barriers are used.
-__device__ __forceinline__ void init_ring(const LinearParams& params, unsigned char* smem) {
+/// @param n_warp that multiply
+__device__ __forceinline__ void init_ring(const LinearParams& params, unsigned char* smem, int n_warp = kLinearWarps) {
   const RingBarriers barriers(params, smem);
   for (int slot = 0; slot < params.n_slot; ++slot) {
     mbarrier_init(barriers.full + 8 * slot, full_arrivals(is_sm90()));
-    mbarrier_init(barriers.empty + 8 * slot, 32 * kLinearWarps);
+    mbarrier_init(barriers.empty + 8 * slot, 32 * n_warp);
   }
   mbarrier_init_fence();
 }
 
 /// The copying warp: takes a ticket for the stage to come, and notes its rows. It waits for the kernel in front, which
 /// may have the same tickets; that one has ended long before, where a block's share fills the ring.
-template <bool kEvery>
+template <class TOrder>
 __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned char* smem, const LinearStage& stage) {
   const RingBarriers barriers(params, smem);
   const LinearMatrix& matrix = params.matrix[params.n_matrix - 1];
   const int lane = threadIdx.x & 31;
   wait_for_previous_kernel();
   const int ticket = warp_value(lane == 0 ? static_cast<int>(atomicAdd(&params.tickets->next, 1u)) : 0);
-  int row = params.share_rows * static_cast<int>(gridDim.x) + stage_rows<kEvery>(matrix.type, params.is_tall) * ticket;
+  int row = params.share_rows * static_cast<int>(gridDim.x) + TOrder::rows(params, matrix.type) * ticket;
   if (row >= matrix.rows) row = -1;
   mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
   if (lane == 0) note_of(params, smem, stage) = row;
@@ -268,36 +298,38 @@ __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned 
 /// wait.
 /// Nor does it pay to go on into the L2 cache while a full ring waits for the activations: a launch that follows one
 /// like itself gains, a step of a model does not, and where all rows come that way the stream is slower.
-template <bool kEvery>
+template <class TOrder>
 __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned char* smem) {
   const std::uint32_t ring = shared_address(smem);
   const RingBarriers barriers(params, smem);
   const int lane = threadIdx.x & 31;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const bool contiguous = params.n_chunk == 1;
+  const bool is_one_chunk = params.n_chunk == 1;
   const std::uint64_t policy = evict_first_policy();  // weights are not read again before everything else has been
 #endif
   int n_asked = 0;
-  const auto next = [&](const LinearStage& stage) { return take_ticket<kEvery>(params, smem, stage); };
-  for_each_stage<kEvery>(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
+  const auto next = [&](const LinearStage& stage) { return take_ticket<TOrder>(params, smem, stage); };
+  TOrder::for_each(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     if (n_asked > 0 && n_asked < params.n_slot) mbarrier_wait(barriers.full + 8 * (n_asked - 1), 0);
     ++n_asked;
     const std::uint32_t bytes = stage.is_last_chunk ? matrix.last_bytes : matrix.chunk_bytes;
     const std::uint8_t* const from =
         matrix.data + stage.row * matrix.row_bytes + stage.chunk * static_cast<std::int64_t>(matrix.chunk_bytes);
+    const std::uint32_t pitch = TOrder::pitch(matrix, stage, bytes);
     const std::uint32_t slot = ring + stage.slot * params.slot_bytes, full = barriers.full + 8 * stage.slot;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const bool contiguous = is_one_chunk && pitch == bytes;
     const std::uint32_t total = stage.n_row * bytes;
     if (lane < (contiguous ? 1 : stage.n_row)) {
       mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
       if (lane == 0) mbarrier_expect(full, total);
-      bulk_load(slot + lane * bytes, from + lane * matrix.row_bytes, contiguous ? total : bytes, full, policy);
+      bulk_load(slot + lane * pitch, from + lane * matrix.row_bytes, contiguous ? total : bytes, full, policy);
     }
 #else
     mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
     for (int row = 0; row < stage.n_row; ++row) {
       for (std::uint32_t at_byte = 16 * lane; at_byte < bytes; at_byte += 512) {
-        copy_async_16(slot + row * bytes + at_byte, from + row * matrix.row_bytes + at_byte, true);
+        copy_async_16(slot + row * pitch + at_byte, from + row * matrix.row_bytes + at_byte, true);
       }
     }
     copy_async_arrive(full);
