@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "gemma4/attention.hpp"
@@ -57,6 +58,16 @@ class RingCache {
       }
     }
     end_ = position + n_new;
+  }
+
+  /// The storage itself, as k() and v() have it: what a sequence that is put back fills before resume().
+  [[nodiscard]] std::span<TStorage> k_storage() { return k_; }
+  [[nodiscard]] std::span<TStorage> v_storage() { return v_; }
+
+  /// The slots hold the tokens before `end`.
+  void resume(std::int64_t end) {
+    require(end >= 0, "ring_cache: resume at ", end, ", need at least 0");
+    end_ = end;
   }
 
   /// Starts a new sequence; what the slots hold is no longer reachable.

@@ -5,7 +5,9 @@
 ///
 ///   template <class Scalar> Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position);
 ///
-/// which puts the chunk's K and V where they belong, attends, and returns [n_token, n_head * head_dim]; and a
+///   StoredLayer stored();    // where its bytes are (gemma4/session/stored_part.hpp)
+///
+/// attend() puts the chunk's K and V where they belong, attends, and returns [n_token, n_head * head_dim]; and a
 /// specialisation of FullLayerCaches that makes it.
 namespace gemma4::reference {
 

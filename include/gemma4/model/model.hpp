@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "gemma4/config.hpp"
@@ -198,6 +199,21 @@ class Model {
     require_room(n_token);
     position_ += n_token;
     chunks_.insert(chunks_.end(), static_cast<std::size_t>(n_token), 1);
+  }
+
+  /// Lengths of the passes that the sequence came in; their sum is position().
+  [[nodiscard]] std::span<const std::int64_t> passes() const { return chunks_; }
+
+  /// The backend's caches hold a sequence that came in these passes, put there by other means than forward().
+  void resume(std::vector<std::int64_t> passes) {
+    std::int64_t position = 0;
+    for (const std::int64_t n_token : passes) {
+      require(n_token >= 1 && n_token <= backend_.context() - position, "model: resume at ", position,
+              " with a pass of ", n_token, " tokens, the caches hold ", backend_.context());
+      position += n_token;
+    }
+    position_ = position;
+    chunks_ = std::move(passes);
   }
 
   /// The last `n_token` tokens never were. The caller knows that the backend's caches can go back so far.
