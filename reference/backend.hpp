@@ -15,6 +15,7 @@
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
 #include "gemma4/session/stored_part.hpp"
+#include "gemma4/step_limits.hpp"
 #include "reference/decoder_layer.hpp"
 #include "reference/embedding.hpp"
 #include "reference/layer_cache.hpp"
@@ -49,6 +50,8 @@ class Backend {
   [[nodiscard]] const ModelConfig& config() const { return weights_.config; }
   [[nodiscard]] std::int64_t context() const { return options_.context; }
   [[nodiscard]] std::int64_t max_chunk() const { return options_.max_chunk; }
+  /// Tokens that a sequence can go back from the farthest that it has been, exactly.
+  [[nodiscard]] std::int64_t max_rewind() const { return keeps_a_tail(options_.cache) ? 0 : kMaxRewind; }
 
   void embed(std::span<const std::int32_t> tokens, std::int64_t position) {
     position_ = position;
@@ -64,8 +67,21 @@ class Backend {
   }
 
   void attend(std::int64_t layer) {
-    attended_ = std::visit([&](auto& cache) { return cache.attend(qkv_, position_); },
-                           caches_[static_cast<std::size_t>(layer)]);
+    std::visit(
+        [&](auto& cache) {
+          const std::int64_t n_token = qkv_.q.rows();
+          if (n_token == 1 || n_token > kDecodeChunk || keeps_a_tail(options_.cache)) {
+            attended_ = cache.attend(qkv_, position_);
+            return;
+          }
+          // Token by token: the sums of a query must not depend on the keys that only later ones see.
+          attended_.resize(n_token, qkv_.q.cols());
+          for (std::int64_t t = 0; t < n_token; ++t) {
+            const Qkv<Scalar> token{qkv_.q.row(t), qkv_.k.row(t), qkv_.v.row(t), qkv_.k_norm};
+            attended_.row(t) = cache.attend(token, position_ + t);
+          }
+        },
+        caches_[static_cast<std::size_t>(layer)]);
   }
 
   void project_output(std::int64_t layer) { pending_ = reference::project_output(weights(layer), attended_); }
@@ -113,7 +129,7 @@ class Backend {
 
   /// Bytes of the caches as they are stored.
   [[nodiscard]] CacheBytes cache_bytes() const {
-    return stored_bytes(config(), options_.cache, options_.context, config().window);
+    return stored_bytes(config(), options_.cache, options_.context, ring_slots(config().window));
   }
 
   /// The residual stream [n_token, hidden] as it stands after the last step, with what is pending added; between two
@@ -164,12 +180,12 @@ class Backend {
   static void copy_stored(const std::byte* from, std::span<std::byte> to) { std::copy_n(from, to.size(), to.data()); }
   static void set_stored(std::byte* to, std::span<const std::byte> from) { std::ranges::copy(from, to); }
 
-  /// The sequence is at `position`, which the caches hold.
-  void set_position(std::int64_t position) {
+  /// The sequence is at `position`, and its rings are as if it had been at `farthest`.
+  void set_position(std::int64_t position, std::int64_t farthest) {
     for (LayerCache<Scalar>& cache : caches_) {
       std::visit(
           [&](auto& of) {
-            if constexpr (requires { of.resume(position); }) of.resume(position);
+            if constexpr (requires { of.resume(position, farthest); }) of.resume(position, farthest);
           },
           cache);
     }

@@ -53,8 +53,9 @@ void fused_gate_up(ConstMatrixRef<Scalar> x, const QuantizedMatrix& gate, const 
                    MatrixRef<Scalar> out) {
   detail::require_mlp("fused_gate_up", x.cols(), out.rows(), out.cols(), x.rows(), gate, up);
   detail::for_weight_tiles(gate.rows, gate.cols, x.rows(), [&](std::int64_t begin, std::int64_t count) {
-    const Matrix<Scalar> gated = x * detail::dequantise_rows<Scalar>(gate, begin, count).transpose();
-    const Matrix<Scalar> lifted = x * detail::dequantise_rows<Scalar>(up, begin, count).transpose();
+    Matrix<Scalar> gated(x.rows(), count), lifted(x.rows(), count);
+    detail::times_tile<Scalar>(x, detail::dequantise_rows<Scalar>(gate, begin, count), gated);
+    detail::times_tile<Scalar>(x, detail::dequantise_rows<Scalar>(up, begin, count), lifted);
     out.middleCols(begin, count) = gelu_times(gated, lifted);
   });
 }

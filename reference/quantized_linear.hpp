@@ -8,6 +8,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/block_dequantise.hpp"
 #include "gemma4/quantized_matrix.hpp"
+#include "gemma4/step_limits.hpp"
 #include "reference/matrix.hpp"
 
 namespace gemma4::reference {
@@ -44,12 +45,25 @@ void for_weight_tiles(std::int64_t rows, std::int64_t cols, std::int64_t n_token
   }
 }
 
+/// out = x * tile^T. Of up to kDecodeChunk rows each is a product of its own: Eigen sums a row of a matrix in another
+/// order than a vector, and what a token computes must not depend on how many run with it.
+/// @param x [n_token, cols]; @param tile [count, cols]; @param out [n_token, count]
+template <class Scalar, class TOut>
+void times_tile(const ConstMatrixRef<Scalar>& x, const Matrix<Scalar>& tile, TOut&& out) {
+  if (x.rows() > kDecodeChunk) {
+    out.noalias() = x * tile.transpose();
+    return;
+  }
+  for (Eigen::Index row = 0; row < x.rows(); ++row) out.row(row).noalias() = x.row(row) * tile.transpose();
+}
+
 }  // namespace detail
 
 /// out = x * weight^T: out[t, n] = sum_k x[t, k] * weight[n, k].
 /// @param x       [n_token, cols]
 /// @param weight  [rows, cols] in any block format
 /// @param out     [n_token, rows]; must not alias x
+/// Of up to kDecodeChunk tokens each has the bits that it would have alone.
 /// @throws std::invalid_argument when a shape differs
 /// Mirror: cuda/quantized_linear.cuh
 template <class Scalar>
@@ -60,7 +74,7 @@ void quantized_linear(ConstMatrixRef<Scalar> x, const QuantizedMatrix& weight, M
           out.cols(), ", need ", x.rows(), " x ", weight.rows);
   detail::for_weight_tiles(weight.rows, weight.cols, x.rows(), [&](std::int64_t begin, std::int64_t count) {
     const Matrix<Scalar> tile = detail::dequantise_rows<Scalar>(weight, begin, count);
-    out.middleCols(begin, count).noalias() = x * tile.transpose();
+    detail::times_tile<Scalar>(x, tile, out.middleCols(begin, count));
   });
 }
 

@@ -76,7 +76,7 @@ TEST(CacheBytes, StoredOnesAreThoseOfTheMemoryPlan) {
   for (const char* name : {"bf16", "f32", "tq4", "sim-int8-had-tail128", "sim-k3v5"}) {
     MemoryPlanOptions options{.target = PlanTarget::kReference, .context = 4096, .cache = parse_cache_spec(name)};
     const MemoryPlan plan = plan_memory(config, model_tensors(config), options);
-    const CacheBytes stored = stored_bytes(config, options.cache, 4096, config.window);
+    const CacheBytes stored = stored_bytes(config, options.cache, 4096, ring_slots(config.window));
     EXPECT_EQ(stored.full, plan.bytes("cache_full")) << name;
     EXPECT_EQ(stored.sliding, plan.bytes("cache_sliding")) << name;
   }

@@ -207,7 +207,7 @@ Bytes reference_bytes_of(const Shapes& s, const Run& run) {
     file += 4 * (4 * c.hidden + 2 * layer.head_dim + 1);
     widest = std::max(widest, layer.q);
   }
-  add_caches(s, run, run.context, c.window, bytes);
+  add_caches(s, run, run.context, up(c.window + 64, 64), bytes);
   const std::int64_t q = s.widest(&LayerShape::q), kv = s.widest(&LayerShape::kv);
   bytes["residual"] = 3 * run.chunk * c.hidden * 4;  // the stream, normalised, pending
   bytes["qkv"] = 2 * run.chunk * (q + 2 * kv) * 4;   // old and new

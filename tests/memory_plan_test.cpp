@@ -145,7 +145,7 @@ RC_GTEST_PROP(MemoryPlan, CachesOfTheReferenceAreWhatTheyAllocate, ()) {
   const auto plan = gemma4::plan_memory(config, tensors, options);
   RC_ASSERT(plan.bytes("cache_full") == config.n_full_layer() * bf16.bytes());
   RC_ASSERT(plan.bytes("cache_full") != config.n_full_layer() * tq4.bytes());  // control: the kind matters
-  const gemma4::reference::RingCache<gemma4::Bf16> ring(config.sliding.n_head_kv, config.window,
+  const gemma4::reference::RingCache<gemma4::Bf16> ring(config.sliding.n_head_kv, gemma4::ring_slots(config.window),
                                                         config.sliding.head_dim);
   RC_ASSERT(plan.bytes("cache_sliding") == (config.n_layer() - config.n_full_layer()) * 2 * ring.k().size() * 2);
 }

@@ -199,6 +199,24 @@ TEST(SequenceStore, CheckpointsAreTakenBehindThePassThatReachesAMultiple) {
   EXPECT_EQ(full.store.n_replay(3), 0);
 }
 
+/// A model that goes back by itself, as drafting makes it: a checkpoint of what never was is none.
+TEST(SequenceStore, ForgetsCheckpointsThatTheModelWentBackBehind) {
+  const ToyOptions options{.context = 200, .max_chunk = 16, .window = 8, .spare = 8};
+  ToySession session(options, 20), fresh(options, 20);
+  session.prefill(toy_tokens(41), 16);
+  ASSERT_EQ(session.store.checkpoints().size(), 2u);
+  EXPECT_EQ(session.store.checkpoints().back().position, 41);
+  session.model.rewind(3);
+  session.backend.set_position(38, 41);
+  session.tokens.resize(38);
+  (void)session.go_on(toy_tokens(9, 6));
+  EXPECT_EQ(session.store.checkpoints().back().position, 40) << "of the tokens that came in place of them";
+  session.prefill(toy_tokens(50, 2), 16);
+  session.rewind(45);
+  fresh.prefill(session.tokens, 16);
+  EXPECT_EQ(session.go_on(toy_tokens(9)), fresh.go_on(toy_tokens(9)));
+}
+
 /// The control of all: with one byte of a ring, of a checkpoint or of a full layer spoiled, what follows differs.
 TEST(SequenceStore, OneWrongByteShows) {
   const ToyOptions options{.context = 100, .window = 8, .spare = 0};

@@ -208,8 +208,8 @@ TEST(SessionFile, BlocksAreCheckedOneByOne) {
   const TempDir folder;
   ToySession session(options, 0);
   // The rows' bytes alone matter: that many tokens would take the toy minutes.
-  session.backend.set_position(70000);
-  session.model.resume(std::vector<std::int64_t>(700, 100));
+  session.backend.set_position(70000, 70000);
+  session.model.resume(std::vector<std::int64_t>(700, 100), 70000);
   session.tokens = toy_tokens(70000);
   session.store.save(folder.file("a"), {.model_hash = testkit::kToyModel, .tokens = session.tokens});
   Bytes bytes = read_bytes(folder.file("a"));

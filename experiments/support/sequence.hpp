@@ -149,11 +149,17 @@ class ReferenceSequence final : public Sequence {
     return took;
   }
 
-  /// A token that went through the model is in the rings, which do not go back.
-  [[nodiscard]] std::int64_t max_back() const override { return n_held() - model_.position(); }
+  /// One less than the caches can go back: the token that is then the last goes through the model once more.
+  [[nodiscard]] std::int64_t max_back() const override {
+    const std::int64_t n_late = n_held() - model_.position();
+    return std::max(n_late, std::min(n_held(), n_late + model_.max_rewind() - 1));
+  }
   void take_back(std::int64_t n_token) override {
     require(n_token >= 0 && n_token <= max_back(), "generate: take back ", n_token, " tokens, at most ", max_back());
+    if (n_token == 0) return;
     held_.resize(held_.size() - static_cast<std::size_t>(n_token));
+    const std::int64_t n_back = model_.position() - std::max<std::int64_t>(0, n_held() - 1);
+    model_.rewind(std::clamp<std::int64_t>(n_back, 0, model_.max_rewind()));
   }
   void reset() override {
     model_.reset();

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <variant>
 
 #include "gemma4/cache_format.hpp"
@@ -55,6 +56,17 @@ using CacheSpec = CacheFormats::Variant;
 /// The name of a spec, without its seed: parse_cache_spec(to_string(spec)) == spec for seed 0.
 [[nodiscard]] inline std::string to_string(const CacheSpec& spec) {
   return std::visit([](const auto& format) { return format.name(); }, spec);
+}
+
+/// Whether the newest tokens are exact and quantised only later: what a query sees of them then depends on how its
+/// chunk was cut, and a sequence that goes back has lost them.
+[[nodiscard]] inline bool keeps_a_tail(const CacheSpec& spec) {
+  return std::visit(
+      []<class TFormat>(const TFormat& format) {
+        if constexpr (requires { format.tail; }) return format.tail > 0;
+        return std::is_same_v<TFormat, KvarnFormat>;
+      },
+      spec);
 }
 
 /// The same format with another seed of everything random in it.

@@ -10,6 +10,7 @@
 
 #include "gemma4/config.hpp"
 #include "gemma4/ring_format.hpp"
+#include "gemma4/step_limits.hpp"
 #include "reference/cache/heads.hpp"
 #include "reference/decoder_layer.hpp"
 #include "reference/ring_cache.hpp"
@@ -62,6 +63,8 @@ class RingCodec {
 };
 
 /// Sliding window over a ring: the chunk attends to the old ring and to its own fresh K and V, and then is committed.
+/// The slots beyond the window let a sequence go back by up to kMaxRewind tokens from the farthest that it has been:
+/// the first query then sees keys back to position - window + 1, whose slots were not overwritten.
 template <class TStorage>
 class SlidingLayerCache {
  public:
@@ -69,11 +72,12 @@ class SlidingLayerCache {
       : codec_(std::move(codec)),
         window_(config.window),
         head_dim_(attention.head_dim),
-        ring_(attention.n_head_kv, config.window, attention.head_dim) {}
+        ring_(attention.n_head_kv, ring_slots(config.window), attention.head_dim, kMaxRewind) {}
 
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
     const std::int64_t n_token = qkv.q.rows();
+    ring_.require_position(position);
     Matrix<Scalar> k_read = qkv.k, v_read = qkv.v;
     codec_.roundtrip(CacheSide::kKey, k_read);
     codec_.roundtrip(CacheSide::kValue, v_read);
@@ -97,8 +101,8 @@ class SlidingLayerCache {
             .parts = {detail::stored_part("k", ring_.k_storage(), n_head_kv, ring_.ring_len()),
                       detail::stored_part("v", ring_.v_storage(), n_head_kv, ring_.ring_len())}};
   }
-  /// The ring holds the tokens before `position`, which stored() took.
-  void resume(std::int64_t position) { ring_.resume(position); }
+  /// The ring holds the tokens before `position`, put there by way of stored().
+  void resume(std::int64_t position, std::int64_t farthest) { ring_.resume(position, farthest); }
 
  private:
   RingCodec codec_;

@@ -112,7 +112,7 @@ class ToyBackend {
   }
   static void copy_stored(const std::byte* from, std::span<std::byte> to) { std::copy_n(from, to.size(), to.data()); }
   static void set_stored(std::byte* to, std::span<const std::byte> from) { std::ranges::copy(from, to); }
-  void set_position(std::int64_t position) { position_ = position; }
+  void set_position(std::int64_t position, std::int64_t /*farthest*/) { position_ = position; }
 
   /// Garbage wherever nothing may look: beyond the tokens, and in slots that no token to come sees.
   void poison() {

@@ -15,6 +15,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/model/finite.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/step_limits.hpp"
 
 /// The model graph, once, for every backend.
 ///
@@ -75,9 +76,18 @@ class Model {
   [[nodiscard]] std::int64_t position() const { return position_; }
   [[nodiscard]] TBackend& backend() const { return backend_; }
 
+  /// Tokens that rewind() can take back, now: the caches count from the farthest that the sequence has been.
+  [[nodiscard]] std::int64_t max_rewind() const {
+    std::int64_t limit = kMaxRewind;
+    if constexpr (requires { backend_.max_rewind(); }) limit = backend_.max_rewind();
+    return std::clamp<std::int64_t>(limit - (farthest_ - position_), 0, position_);
+  }
+
   void reset() {
     backend_.reset();
     position_ = 0;
+    farthest_ = 0;
+    lowest_ = 0;
     chunks_.clear();
   }
 
@@ -108,6 +118,7 @@ class Model {
       if (noticed) throw NotFiniteError(*noticed, config.n_layer());
     }
     position_ += n_token;
+    farthest_ = std::max(farthest_, position_);
     chunks_.push_back(n_token);
   }
   void forward(std::span<const std::int32_t> tokens, std::span<const std::int64_t> logit_rows) {
@@ -198,28 +209,38 @@ class Model {
   void advance(std::int64_t n_token) {
     require_room(n_token);
     position_ += n_token;
+    farthest_ = std::max(farthest_, position_);
     chunks_.insert(chunks_.end(), static_cast<std::size_t>(n_token), 1);
   }
 
   /// Lengths of the passes that the sequence came in; their sum is position().
   [[nodiscard]] std::span<const std::int64_t> passes() const { return chunks_; }
+  /// The position that the sequence had at most, as far as the caches still show it.
+  [[nodiscard]] std::int64_t farthest() const { return farthest_; }
+  /// The least position that it has been at since this was asked before.
+  [[nodiscard]] std::int64_t take_lowest() { return std::exchange(lowest_, position_); }
 
   /// The backend's caches hold a sequence that came in these passes, put there by other means than forward().
-  void resume(std::vector<std::int64_t> passes) {
+  /// @param farthest what the caches hold of rings is as if the sequence had been there; at least its position
+  void resume(std::vector<std::int64_t> passes, std::int64_t farthest) {
     std::int64_t position = 0;
     for (const std::int64_t n_token : passes) {
       require(n_token >= 1 && n_token <= backend_.context() - position, "model: resume at ", position,
               " with a pass of ", n_token, " tokens, the caches hold ", backend_.context());
       position += n_token;
     }
+    require(farthest >= position, "model: resume at ", position, ", the farthest position is ", farthest);
     position_ = position;
+    farthest_ = farthest;
+    lowest_ = position;
     chunks_ = std::move(passes);
   }
 
-  /// The last `n_token` tokens never were. The caller knows that the backend's caches can go back so far.
+  /// The last `n_token` tokens never were. The caller knows that the backend's caches can go back so far: max_rewind().
   void rewind(std::int64_t n_token) {
     require(n_token >= 0 && n_token <= position_, "model: rewind by ", n_token, " tokens, there are ", position_);
     position_ -= n_token;
+    lowest_ = std::min(lowest_, position_);
     while (n_token > 0) {
       const std::int64_t some = std::min(n_token, chunks_.back());
       n_token -= some;
@@ -265,6 +286,8 @@ class Model {
 
   TBackend& backend_;
   std::int64_t position_ = 0;
+  std::int64_t farthest_ = 0;         ///< position that the sequence had at most
+  std::int64_t lowest_ = 0;           ///< and at least, since take_lowest()
   std::vector<std::int64_t> chunks_;  ///< lengths of the passes that the sequence came in
 };
 

@@ -20,6 +20,7 @@
 #include "gemma4/plan/cache_fit.hpp"
 #include "gemma4/plan/packed_rows.hpp"
 #include "gemma4/quantized_matrix.hpp"
+#include "gemma4/step_limits.hpp"
 #include "gemma4/tq4_format.hpp"
 
 /// The bytes of every buffer of a run, from the config alone: no device is asked and nothing is allocated.
@@ -63,13 +64,6 @@ struct MemoryPlan {
   }
 };
 
-/// Tokens that the caches of a device can go back. A token overwrites the ring slot of the one `ring_slots` before it,
-/// so that a ring needs that many slots beyond the window; full caches forget what lies beyond kv_len anyway.
-inline constexpr std::int64_t kMaxRewind = 64;
-
-/// Chunks of at most so many tokens take the path of decoding on a device: the weights as they are, no GEMM.
-inline constexpr std::int64_t kDecodeChunk = 8;
-
 /// Every buffer on a device begins at a multiple of this.
 inline constexpr std::int64_t kDeviceAlignment = 256;
 
@@ -80,11 +74,6 @@ namespace detail {
 }
 
 }  // namespace detail
-
-/// Slots of a sliding layer's ring on a device: whole tiles of 64 keys.
-[[nodiscard]] constexpr std::int64_t ring_slots(std::int64_t window) {
-  return detail::round_up(window + kMaxRewind, 64);
-}
 
 /// Whether a tensor goes to the device as a vector. The layers' scales and RoPE's factors stay with the host, which
 /// hands them to kernels.
@@ -226,9 +215,9 @@ class MemoryPlanner {
         "norms, f32");
   }
 
-  /// @param n_slot of a ring
   template <class TFormat>
-  void add_caches(const TFormat& format, std::int64_t context, std::int64_t n_slot) {
+  void add_caches(const TFormat& format, std::int64_t context) {
+    const std::int64_t n_slot = ring_slots(config_.window);
     const AttentionConfig& full = config_.full;
     if (config_.n_full_layer() > 0) {
       const std::int64_t k = format.allocated_row_bytes(CacheSide::kKey, full.head_dim);
@@ -253,7 +242,7 @@ class MemoryPlanner {
   template <class TFormat>
   std::int64_t add_cuda_caches(const TFormat& format) {
     const std::int64_t context = round_up(options_.context, TFormat::kRecordTokens);
-    add_caches(format, context, ring_slots(config_.window));
+    add_caches(format, context);
     if (config_.n_full_layer() == 0) return 0;
     rotation_bytes_ = format.rotation_bytes(config_.full.head_dim);
     fresh_k_dim_ = TFormat::kStoredByPrologue ? 0 : config_.full.n_head_kv * config_.full.head_dim;
@@ -306,7 +295,7 @@ class MemoryPlanner {
     const std::int64_t n_thread =
         options_.n_thread > 0 ? options_.n_thread : std::max<std::int64_t>(1, std::thread::hardware_concurrency());
     add("weights", total_bytes(tensors_), "the file as mapped; read in place, reclaimable");
-    std::visit([&](const auto& format) { add_caches(format, options_.context, config_.window); }, options_.cache);
+    std::visit([&](const auto& format) { add_caches(format, options_.context); }, options_.cache);
     add("residual", 3 * t * config_.hidden * kF32, "3 (stream, normalised, pending) x chunk x hidden x f32");
     add("qkv", 2 * t * (q_dim_ + 2 * kv_dim_) * kF32, "2 (old, new) x chunk x (q + k + v) x f32");
     add("attended", 4 * t * q_dim_ * kF32, "4 (rotated q, result, old, new) x chunk x q x f32");
@@ -335,8 +324,8 @@ class MemoryPlanner {
 }  // namespace detail
 
 /// The plan of a run of a model with these tensors: model_tensors(file), or model_tensors(config) for a model that is
-/// not at hand. The sliding rings of the reference hold `window` slots: a chunk attends before it is committed, so that
-/// more are not needed; those of a device ring_slots(window).
+/// not at hand. A sliding ring holds ring_slots(window) slots: a chunk attends before it is committed, so that what is
+/// more than the window serves to go back.
 /// @throws std::invalid_argument for a context or chunk below 1, a cache format that the layers cannot have, or naming
 /// a matrix whose type no backend can run
 [[nodiscard]] inline MemoryPlan plan_memory(const ModelConfig& config, const std::vector<ModelTensor>& tensors,

@@ -43,18 +43,14 @@ class SequenceStore {
   [[nodiscard]] const std::vector<RingCheckpoint>& checkpoints() const { return checkpoints_; }
   [[nodiscard]] std::int64_t checkpoint_interval() const { return interval_; }
 
-  void reset() {
-    checkpoints_.clear();
-    ring_first_ = 0;
-  }
+  void reset() { checkpoints_.clear(); }
 
-  /// After passes. Keeps the rings where a multiple of the interval was reached since the last checkpoint.
-  /// @param farthest position that the rings have been at since, where that is more than the model's
-  void noted(std::int64_t farthest = 0) {
+  /// After passes. Keeps the rings where a multiple of the interval was reached since the last checkpoint. Where the
+  /// model itself went back since, what was kept beyond is forgotten.
+  void noted() {
+    forget_after(model_.take_lowest());
     const std::int64_t position = model_.position();
     const std::vector<StoredLayer> layers = backend().stored_layers();
-    const std::int64_t length = ring_length(layers);
-    ring_first_ = std::max(ring_first_, std::max(farthest, position) - std::min(length, std::max(farthest, position)));
     const std::int64_t last = checkpoints_.empty() ? 0 : checkpoints_.back().position;
     if (interval_ == 0 || position / interval_ <= last / interval_) return;
     if (checkpoint_bytes(layers, window(), position) == 0) return;  // nothing is ever forgotten
@@ -73,6 +69,7 @@ class SequenceStore {
   template <class TOnPass>
   void rewind(std::span<const std::int32_t> tokens, std::int64_t to, TOnPass&& on_pass) {
     require_position(tokens, to);
+    forget_after(model_.take_lowest());
     const std::vector<StoredLayer> layers = backend().stored_layers();
     if (is_direct(to, layers)) return settle(to);
     const std::vector<std::int64_t> passes = passes_until(to);
@@ -95,7 +92,9 @@ class SequenceStore {
     require(backend().cache() == other.backend().cache() && backend().ring() == other.backend().ring(),
             "session: fork of '", to_string(backend().cache()), "' with '", to_string(backend().ring()), "' into '",
             to_string(other.backend().cache()), "' with '", to_string(other.backend().ring()), "'");
+    forget_after(model_.take_lowest());
     const std::vector<StoredLayer> from = backend().stored_layers();
+    const std::int64_t held = ring_first(from);
     const bool direct = is_direct(to, from);
     const std::int64_t start = direct ? to : start_of(to);
     const std::vector<std::int64_t> passes = passes_until(to);
@@ -103,17 +102,15 @@ class SequenceStore {
     const std::vector<StoredLayer> into = other.backend().stored_layers();
     for (std::size_t layer = 0; layer < from.size(); ++layer) {
       if (from[layer].is_ring && !direct) continue;
-      const std::int64_t first = from[layer].is_ring ? std::min(ring_first_, to) : 0;
+      const std::int64_t first = from[layer].is_ring ? std::min(held, to) : 0;
       for (std::size_t part = 0; part < from[layer].parts.size(); ++part) {
         carry(rows_of_tokens(from[layer].parts[part], from[layer].is_ring, first, to), other,
               rows_of_tokens(into[layer].parts[part], from[layer].is_ring, first, to));
       }
     }
     if (other.interval_ > 0) other.checkpoints_ = checkpoints_;
-    other.model_.resume(passes);
-    other.backend().set_position(to);
+    other.resume(passes, to, std::min(held, to));
     if (direct) {
-      other.ring_first_ = std::max(std::min(ring_first_, to), to - std::min(to, ring_length(into)));
       other.forget_after(to);
     } else {
       other.go_back_to_checkpoint(checkpoints_, start, into);
@@ -126,11 +123,12 @@ class SequenceStore {
   void save(const std::filesystem::path& path, SessionInfo info) {
     require(static_cast<std::int64_t>(info.tokens.size()) >= model_.position(), "session: ", info.tokens.size(),
             " tokens to save, the caches hold ", model_.position());
+    forget_after(model_.take_lowest());
     info.cache = to_string(CacheSpec(backend().cache())), info.cache_seed = seed_of(CacheSpec(backend().cache()));
     info.ring = to_string(RingSpec(backend().ring())), info.ring_seed = seed_of(RingSpec(backend().ring()));
     info.context = backend().context();
     info.position = model_.position();
-    info.ring_first = std::min(ring_first_, info.position);
+    info.ring_first = std::min(ring_first(backend().stored_layers()), info.position);
     info.checkpoint_interval = interval_;
     info.checkpoints.clear();
     for (const RingCheckpoint& kept : checkpoints_) info.checkpoints.push_back(kept.position);
@@ -180,10 +178,7 @@ class SequenceStore {
       for (std::size_t i = 0; i < kept.size(); ++i)
         checkpoints_.push_back(read_checkpoint(file, *kept[i], info.checkpoints[i]));
       if (!info.logits.empty()) backend().set_logits(info.logits);
-      model_.resume(info.passes);
-      backend().set_position(info.position);
-      ring_first_ =
-          std::max(info.ring_first, info.position - std::min(info.position, ring_length(backend().stored_layers())));
+      resume(info.passes, info.position, info.ring_first);
     } catch (...) {
       begin_anew();
       throw;
@@ -219,7 +214,7 @@ class SequenceStore {
     const bool changed = std::ranges::any_of(
         layers, [&](const StoredLayer& layer) { return !layer.is_ring && layer.n_unsettled(to) > 0; });
     const bool has_ring = std::ranges::any_of(layers, &StoredLayer::is_ring);
-    return !changed && (!has_ring || ring_first_ <= std::max<std::int64_t>(0, to - window() + 1));
+    return !changed && (!has_ring || ring_first(layers) <= std::max<std::int64_t>(0, to - window() + 1));
   }
 
   /// The nearest checkpoint at or before `to`, or the beginning.
@@ -245,8 +240,21 @@ class SequenceStore {
 
   void settle(std::int64_t to) {
     model_.rewind(model_.position() - to);
-    backend().set_position(to);
+    backend().set_position(to, model_.farthest());
     forget_after(to);
+  }
+
+  /// The first position that the rings hold.
+  [[nodiscard]] std::int64_t ring_first(std::span<const StoredLayer> layers) const {
+    return std::max<std::int64_t>(0, model_.farthest() - std::min(model_.farthest(), ring_length(layers)));
+  }
+
+  /// The caches hold `position` tokens, and the rings those from `first` on, or as many as they have slots.
+  void resume(const std::vector<std::int64_t>& passes, std::int64_t position, std::int64_t first) {
+    const std::int64_t length = ring_length(backend().stored_layers());
+    const std::int64_t farthest = first > 0 ? std::max(position, first + length) : position;
+    model_.resume(passes, farthest);
+    backend().set_position(position, farthest);
   }
 
   void begin_anew() {
@@ -259,8 +267,8 @@ class SequenceStore {
     for (const RingCheckpoint& kept : from) {
       if (kept.position == start) put_checkpoint(backend(), layers, window(), kept);
     }
-    settle(start);
-    ring_first_ = start - std::min(start, window());
+    resume(passes_until(start), start, start - std::min(start, window()));
+    forget_after(start);
   }
 
   /// The passes of a sequence, of which those up to the model's position are done.
@@ -344,7 +352,6 @@ class SequenceStore {
 
   Model<TBackend>& model_;
   std::int64_t interval_;
-  std::int64_t ring_first_ = 0;  ///< first position that the rings hold
   std::vector<RingCheckpoint> checkpoints_;
 };
 

@@ -55,8 +55,8 @@ concept StoringBackend = Backend<TBackend> &&
   { backend.stored_layers() } -> std::same_as<std::vector<StoredLayer>>;  // layer by layer
   backend.copy_stored(from, room);                                        // of a part, to the host
   backend.set_stored(to, bytes);                                          // from the host into a part
-  backend.set_position(position);  // the caches hold so many tokens; rings what set_stored() put there
-  backend.set_logits(logits);      // of the one row that copy_logits(0, ...) gives
+  backend.set_position(position, position);  // tokens that the caches hold; rings as if they had been at the second
+  backend.set_logits(logits);                // of the one row that copy_logits(0, ...) gives
 };
 
 /// Rows [first, first + count) of every head of a part, one head after another: as a file has them, and a checkpoint.
