@@ -172,9 +172,9 @@ TEST(SequenceStore, ReplaysNothingWithinTheSpareSlotsAndFromACheckpointBeyond) {
     return said;
   };
   EXPECT_EQ(replayed(300), 0);
-  EXPECT_EQ(replayed(295), 0) << "a token at 295 looks at 288 to 295; 12 slots hold 288 to 299";
-  EXPECT_EQ(replayed(294), 44) << "287 is gone";
-  EXPECT_EQ(replayed(293), 0) << "which brought 242 to 293";
+  EXPECT_EQ(replayed(296), 0) << "as many back as there are spare slots";
+  EXPECT_EQ(replayed(295), 45) << "one more, from the checkpoint at 250";
+  EXPECT_EQ(replayed(294), 0) << "which brought the window of 291 and on";
   EXPECT_EQ(replayed(250), 0) << "a checkpoint itself";
   EXPECT_EQ(replayed(249), 0) << "a checkpoint holds the window before it";
   EXPECT_EQ(replayed(248), 48) << "241 is gone";

@@ -172,7 +172,7 @@ TEST(SessionFile, GivesBackWhatWentIn) {
   EXPECT_EQ(info.passes, (std::vector<std::int64_t>{7, 7, 7, 7, 7, 6}));
   EXPECT_EQ(info.position, 41);
   EXPECT_EQ(info.context, 64);
-  EXPECT_EQ(info.ring_first, 33);
+  EXPECT_EQ(info.ring_first, 34);
   EXPECT_EQ(info.checkpoints, (std::vector<std::int64_t>{21, 35}));
   EXPECT_EQ(info.checkpoint_interval, 16);
   EXPECT_EQ(info.model_hash, testkit::kToyModel);
@@ -415,7 +415,7 @@ TEST(SessionFile, WhatDoesNotSuitIsRefusedByNameAndValue) {
   EXPECT_TRUE(refuses(options, testkit::kToyModel, {"'layer.0.records'", "another layout"}));
   options = small();
   options.n_head = 1;
-  EXPECT_TRUE(refuses(options, testkit::kToyModel, {"'layer.0.rows'", "[8, 8, 2]", "[8, 8, 1]"}));
+  EXPECT_TRUE(refuses(options, testkit::kToyModel, {"'layer.0.rows'", "[8, 7, 2]", "[8, 7, 1]"}));
 }
 
 TEST(SessionFile, SeedsAreOfWhatIsRandom) {

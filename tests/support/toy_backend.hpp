@@ -49,6 +49,7 @@ class ToyBackend {
   [[nodiscard]] const ModelConfig& config() const { return config_; }
   [[nodiscard]] std::int64_t context() const { return options_.context; }
   [[nodiscard]] std::int64_t max_chunk() const { return options_.max_chunk; }
+  [[nodiscard]] std::int64_t max_rewind() const { return options_.spare; }
   [[nodiscard]] const CacheSpec& cache() const { return options_.cache; }
   [[nodiscard]] const RingSpec& ring() const { return options_.ring; }
 

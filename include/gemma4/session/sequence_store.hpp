@@ -213,8 +213,7 @@ class SequenceStore {
     if (to == position) return true;
     const bool changed = std::ranges::any_of(
         layers, [&](const StoredLayer& layer) { return !layer.is_ring && layer.n_unsettled(to) > 0; });
-    const bool has_ring = std::ranges::any_of(layers, &StoredLayer::is_ring);
-    return !changed && (!has_ring || ring_first(layers) <= std::max<std::int64_t>(0, to - window() + 1));
+    return !changed && ring_first(layers) <= std::max<std::int64_t>(0, to - window() + 1);
   }
 
   /// The nearest checkpoint at or before `to`, or the beginning.
@@ -244,15 +243,21 @@ class SequenceStore {
     forget_after(to);
   }
 
-  /// The first position that the rings hold.
+  /// Tokens that the rings can go back from the farthest position.
+  [[nodiscard]] std::int64_t n_spare() const {
+    if constexpr (requires { backend().max_rewind(); }) return backend().max_rewind();
+    return kMaxRewind;
+  }
+
+  /// The first position that the rings hold for certain: the window of the earliest position that they can go back to.
   [[nodiscard]] std::int64_t ring_first(std::span<const StoredLayer> layers) const {
-    return std::max<std::int64_t>(0, model_.farthest() - std::min(model_.farthest(), ring_length(layers)));
+    if (std::ranges::none_of(layers, &StoredLayer::is_ring)) return 0;
+    return std::max<std::int64_t>(0, model_.farthest() - n_spare() - window() + 1);
   }
 
   /// The caches hold `position` tokens, and the rings those from `first` on, or as many as they have slots.
   void resume(const std::vector<std::int64_t>& passes, std::int64_t position, std::int64_t first) {
-    const std::int64_t length = ring_length(backend().stored_layers());
-    const std::int64_t farthest = first > 0 ? std::max(position, first + length) : position;
+    const std::int64_t farthest = first > 0 ? std::max(position, first + window() - 1 + n_spare()) : position;
     model_.resume(passes, farthest);
     backend().set_position(position, farthest);
   }
