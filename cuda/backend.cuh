@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "cuda/backend/few_tokens_path.cuh"
@@ -17,6 +16,7 @@
 #include "cuda/backend/fit.cuh"
 #include "cuda/backend/path.cuh"
 #include "cuda/backend/prefill_path.cuh"
+#include "cuda/backend/stored_bytes.cuh"
 #include "cuda/device/device_arena.cuh"
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/pinned_buffer.cuh"
@@ -35,6 +35,7 @@
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/stored_part.hpp"
 
 /// The CUDA backend of the model graph. Mirror: reference/backend.hpp
 ///
@@ -50,7 +51,10 @@ class Backend {
   /// @param model outlives the backend; several backends may share it
   /// @throws std::invalid_argument for a context, chunk or cache that cannot be had, with what would fit
   Backend(const PackedModel& model, const BackendOptions& options)
-      : model_(model), options_(options), device_(current_device()), plan_(checked_plan()) {
+      : model_(model),
+        options_(options),
+        device_(current_device()),
+        plan_(checked_plan(model, options, device_.sm_count)) {
     arena_ = DeviceArena(plan_, is_run_buffer);
     check(cudaMemsetAsync(arena_.all().data(), 0, arena_.all().size(), stream_), "fill of the arena");
     caches_.emplace(config(), options.cache, options.context, device_, arena_, options.ring);
@@ -267,6 +271,25 @@ class Backend {
     stream_.synchronize();
   }
 
+  // ---- of StoringBackend: the sequence, taken out and put back; each of these waits for the device
+
+  [[nodiscard]] const CacheSpec& cache() const { return options_.cache; }
+  [[nodiscard]] const RingSpec& ring() const { return options_.ring; }
+  [[nodiscard]] std::vector<StoredLayer> stored_layers() const { return caches_->stored_layers(); }
+  void copy_stored(const std::byte* from, std::span<std::byte> to) { stored_.copy(from, to, stream_); }
+  void set_stored(std::byte* to, std::span<const std::byte> from) { stored_.set(to, from, stream_); }
+  /// The caches hold `position` tokens; a step that is replayed goes on there. What rings hold the session knows.
+  void set_position(std::int64_t position, std::int64_t /*farthest*/) {
+    if (position > 0) set_sequence_state(state_, position - 1, stream_);
+  }
+  /// [vocab] of row 0.
+  void set_logits(std::span<const float> logits) {
+    require(static_cast<std::int64_t>(logits.size()) == config().vocab, "backend: ", logits.size(), " logits, need ",
+            config().vocab);
+    stored_.set(reinterpret_cast<std::byte*>(logits_), std::as_bytes(logits), stream_);
+    n_logit_ = 1;
+  }
+
   /// Forgets the sequence. What it leaves in the caches is beyond every later kv_len, and never read.
   void reset() {
     n_logit_ = 0;
@@ -303,25 +326,6 @@ class Backend {
   void set_work_count(unsigned long long* count) { caches_->set_work_count(count); }
 
  private:
-  [[nodiscard]] static bool is_run_buffer(const std::string& name) {
-    return !PackedModel::is_weight_buffer(name) && name != "cuda_context" && name != "rotation";
-  }
-
-  [[nodiscard]] MemoryPlan checked_plan() const {
-    require(options_.context >= 1 && options_.context <= config().context, "backend: context ", options_.context,
-            ", need 1 to the model's ", config().context);
-    require(options_.max_chunk >= 1 && options_.max_chunk <= 65535, "backend: max_chunk ", options_.max_chunk,
-            ", need 1 to 65535");
-    require(options_.n_logit_row >= 1, "backend: n_logit_row ", options_.n_logit_row, ", need at least 1");
-    const MemoryPlan plan = plan_memory(config(), model_.tensors(), memory_plan_options(options_, device_.sm_count));
-    // The weights and the context are there already, and no longer count as free.
-    const std::int64_t there = model_.bytes() + plan.bytes("cuda_context");
-    const std::int64_t limit = device_bytes_free() + there;
-    require_fits(config(), model_.tensors(), options_, device_.sm_count,
-                 options_.memory_limit_bytes > 0 ? std::min(options_.memory_limit_bytes, limit) : limit);
-    return plan;
-  }
-
   void place_buffers() {
     const std::int64_t chunk = options_.max_chunk;
     residual_ = arena_.data<float>("residual", chunk * config().hidden);
@@ -377,6 +381,7 @@ class Backend {
   std::optional<FewTokensPath> few_tokens_;
   std::optional<PrefillPath> prefill_;
   PinnedBuffer<std::int32_t> history_;  ///< tokens that were sampled, by position
+  StoredBytes stored_;
   Profile* profile_ = nullptr;
 
   LayerCachePlan decode_plan_;  ///< of one token, at any position
@@ -390,6 +395,6 @@ class Backend {
   Bf16* logit_rows_ = nullptr;
 };
 
-static_assert(SelfFeedingBackend<Backend> && WatchedBackend<Backend>);
+static_assert(SelfFeedingBackend<Backend> && WatchedBackend<Backend> && StoringBackend<Backend>);
 
 }  // namespace gemma4::cuda

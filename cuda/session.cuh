@@ -7,9 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <filesystem>
 #include <optional>
 #include <span>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda/backend.cuh"
@@ -18,6 +20,7 @@
 #include "gemma4/model/finite.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/sequence_store.hpp"
 
 /// A sequence that is read and continued on the device: prefill in chunks, decoding as replays of one captured step.
 namespace gemma4::cuda {
@@ -26,6 +29,8 @@ struct SessionOptions {
   bool use_graph = true;  ///< false: every step launches its kernels anew; the same kernels, the same bits
   /// Steps that are under way while the host looks at a token. A stop is seen so late, and taken back.
   std::int64_t lag = 4;
+  /// Tokens between copies of the rings on the host, from which rewind() can go back anywhere; 0: none.
+  std::int64_t checkpoint_interval = 0;
 };
 
 /// What a stretch of work took on the device, by events.
@@ -48,7 +53,10 @@ class Session {
  public:
   /// @param backend outlives the session; one session at a time
   explicit Session(Backend& backend, const SessionOptions& options = {})
-      : model_(backend), options_(options), done_(static_cast<std::size_t>(options.lag + 1)) {
+      : model_(backend),
+        store_(model_, options.checkpoint_interval),
+        options_(options),
+        done_(static_cast<std::size_t>(options.lag + 1)) {
     require(options.lag >= 1 && options.lag < kMaxRewind, "session: lag ", options.lag, ", need 1 to ", kMaxRewind - 1);
     reset();
   }
@@ -70,8 +78,8 @@ class Session {
 
   void reset() {
     model_.reset();
+    store_.reset();
     tokens_.clear();
-    farthest_ = 0;
     has_logits_ = false;
   }
 
@@ -83,7 +91,10 @@ class Session {
     const std::int64_t first = position();
     begin_.record(stream());
     try {
-      model_.prefill(tokens, chunk, on_chunk);
+      model_.prefill(tokens, chunk, [&](std::int64_t done) {
+        store_.noted();
+        on_chunk(done);
+      });
     } catch (...) {  // the chunks before are part of the sequence
       append(tokens.first(static_cast<std::size_t>(position() - first)));
       has_logits_ = has_logits_ && position() == first;
@@ -143,6 +154,7 @@ class Session {
     last.synchronize();
     result.timing = {n_enqueued, last.us_since(begin_)};
     if (settle(n_enqueued, result.tokens) > 0) refresh_logits();
+    store_.noted();
     if (failure) std::rethrow_exception(failure);
     return result;
   }
@@ -152,22 +164,67 @@ class Session {
 
   /// Tokens that rewind() can take back, now.
   [[nodiscard]] std::int64_t max_rewind() const {
-    return std::max<std::int64_t>(0, std::min(position() - 1, kMaxRewind - 1 - (farthest_ - position())));
+    if (store_.checkpoint_interval() > 0) return std::max<std::int64_t>(0, position() - 1);
+    return std::max<std::int64_t>(0, std::min(position() - 1, kMaxRewind - 1 - (model_.farthest() - position())));
   }
 
   /// The last `n_token` tokens never were. The token that is now the last goes through the model once more, as a decode
-  /// step, for its logits.
-  /// @throws std::invalid_argument when no token would stay, or when the rings have forgotten what is needed: they
-  ///         remember kMaxRewind tokens more than the window, counted from the farthest that the sequence ever was
+  /// step, for its logits. Beyond what the rings remember, kMaxRewind tokens more than the window, counted from the
+  /// farthest that the sequence ever was, tokens since the nearest checkpoint do so too.
+  /// @throws std::invalid_argument when no token would stay, or when the rings have forgotten what is needed and there
+  ///         are no checkpoints
   void rewind(std::int64_t n_token) {
     require(n_token >= 0 && n_token < position(), "session: rewind by ", n_token, " tokens of ", position(),
             ", one must stay");
-    require(farthest_ - (position() - n_token) < kMaxRewind, "session: rewind by ", n_token, " tokens to position ",
-            position() - n_token, ", the sequence has been at ", farthest_, " and can go back ", kMaxRewind - 1);
+    const std::int64_t farthest = model_.farthest();
+    const bool remembers = farthest - (position() - n_token) < kMaxRewind;
+    require(remembers || store_.checkpoint_interval() > 0, "session: rewind by ", n_token, " tokens to position ",
+            position() - n_token, ", the sequence has been at ", farthest, " and can go back ", kMaxRewind - 1);
     if (n_token == 0) return;
-    model_.rewind(n_token);
-    tokens_.resize(tokens_.size() - static_cast<std::size_t>(n_token));
-    refresh_logits();
+    if (remembers) {
+      model_.rewind(n_token);
+    } else {
+      has_logits_ = false;
+      store_.rewind(tokens_, position() - n_token - 1);
+      model_.decode(tokens_[static_cast<std::size_t>(position())]);
+    }
+    tokens_.resize(static_cast<std::size_t>(position()));
+    if (remembers) refresh_logits();
+    has_logits_ = true;
+  }
+
+  /// Writes the sequence to a file (gemma4/session/session_info.hpp), in blocks: an old file stays where this fails.
+  /// @param info the model's hash, the sampler and a note
+  void save(const std::filesystem::path& path, SessionInfo info) {
+    stream().synchronize();
+    info.tokens = tokens_;
+    info.logits.clear();
+    if (has_logits_) {
+      info.logits.resize(static_cast<std::size_t>(backend().config().vocab));
+      backend().copy_logits(0, info.logits);
+    }
+    store_.save(path, std::move(info));
+  }
+
+  /// Makes the sequence what was saved; a token that had not been through the model goes through it now.
+  /// @throws as SequenceStore::restore(); where a block was damaged the sequence is empty
+  SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) {
+    stream().synchronize();
+    SessionInfo info;
+    try {
+      info = store_.restore(file, model_hash);
+    } catch (...) {
+      if (position() == 0) reset();
+      throw;
+    }
+    tokens_ = info.tokens;
+    has_logits_ = !info.logits.empty();
+    if (!has_logits_ && position() > 0 && position() == static_cast<std::int64_t>(tokens_.size())) refresh_logits();
+    while (position() < static_cast<std::int64_t>(tokens_.size())) {
+      model_.decode(tokens_[static_cast<std::size_t>(position())]);
+      has_logits_ = true;
+    }
+    return info;
   }
 
   /// The whole sequence.
@@ -185,10 +242,7 @@ class Session {
     return done_[static_cast<std::size_t>(step) % done_.size()];
   }
 
-  void append(std::span<const std::int32_t> tokens) {
-    tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
-    farthest_ = std::max(farthest_, position());
-  }
+  void append(std::span<const std::int32_t> tokens) { tokens_.insert(tokens_.end(), tokens.begin(), tokens.end()); }
 
   /// A step: replayed once it has been captured, which is after its kernels have been loaded by a run.
   void enqueue(const SamplerSettings& settings, std::int64_t step) {
@@ -227,10 +281,10 @@ class Session {
   }
 
   Model<Backend> model_;
+  SequenceStore<Backend> store_;
   SessionOptions options_;
   std::optional<Step> step_;
   std::vector<std::int32_t> tokens_;
-  std::int64_t farthest_ = 0;  ///< position that the sequence had at most
   bool has_logits_ = false;
   Event begin_, end_;
   std::vector<Event> done_;

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cuda/device/device_arena.cuh"
+#include "cuda/model_weights.cuh"
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/gguf/config_from_gguf.hpp"
@@ -53,6 +56,30 @@ inline void require_fits(const ModelConfig& config, const std::vector<ModelTenso
   if (!context && !chunk) remedy = "; no context and no chunk would fit: a smaller model or cache format is needed";
   require(false, "backend: a context of ", options.context, " in chunks of ", options.max_chunk, " needs ",
           plan.total_bytes(), " B of device memory, there are ", limit_bytes, " B", remedy);
+}
+
+/// Buffers of a plan that are a backend's own: neither the model's nor the driver's.
+[[nodiscard]] inline bool is_run_buffer(const std::string& name) {
+  return !PackedModel::is_weight_buffer(name) && name != "cuda_context" && name != "rotation";
+}
+
+/// The plan of a backend of a model that has been loaded.
+/// @throws std::invalid_argument for options that cannot be, or that do not fit beside what is in memory
+[[nodiscard]] inline MemoryPlan checked_plan(const PackedModel& model, const BackendOptions& options,
+                                             std::int64_t sm_count) {
+  const ModelConfig& config = model.config();
+  require(options.context >= 1 && options.context <= config.context, "backend: context ", options.context,
+          ", need 1 to the model's ", config.context);
+  require(options.max_chunk >= 1 && options.max_chunk <= 65535, "backend: max_chunk ", options.max_chunk,
+          ", need 1 to 65535");
+  require(options.n_logit_row >= 1, "backend: n_logit_row ", options.n_logit_row, ", need at least 1");
+  const MemoryPlan plan = plan_memory(config, model.tensors(), memory_plan_options(options, sm_count));
+  // The weights and the context are there already, and no longer count as free.
+  const std::int64_t there = model.bytes() + plan.bytes("cuda_context");
+  const std::int64_t limit = device_bytes_free() + there;
+  require_fits(config, model.tensors(), options, sm_count,
+               options.memory_limit_bytes > 0 ? std::min(options.memory_limit_bytes, limit) : limit);
+  return plan;
 }
 
 }  // namespace gemma4::cuda

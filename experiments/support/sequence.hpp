@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <span>
@@ -17,6 +18,8 @@
 #include "gemma4/model/model.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/sequence_store.hpp"
+#include "gemma4/text/conversation.hpp"
 #include "reference/backend.hpp"
 #include "reference/sampler.hpp"
 
@@ -41,6 +44,11 @@ class Sequence {
   /// The last tokens never were. A prompt must follow.
   virtual void take_back(std::int64_t n_token) = 0;
   virtual void reset() = 0;
+  /// Writes all of it to a file (gemma4/session/session_info.hpp).
+  /// @param info what the sequence does not know: the model's hash, the sampler, a note
+  virtual void save(const std::filesystem::path& path, SessionInfo info) = 0;
+  /// Becomes what was saved. @throws as SequenceStore::restore(): as it was then, or empty
+  virtual SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) = 0;
   [[nodiscard]] virtual std::int64_t context() const = 0;
   [[nodiscard]] virtual std::vector<StepPlan> step_plans() const = 0;
   /// Runs `work` with an event around every component.
@@ -52,8 +60,33 @@ class Sequence {
 
  protected:
   void hold(std::span<const std::int32_t> tokens) { held_.insert(held_.end(), tokens.begin(), tokens.end()); }
+  /// Holds what restore() brought; nothing where it failed halfway.
+  template <class TRestore, class TPosition>
+  SessionInfo restored(TPosition&& position, TRestore&& restore) {
+    try {
+      SessionInfo info = restore();
+      held_ = info.tokens;
+      return info;
+    } catch (...) {
+      if (position() == 0) held_.clear();
+      throw;
+    }
+  }
   std::vector<std::int32_t> held_;
 };
+
+/// Makes a sequence hold `wanted`, and reads what it does not hold yet: what both begin with stays, where the caches
+/// can go back to where the two part. Where on_chunk(n_done) throws, what was read until then is held.
+inline Stretch read_rest(Sequence& sequence, std::span<const std::int32_t> wanted, std::int64_t chunk,
+                         const std::function<void(std::int64_t)>& on_chunk) {
+  const CacheSteps steps = cache_steps(sequence.held(), wanted, sequence.max_back());
+  if (steps.reset) {
+    sequence.reset();
+  } else if (steps.n_back > 0) {
+    sequence.take_back(steps.n_back);
+  }
+  return sequence.prefill(steps.append, chunk, on_chunk);
+}
 
 /// On a device, where the chosen token stays: the host sees it some steps later.
 class DeviceSequence final : public Sequence {
@@ -91,6 +124,10 @@ class DeviceSequence final : public Sequence {
     session_->reset();
     held_.clear();
   }
+  void save(const std::filesystem::path& path, SessionInfo info) override { session_->save(path, std::move(info)); }
+  SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) override {
+    return restored([&] { return session_->position(); }, [&] { return session_->restore(file, model_hash); });
+  }
   [[nodiscard]] std::int64_t context() const override { return context_; }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return session_->step_plans(); }
   [[nodiscard]] std::vector<ComponentTime> profile(const std::function<void()>& work) override {
@@ -106,8 +143,13 @@ class DeviceSequence final : public Sequence {
 /// prompt: after the last one nobody waits for logits that nobody wants.
 class ReferenceSequence final : public Sequence {
  public:
-  ReferenceSequence(const ModelWeights& weights, const reference::BackendOptions& options)
-      : backend_(weights, options), model_(backend_), logits_(static_cast<std::size_t>(weights.config.vocab)) {}
+  /// @param checkpoint_interval tokens between copies of the rings, from which it can go back anywhere; 0: none
+  ReferenceSequence(const ModelWeights& weights, const reference::BackendOptions& options,
+                    std::int64_t checkpoint_interval = 0)
+      : backend_(weights, options),
+        model_(backend_),
+        store_(model_, checkpoint_interval),
+        logits_(static_cast<std::size_t>(weights.config.vocab)) {}
 
   Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
                   const std::function<void(std::int64_t)>& on_chunk) override {
@@ -121,6 +163,7 @@ class ReferenceSequence final : public Sequence {
     };
     try {
       model_.prefill(all, chunk, [&](std::int64_t done) {
+        store_.noted();
         if (on_chunk) on_chunk(std::max<std::int64_t>(0, done - n_late));
       });
     } catch (...) {
@@ -139,6 +182,7 @@ class ReferenceSequence final : public Sequence {
     for (std::int64_t n = 0; n < n_token; ++n) {
       if (model_.position() < n_held()) {
         model_.decode(held_.back());
+        store_.noted();
         ++took.n_token;
       }
       backend_.copy_logits(0, logits_);
@@ -149,21 +193,36 @@ class ReferenceSequence final : public Sequence {
     return took;
   }
 
-  /// One less than the caches can go back: the token that is then the last goes through the model once more.
+  /// All, where there are checkpoints. Else one less than the caches can go back: the token that is then the last goes
+  /// through the model once more.
   [[nodiscard]] std::int64_t max_back() const override {
+    if (store_.checkpoint_interval() > 0) return n_held();
     const std::int64_t n_late = n_held() - model_.position();
     return std::max(n_late, std::min(n_held(), n_late + model_.max_rewind() - 1));
   }
   void take_back(std::int64_t n_token) override {
     require(n_token >= 0 && n_token <= max_back(), "generate: take back ", n_token, " tokens, at most ", max_back());
     if (n_token == 0) return;
+    const std::int64_t to = std::min(model_.position(), std::max<std::int64_t>(0, n_held() - n_token - 1));
+    store_.rewind(held_, to);
     held_.resize(held_.size() - static_cast<std::size_t>(n_token));
-    const std::int64_t n_back = model_.position() - std::max<std::int64_t>(0, n_held() - 1);
-    model_.rewind(std::clamp<std::int64_t>(n_back, 0, model_.max_rewind()));
   }
   void reset() override {
     model_.reset();
+    store_.reset();
     held_.clear();
+  }
+  void save(const std::filesystem::path& path, SessionInfo info) override {
+    info.tokens = held_;
+    info.logits.clear();
+    if (!held_.empty() && model_.position() == n_held()) {
+      backend_.copy_logits(0, logits_);
+      info.logits = logits_;
+    }
+    store_.save(path, std::move(info));
+  }
+  SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) override {
+    return restored([&] { return model_.position(); }, [&] { return store_.restore(file, model_hash); });
   }
   [[nodiscard]] std::int64_t context() const override { return backend_.context(); }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }
@@ -181,6 +240,7 @@ class ReferenceSequence final : public Sequence {
 
   reference::Backend<float> backend_;
   Model<reference::Backend<float>> model_;
+  SequenceStore<reference::Backend<float>> store_;
   std::vector<float> logits_;
 };
 

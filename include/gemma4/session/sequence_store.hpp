@@ -49,10 +49,11 @@ class SequenceStore {
   /// model itself went back since, what was kept beyond is forgotten.
   void noted() {
     forget_after(model_.take_lowest());
+    if (interval_ == 0) return;
     const std::int64_t position = model_.position();
-    const std::vector<StoredLayer> layers = backend().stored_layers();
     const std::int64_t last = checkpoints_.empty() ? 0 : checkpoints_.back().position;
-    if (interval_ == 0 || position / interval_ <= last / interval_) return;
+    if (position / interval_ <= last / interval_) return;
+    const std::vector<StoredLayer> layers = backend().stored_layers();
     if (checkpoint_bytes(layers, window(), position) == 0) return;  // nothing is ever forgotten
     checkpoints_.push_back(take_checkpoint(backend(), layers, window(), position));
   }
