@@ -89,6 +89,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/chat_template.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/chat_writer.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/conversation.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/text/dialogue_note.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/id_file.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/id_list.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/text/markers.hpp"
