@@ -23,8 +23,10 @@
 #include "gemma4/gguf/config_from_gguf.hpp"
 #include "gemma4/gguf/text_model.hpp"
 #include "gemma4/json.hpp"
+#include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/sampler.hpp"
 #include "gemma4/session/model_fingerprint.hpp"
+#include "gemma4/session/ring_checkpoints.hpp"
 #include "gemma4/session/session_reader.hpp"
 #include "gemma4/text/chat_message.hpp"
 #include "gemma4/text/conversation.hpp"
@@ -254,6 +256,12 @@ struct Loaded {
         settings.checkpoint_interval);
   }
   show_plans(options, to_string(settings.cache), loaded.sequence->step_plans());
+  const ModelConfig config = config_from_gguf(gguf);
+  const std::int64_t kept = ring_checkpoint_bytes(config, settings.cache, context, settings.checkpoint_interval);
+  if (kept > 0 && !options.is_quiet) {
+    std::cerr << "checkpoints: up to " << n_checkpoint(context, settings.checkpoint_interval) << ", "
+              << 1e-6 * static_cast<double>(kept) << " MB of the host's memory and of the file\n";
+  }
   return loaded;
 }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <set>
 #include <span>
@@ -12,6 +13,7 @@
 #include <variant>
 #include <vector>
 
+#include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/session/model_fingerprint.hpp"
 #include "gemma4/session/sequence_store.hpp"
 #include "reference/backend.hpp"
@@ -247,6 +249,28 @@ TEST(Resume, BranchesGoTheirOwnWays) {
       EXPECT_TRUE(same_rows(trunk.go_on(ids(9, 5)), other.go_on(ids(9, 5)))) << name << ": the trunk";
     }
   }
+}
+
+/// What checkpoints take is what the plan says, and a file is the caches and what is said of it here.
+TEST(Resume, CheckpointsAndFilesTakeWhatIsPlanned) {
+  const TempDir folder;
+  for (const char* name : {"f32", "bf16", "tq4"}) {
+    Reader run({.cache = name, .interval = 64});
+    run.prefill(ids(kContext), 32);
+    std::int64_t bytes = 0;
+    for (const RingCheckpoint& kept : run.store.checkpoints()) bytes += static_cast<std::int64_t>(kept.bytes.size());
+    const ModelConfig& config = small().weights.config;
+    const CacheSpec cache = parse_cache_spec(name);
+    EXPECT_EQ(bytes, ring_checkpoint_bytes(config, cache, kContext, 64)) << name;
+    run.save(folder.file("s"));
+    const CacheBytes caches = stored_bytes(config, cache, kContext, kWindow + kMaxRewind - 1);
+    const auto file = static_cast<std::int64_t>(std::filesystem::file_size(folder.file("s")));
+    EXPECT_GE(file, caches.full + caches.sliding + bytes) << name;
+    EXPECT_LT(file, caches.full + caches.sliding + bytes + 6000) << name << ": tokens, passes, logits and the header";
+  }
+  EXPECT_EQ(ring_checkpoint_bytes(gemma4_31b(), Tq4Format{}, 131072, 8192), 16 * 50 * std::int64_t{16777216});
+  EXPECT_EQ(ring_checkpoint_bytes(gemma4_31b(), Tq4Format{}, 131072, 0), 0);
+  EXPECT_EQ(n_checkpoint(131072, 8192), 16);
 }
 
 /// A simulated ring, whose rows are what it reads back.
