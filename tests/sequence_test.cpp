@@ -11,6 +11,7 @@
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/small_model.hpp"
+#include "tests/support/temp_dir.hpp"
 
 /// The reference's sequence: however a text came to be held, it goes on as if it had been read at once. Short chunks,
 /// so that the same numbers are computed either way.
@@ -110,6 +111,32 @@ RC_GTEST_PROP(Sequence, APromptThatWasInterruptedIsHeldAsFarAsItWasRead, ()) {
   RC_ASSERT_THROWS_AS(sequence.prefill(testkit::any_tokens(small.weights.config, 20), 1, stop), std::runtime_error);
   RC_ASSERT(static_cast<std::int64_t>(sequence.held().size()) == before + n_read);
   sequence.prefill(testkit::any_tokens(small.weights.config, 1), 1, {});
+  expect_as_afresh(small, sequence, settings);
+}
+
+/// With checkpoints: whatever was held, a prompt that shares a beginning with it is read from there on.
+RC_GTEST_PROP(Sequence, ReadsWhatDiffersAlone, ()) {
+  const SmallModel& small = any_small();
+  const SamplerSettings settings = any_settings();
+  ReferenceSequence sequence(small.weights, small_options(), 16);
+  const testkit::TempDir folder;
+  Ids prompt = testkit::any_tokens(small.weights.config, *rc::gen::inRange(1, 120));
+  sequence.prefill(prompt, 8, {});
+  (void)written(sequence, 5, settings);
+  if (*rc::gen::arbitrary<bool>()) {
+    sequence.save(folder.file("s"), {.sampler = settings});
+    sequence.reset();
+    sequence.restore(SessionFile::open(folder.file("s")), 0);
+  }
+  const Ids held(sequence.held().begin(), sequence.held().end());
+  Ids wanted = held;
+  wanted.resize(*rc::gen::inRange<std::size_t>(0, held.size() + 1));
+  const std::size_t n_same = wanted.size();
+  const Ids more = testkit::any_tokens(small.weights.config, *rc::gen::inRange(1, 30));
+  wanted.insert(wanted.end(), more.begin(), more.end());
+  const Stretch took = read_rest(sequence, wanted, 8, {});
+  RC_ASSERT(Ids(sequence.held().begin(), sequence.held().end()) == wanted);
+  RC_ASSERT(took.n_token <= static_cast<std::int64_t>(wanted.size() - n_same));
   expect_as_afresh(small, sequence, settings);
 }
 
