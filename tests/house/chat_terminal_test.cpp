@@ -217,7 +217,7 @@ TEST(ChatTerminal, GoesOnWithWhatItHasRead) {
   EXPECT_EQ(number(chat.expect("; ([0-9]+) of 4096 positions")), held + n_second + 8);
   EXPECT_EQ(chat.messages().find("read anew"), std::string::npos) << chat.messages();
   chat.type("/reset\nhello\n");
-  EXPECT_EQ(number(chat.expect("prompt: ([0-9]+) tokens")), n_first);
+  EXPECT_LE(number(chat.expect("prompt: ([0-9]+) tokens")), n_first) << "what both begin with may stay";
   EXPECT_EQ(number(chat.expect("; ([0-9]+) of 4096 positions")), held);
   chat.type("\x04");
   EXPECT_EQ(chat.end(), 0);
