@@ -16,10 +16,12 @@
 #include "experiments/support/answer.hpp"
 #include "experiments/support/chat_console.hpp"
 #include "experiments/support/cuda_model.hpp"
+#include "experiments/support/drafting.hpp"
 #include "experiments/support/input_text.hpp"
 #include "experiments/support/interruptions.hpp"
 #include "experiments/support/notes.hpp"
 #include "experiments/support/sequence.hpp"
+#include "gemma4/draft/drafter.hpp"
 #include "gemma4/gguf/config_from_gguf.hpp"
 #include "gemma4/gguf/text_model.hpp"
 #include "gemma4/json.hpp"
@@ -61,6 +63,7 @@ struct Options : DriverOptions {
   GivenSampling given;
   bool echo = false;
   bool profile = false;
+  DraftSettings drafting;
 
   [[nodiscard]] bool is_chat() const { return has_chat || !messages.empty(); }
   /// Of the sequence: a run that keeps nothing copies no rings.
@@ -71,7 +74,7 @@ struct Options : DriverOptions {
 
 /// What the options of an App tell only after it has parsed.
 struct Seen {
-  CLI::Option *chat, *system, *temperature, *top_k, *top_p, *max_tokens;
+  CLI::Option *chat, *system, *temperature, *top_k, *top_p, *max_tokens, *draft;
 };
 
 [[nodiscard]] std::string check_input(const std::string& path) {
@@ -130,6 +133,16 @@ void add_sampling(CLI::App& app, Options& options, Seen& seen) {
              0);
 }
 
+void add_drafting(CLI::App& app, Options& options, Seen& seen, std::string& n_draft) {
+  app.add_option("--drafter", options.drafting.drafter,
+                 "Who proposes tokens that the model verifies several at a time: lookup (what followed the last tokens "
+                 "where they stood before), or none. The text is the same")
+      ->capture_default_str();
+  seen.draft =
+      app.add_option("--draft", n_draft, "Tokens to propose for each step, 1 to 7; auto: from what was accepted so far")
+          ->capture_default_str();
+}
+
 /// Whether a --chat on the command line has no text, not even an empty one.
 [[nodiscard]] bool has_bare_chat(int argc, char** argv) {
   const std::span<char*> arguments(argv, static_cast<std::size_t>(argc));
@@ -144,6 +157,8 @@ void check_options(const Options& options) {
   require(!options.profile || options.backend == "cuda",
           "--profile: needs --backend cuda; the reference has no events");
   require(!options.profile || !options.is_interactive, "--profile: needs a --chat with a text");
+  (void)make_drafter<AnyBackend>(options.drafting);  // refused before a model is loaded
+  require(!options.profile || !options.drafting.is_on(), "--profile: cannot be had with --drafter");
   require(!options.echo || !options.is_interactive, "--echo: needs a --chat with a text");
   require(!options.is_interactive || options.messages != "-",
           "--messages -: standard input is what --chat without a text reads; give --chat a text, or a file");
@@ -159,6 +174,8 @@ void check_options(const Options& options) {
   add_model(app, options);
   add_text(app, options, seen);
   add_sampling(app, options, seen);
+  std::string n_draft = "auto";
+  add_drafting(app, options, seen, n_draft);
   app.add_flag("--echo", options.echo, "Write the prompt before its continuation");
   app.add_flag("--profile", options.profile,
                "With --backend cuda: launch every step anew, without a graph, and say what each component took");
@@ -175,6 +192,8 @@ void check_options(const Options& options) {
   options.given = {
       .temperature = seen.temperature->count() > 0, .top_k = seen.top_k->count() > 0, .top_p = seen.top_p->count() > 0};
   options.sampler.seed = options.seed;
+  options.drafting.n_draft = parse_n_draft(n_draft);
+  require(seen.draft->count() == 0 || options.drafting.is_on(), "--draft: needs a --drafter");
   check_options(options);
   return options;
 }
@@ -242,10 +261,18 @@ struct Loaded {
                         .policy = options.policy(),
                         .checkpoint_interval = options.checkpoint_interval()};
   settings.policy.graph = settings.policy.graph && !options.profile;
+  if (options.drafting.is_on()) {
+    settings.n_logit_row = draft::kMaxDrafts + 1;
+    settings.max_chunk = std::max(settings.max_chunk, draft::kMaxDrafts + 1);
+  }
   Loaded loaded;
   if (options.backend == "cuda") {
     loaded.device = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, settings);
-    loaded.sequence = std::make_unique<DeviceSequence>(*loaded.device, settings);
+    if (options.drafting.is_on()) {
+      loaded.sequence = std::make_unique<DraftedDeviceSequence>(*loaded.device, settings, options.drafting);
+    } else {
+      loaded.sequence = std::make_unique<DeviceSequence>(*loaded.device, settings);
+    }
   } else {
     loaded.weights.emplace(weights_from_gguf(gguf));
     show_notes(model_notes(gguf));
@@ -253,7 +280,7 @@ struct Loaded {
         *loaded.weights,
         reference::BackendOptions{
             .cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk},
-        settings.checkpoint_interval);
+        options.drafting, settings.checkpoint_interval);
   }
   show_plans(options, to_string(settings.cache), loaded.sequence->step_plans());
   const ModelConfig config = config_from_gguf(gguf);
@@ -331,6 +358,7 @@ int run_once(const Options& options, const GgufFile& gguf, const Tokenizer& toke
   }
   print_rate("prompt", answer.prompt);
   print_rate("decode", answer.decode);
+  if (const auto counts = sequence.draft_counts()) print_drafts(std::cerr, *counts);
   std::cerr << "end: " << end_text(answer, tokenizer, options.max_tokens, sequence.context()) << '\n';
   return answer.end == AnswerEnd::kInterrupted ? kInterruptedExit : EXIT_SUCCESS;
 }
@@ -347,6 +375,7 @@ int run_chat(const Options& options, const GgufFile& gguf, const Tokenizer& toke
   if (!options.session.empty() && std::filesystem::exists(options.session)) console.load(options.session);
   const bool was_interrupted = console.run();
   if (!options.session.empty()) console.save(options.session);
+  if (const auto counts = loaded.sequence->draft_counts()) print_drafts(std::cerr, *counts);
   return was_interrupted ? kInterruptedExit : EXIT_SUCCESS;
 }
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Written by .ci/list-headers and held against the folder by .ci/check-rooms.
 set(GEMMA4_REFERENCE_HEADERS
+    "${PROJECT_SOURCE_DIR}/reference/acceptance.hpp"
     "${PROJECT_SOURCE_DIR}/reference/attention_tile.hpp"
     "${PROJECT_SOURCE_DIR}/reference/backend.hpp"
     "${PROJECT_SOURCE_DIR}/reference/bf16_attention.hpp"

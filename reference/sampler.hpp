@@ -64,12 +64,10 @@ inline void require_logits(std::span<const float> logits) {
   return kept;
 }
 
-/// The token to follow the one at `position`, by the contract in gemma4/sampler.hpp. Mirror: cuda/sampler.cuh
-/// @param position  of the token that gave the logits; another one draws other noise
-/// @param logits [vocab]; -inf forbids a token
-/// @throws std::invalid_argument on bad settings, a NaN or +inf logit (naming it), no finite logit, a negative position
-[[nodiscard]] inline std::int32_t sample(std::span<const float> logits, const SamplerSettings& settings,
-                                         std::int64_t position) {
+/// The contract in gemma4/sampler.hpp with noise of the caller's: uniform(index) in (0, 1).
+template <class TUniform>
+[[nodiscard]] std::int32_t sample_with(std::span<const float> logits, const SamplerSettings& settings,
+                                       std::int64_t position, TUniform&& uniform) {
   validate(settings);
   detail::require_logits(logits);
   require(position >= 0, "sampler: position ", position, ", expected at least 0");
@@ -81,13 +79,23 @@ inline void require_logits(std::span<const float> logits) {
   for (const std::int32_t i : survivors(logits, settings)) {
     const double x =
         static_cast<double>(logits[static_cast<std::size_t>(i)]) / static_cast<double>(settings.temperature);
-    const double score = x - std::log(-std::log(sampler_uniform(settings.seed, position, i)));
+    const double score = x - std::log(-std::log(uniform(i)));
     if (score > best_score || (score == best_score && i < best)) {
       best = i;
       best_score = score;
     }
   }
   return best;
+}
+
+/// The token to follow the one at `position`, by the contract in gemma4/sampler.hpp. Mirror: cuda/sampler.cuh
+/// @param position  of the token that gave the logits; another one draws other noise
+/// @param logits [vocab]; -inf forbids a token
+/// @throws std::invalid_argument on bad settings, a NaN or +inf logit (naming it), no finite logit, a negative position
+[[nodiscard]] inline std::int32_t sample(std::span<const float> logits, const SamplerSettings& settings,
+                                         std::int64_t position) {
+  return sample_with(logits, settings, position,
+                     [&](std::int32_t i) { return sampler_uniform(settings.seed, position, i); });
 }
 
 }  // namespace gemma4::reference

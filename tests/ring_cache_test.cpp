@@ -78,6 +78,27 @@ TEST(RingCache, ResetStartsANewSequence) {
   EXPECT_EQ(ring.end(), 2);
 }
 
+/// A sequence that goes back writes its slots anew; the others hold what was there, up to the spare ones.
+TEST(RingCache, GoesBackByItsSpareSlots) {
+  RingCache<float> ring(1, 8, 4, 3);
+  const auto commit = [&](std::int64_t position, std::int64_t n_new) {
+    const Chunk chunk(position, n_new, 1, 4);
+    ring.commit(chunk.k_view, chunk.v_view, position);
+  };
+  commit(0, 20);
+  commit(18, 1);
+  EXPECT_EQ(ring.end(), 19);
+  EXPECT_TRUE(refuses([&] { commit(16, 1); }, {"position 16", "ends at 19", "been at 20", "go back 3"}));
+  EXPECT_TRUE(refuses([&] { commit(20, 1); }, {"position 20", "ends at 19"}));
+  commit(17, 2);
+  for (std::int64_t position = 12; position < 20; ++position) {  // all of the last 8 are there
+    EXPECT_EQ(ring.k()(0, ring_slot(position, 8), 1), k_value(position, 0, 1)) << position;
+  }
+  ring.reset();
+  EXPECT_NO_THROW(commit(0, 1));
+  EXPECT_TRUE(refuses([] { RingCache<float>(1, 3, 4, 3); }, {"n_spare 3", "ring_len - 1 = 2"}));
+}
+
 TEST(RingCache, RefusesMisuseAndKeepsItsContent) {
   RingCache<float> ring(2, 3, 4);
   const Chunk first(0, 3, 2, 4), other_heads(3, 2, 1, 4), other_dim(3, 2, 2, 8), good(3, 2, 2, 4), longer(3, 3, 2, 4);

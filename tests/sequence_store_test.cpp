@@ -16,7 +16,7 @@
 #include "tests/support/toy_session.hpp"
 
 /// Sequences that are saved, restored, branched and taken back are those that were never interrupted, to the bit: on a
-/// model of whole numbers (tests/support/toy_backend.hpp) whose every logit hangs on every byte that may be looked at.
+/// model of whole numbers (tests/support/toy_cache.hpp) whose every logit hangs on every byte that may be looked at.
 namespace {
 
 using namespace gemma4;
@@ -43,7 +43,7 @@ ToyOptions any_options() {
 
 Ids any_tokens(std::int64_t count) {
   return *rc::gen::container<Ids>(static_cast<std::size_t>(count),
-                                  rc::gen::inRange<std::int32_t>(0, testkit::ToyBackend::kVocab));
+                                  rc::gen::inRange<std::int32_t>(0, testkit::ToyCache::kVocab));
 }
 
 /// What a fresh sequence gives after the tokens that `session` holds is what `session` gives.
@@ -242,7 +242,7 @@ TEST(SequenceStore, RefusesWhatCannotBe) {
   EXPECT_TRUE(refuses([&] { session.store.fork_to(other.store, session.tokens, 11); }, {"'bf16'", "'tq4'"}));
   EXPECT_TRUE(refuses([&] { session.store.fork_to(heads.store, session.tokens, 11); }, {"'rows'"}));
   EXPECT_TRUE(refuses([&] { session.store.save("/nowhere/s", {.tokens = few}); }, {"10 tokens to save", "hold 30"}));
-  EXPECT_TRUE(refuses([&] { SequenceStore<testkit::ToyBackend>(session.model, -1); }, {"interval -1"}));
+  EXPECT_TRUE(refuses([&] { SequenceStore<testkit::ToyCache>(session.model, -1); }, {"interval -1"}));
 }
 
 }  // namespace

@@ -48,6 +48,18 @@ SamplerSettings any_settings() {
   return {.temperature = *rc::gen::element(0.0f, 1.5f), .seed = 7};
 }
 
+/// Drafted or not: the text is the same. Fresh sequences, which it is held against, draft nothing.
+DraftSettings any_drafting() {
+  return *rc::gen::element(
+      DraftSettings{}, DraftSettings{.drafter = "lookup"}, DraftSettings{.drafter = "lookup", .n_draft = 1},
+      DraftSettings{.drafter = "lookup", .n_draft = 3}, DraftSettings{.drafter = "lookup", .n_draft = 7});
+}
+
+/// Few different tokens, so that lookup has what to propose.
+Ids any_read(int count) {
+  return *rc::gen::container<Ids>(static_cast<std::size_t>(count), rc::gen::inRange<std::int32_t>(20, 26));
+}
+
 Ids written(Sequence& sequence, std::int64_t n_token, const SamplerSettings& settings, std::int64_t stop_after = 1000) {
   Ids ids;
   sequence.decode(n_token, settings, [&](std::int32_t token) {
@@ -70,10 +82,10 @@ void expect_as_afresh(const SmallModel& small, Sequence& sequence, const Sampler
 RC_GTEST_PROP(Sequence, HoldsWhatWasReadAndWritten, ()) {
   const SmallModel& small = any_small();
   const SamplerSettings settings = any_settings();
-  ReferenceSequence sequence(small.weights, small_options());
+  ReferenceSequence sequence(small.weights, small_options(), any_drafting());
   Ids expected;
   for (int step = 0; step < 3; ++step) {
-    const Ids read = testkit::any_tokens(small.weights.config, *rc::gen::inRange(1, 20));
+    const Ids read = any_read(*rc::gen::inRange(1, 20));
     sequence.prefill(read, 1, {});
     expected.insert(expected.end(), read.begin(), read.end());
     const Ids wrote = written(sequence, 12, settings, *rc::gen::inRange(1, 15));
@@ -86,13 +98,13 @@ RC_GTEST_PROP(Sequence, HoldsWhatWasReadAndWritten, ()) {
 RC_GTEST_PROP(Sequence, WhatIsTakenBackNeverWas, ()) {
   const SmallModel& small = any_small();
   const SamplerSettings settings = any_settings();
-  ReferenceSequence sequence(small.weights, small_options());
-  sequence.prefill(testkit::any_tokens(small.weights.config, *rc::gen::inRange(2, 50)), 1, {});
+  ReferenceSequence sequence(small.weights, small_options(), any_drafting());
+  sequence.prefill(any_read(*rc::gen::inRange(2, 50)), 1, {});
   if (*rc::gen::arbitrary<bool>()) (void)written(sequence, 5, settings);
   const std::int64_t n_back = *rc::gen::inRange<std::int64_t>(0, sequence.max_back() + 1);
   sequence.take_back(n_back);
   if (sequence.held().empty() || *rc::gen::arbitrary<bool>()) {
-    sequence.prefill(testkit::any_tokens(small.weights.config, 30), 1, {});
+    sequence.prefill(any_read(30), 1, {});
   }
   expect_as_afresh(small, sequence, settings);
 }
@@ -100,17 +112,17 @@ RC_GTEST_PROP(Sequence, WhatIsTakenBackNeverWas, ()) {
 RC_GTEST_PROP(Sequence, APromptThatWasInterruptedIsHeldAsFarAsItWasRead, ()) {
   const SmallModel& small = any_small();
   const SamplerSettings settings = any_settings();
-  ReferenceSequence sequence(small.weights, small_options());
-  sequence.prefill(testkit::any_tokens(small.weights.config, 10), 1, {});
+  ReferenceSequence sequence(small.weights, small_options(), any_drafting());
+  sequence.prefill(any_read(10), 1, {});
   if (*rc::gen::arbitrary<bool>()) (void)written(sequence, 5, settings);
   const auto before = static_cast<std::int64_t>(sequence.held().size());
   const std::int64_t n_read = *rc::gen::inRange<std::int64_t>(1, 20);
   const auto stop = [&](std::int64_t done) {
     if (done >= n_read) throw std::runtime_error("stop");
   };
-  RC_ASSERT_THROWS_AS(sequence.prefill(testkit::any_tokens(small.weights.config, 20), 1, stop), std::runtime_error);
+  RC_ASSERT_THROWS_AS(sequence.prefill(any_read(20), 1, stop), std::runtime_error);
   RC_ASSERT(static_cast<std::int64_t>(sequence.held().size()) == before + n_read);
-  sequence.prefill(testkit::any_tokens(small.weights.config, 1), 1, {});
+  sequence.prefill(any_read(1), 1, {});
   expect_as_afresh(small, sequence, settings);
 }
 
@@ -118,7 +130,7 @@ RC_GTEST_PROP(Sequence, APromptThatWasInterruptedIsHeldAsFarAsItWasRead, ()) {
 RC_GTEST_PROP(Sequence, ReadsWhatDiffersAlone, ()) {
   const SmallModel& small = any_small();
   const SamplerSettings settings = any_settings();
-  ReferenceSequence sequence(small.weights, small_options(), 16);
+  ReferenceSequence sequence(small.weights, small_options(), {}, 16);
   const testkit::TempDir folder;
   Ids prompt = testkit::any_tokens(small.weights.config, *rc::gen::inRange(1, 120));
   sequence.prefill(prompt, 8, {});
@@ -140,21 +152,74 @@ RC_GTEST_PROP(Sequence, ReadsWhatDiffersAlone, ()) {
   expect_as_afresh(small, sequence, settings);
 }
 
-TEST(Sequence, NoMoreIsTakenBackThanTheRingsRemember) {
-  const SmallModel small(gemma4_tiny(), 4);
-  ReferenceSequence sequence(small.weights, small_options());
-  sequence.prefill(Ids(100, 1), 8, {});
-  EXPECT_EQ(sequence.max_back(), kMaxRewind - 1);
-  EXPECT_TRUE(testkit::refuses([&] { sequence.take_back(64); }, {"take back 64", "at most 63"}));
-  (void)written(sequence, 5, {});
-  EXPECT_EQ(sequence.max_back(), kMaxRewind) << "the last one has not been through the model";
-  sequence.take_back(64);
-  EXPECT_EQ(sequence.held().size(), 41U);
-  EXPECT_EQ(sequence.max_back(), 1) << "counted from the farthest that the sequence has been";
-  sequence.prefill(Ids(64, 1), 8, {});
-  EXPECT_TRUE(testkit::refuses([&] { (void)written(sequence, 96, {}); }, {"96 tokens after 105", "200"}));
-  EXPECT_EQ(written(sequence, 95, {}).size(), 95U);
-  EXPECT_EQ(sequence.n_free(), 0);
-}
+  /// A stop in the middle of a step, and an error out of on_token: the sequence ends there, and goes on from there.
+  RC_GTEST_PROP(Sequence, AStepThatIsEndedInItsMiddleIsHeldAsFarAsItWasSeen, ()) {
+    const SmallModel& small = any_small();
+    ReferenceSequence sequence(small.weights, small_options(), {.drafter = "lookup", .n_draft = 5});
+    sequence.prefill(Ids(20, 33), 1, {});
+    (void)written(sequence, 20, {});
+    const std::size_t before = sequence.held().size();
+    const auto n_seen = *rc::gen::inRange<std::size_t>(1, 12);
+    const bool throws = *rc::gen::arbitrary<bool>();
+    std::size_t n = 0;
+    const auto stop = [&](std::int32_t /*token*/) {
+      if (++n < n_seen) return true;
+      if (throws) throw std::runtime_error("stop");
+      return false;
+    };
+    try {
+      sequence.decode(30, {}, stop);
+      RC_ASSERT(!throws);
+    } catch (const std::runtime_error&) {
+      RC_ASSERT(throws);
+    }
+    RC_ASSERT(sequence.held().size() == before + n_seen);
+    expect_as_afresh(small, sequence, {});
+  }
+
+  TEST(Sequence, DraftsAreCountedAndDrafterAndCacheChecked) {
+    const SmallModel small(gemma4_tiny(), 4);
+    ReferenceSequence plain(small.weights, small_options());
+    EXPECT_FALSE(plain.draft_counts().has_value());
+    ReferenceSequence sequence(small.weights, small_options(), {.drafter = "lookup", .n_draft = 3});
+    sequence.prefill(Ids(50, 1), 8, {});
+    (void)written(sequence, 40, {});
+    const draft::Counts counts = sequence.draft_counts().value();
+    EXPECT_EQ(counts.n_token, 39) << "the first is chosen from the prompt's logits";
+    EXPECT_GE(counts.drafted[0], counts.drafted[2]);
+    EXPECT_GE(counts.accepted[0], counts.accepted[2]);
+    EXPECT_EQ(counts.drafted[3], 0);
+    const auto made = [&](const char* drafter, const char* cache) {
+      reference::BackendOptions options = small_options();
+      options.cache = parse_cache_spec(cache);
+      ReferenceSequence of(small.weights, options, {.drafter = drafter});
+    };
+    EXPECT_NO_THROW(made("lookup", "sim-int8"));
+    EXPECT_TRUE(testkit::refuses([&] { made("lookup", "sim-int8-tail16"); }, {"--drafter lookup", "sim-int8-tail16"}));
+    EXPECT_NO_THROW(made("none", "sim-int8-tail16"));
+    EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); }, {"--drafter drafter.gguf", "lookup or none"}));
+    EXPECT_EQ(parse_n_draft("auto"), std::nullopt);
+    EXPECT_EQ(parse_n_draft("7"), 7);
+    for (const char* bad : {"0", "8", "3x", "", "-1"}) {
+      EXPECT_TRUE(testkit::refuses([&] { (void)parse_n_draft(bad); }, {"--draft", "1 to 7"})) << bad;
+    }
+  }
+
+  TEST(Sequence, NoMoreIsTakenBackThanTheRingsRemember) {
+    const SmallModel small(gemma4_tiny(), 4);
+    ReferenceSequence sequence(small.weights, small_options());
+    sequence.prefill(Ids(100, 1), 8, {});
+    EXPECT_EQ(sequence.max_back(), kMaxRewind - 1);
+    EXPECT_TRUE(testkit::refuses([&] { sequence.take_back(64); }, {"take back 64", "at most 63"}));
+    (void)written(sequence, 5, {});
+    EXPECT_EQ(sequence.max_back(), kMaxRewind) << "the last one has not been through the model";
+    sequence.take_back(64);
+    EXPECT_EQ(sequence.held().size(), 41U);
+    EXPECT_EQ(sequence.max_back(), 1) << "counted from the farthest that the sequence has been";
+    sequence.prefill(Ids(64, 1), 8, {});
+    EXPECT_TRUE(testkit::refuses([&] { (void)written(sequence, 96, {}); }, {"96 tokens after 105", "200"}));
+    EXPECT_EQ(written(sequence, 95, {}).size(), 95U);
+    EXPECT_EQ(sequence.n_free(), 0);
+  }
 
 }  // namespace

@@ -183,7 +183,7 @@ TEST(SessionFile, GivesBackWhatWentIn) {
   EXPECT_EQ(info.sampler.top_k, 7);
   EXPECT_EQ(info.sampler.top_p, 0.25f);
   EXPECT_EQ(info.sampler.seed, 9u);
-  EXPECT_EQ(info.logits.size(), static_cast<std::size_t>(testkit::ToyBackend::kVocab));
+  EXPECT_EQ(info.logits.size(), static_cast<std::size_t>(testkit::ToyCache::kVocab));
   // Rows, a few numbers and the header: nothing of the context's length, and no slot twice.
   const std::size_t rows = 2 * 8 * (41 + 2 * 8), kept = 2 * (2 * 2 * 8 * 6 + 2 * 8 * 3);
   const std::size_t numbers = 41 * 4 + 6 * 8 + 50 * 4 + 10 * 8;

@@ -195,7 +195,7 @@ test_numbers() {
     "$bin/synthesize" --shape tiny --layers 1 --out m.gguf --quiet --seed $value > /dev/null || fail "--seed $value was refused"
   done
   local -A first=([accuracy]=--contexts [throughput]=--context [statistics]=--depths [memory_plan]=--context [breakdown]=--depths
-    [ablation]=--depths [generate]=--context [golden]=--chunk [parity]=--prompt-tokens)
+    [ablation]=--depths [draft]=--depths [generate]=--context [golden]=--chunk [parity]=--prompt-tokens)
   for driver in "${!first[@]}"; do
     for value in -1 1e3 9223372036854775807 9223372036854775808 99999999999999999999; do
       refuses "${first[$driver]}" "$value" "$driver" --model "$data/nano-Q4_K_M.gguf"

@@ -9,7 +9,7 @@
 
 #include "gemma4/model/model.hpp"
 #include "gemma4/session/sequence_store.hpp"
-#include "tests/support/toy_backend.hpp"
+#include "tests/support/toy_cache.hpp"
 
 namespace gemma4::testkit {
 
@@ -34,7 +34,7 @@ struct ToySession {
     backend.poison();
   }
   void save(const std::filesystem::path& path) {
-    std::vector<float> logits(static_cast<std::size_t>(ToyBackend::kVocab));
+    std::vector<float> logits(static_cast<std::size_t>(ToyCache::kVocab));
     if (!tokens.empty()) backend.copy_logits(0, logits);
     store.save(path, {.model_hash = kToyModel,
                       .sampler = {.temperature = 0.5f, .top_k = 7, .top_p = 0.25f, .seed = 9},
@@ -49,7 +49,7 @@ struct ToySession {
     return info;
   }
   [[nodiscard]] std::vector<float> logits() const {
-    std::vector<float> out(static_cast<std::size_t>(ToyBackend::kVocab));
+    std::vector<float> out(static_cast<std::size_t>(ToyCache::kVocab));
     backend.copy_logits(0, out);
     return out;
   }
@@ -66,9 +66,9 @@ struct ToySession {
     return all;
   }
 
-  ToyBackend backend;
-  Model<ToyBackend> model;
-  SequenceStore<ToyBackend> store;
+  ToyCache backend;
+  Model<ToyCache> model;
+  SequenceStore<ToyCache> store;
   std::vector<std::int32_t> tokens;
 };
 
@@ -76,7 +76,7 @@ struct ToySession {
 [[nodiscard]] inline std::vector<std::int32_t> toy_tokens(std::int64_t count, std::int32_t seed = 1) {
   std::vector<std::int32_t> tokens;
   for (std::int64_t i = 0; i < count; ++i) {
-    tokens.push_back(static_cast<std::int32_t>((i * 31 + seed * (i / 7 + 3)) % ToyBackend::kVocab));
+    tokens.push_back(static_cast<std::int32_t>((i * 31 + seed * (i / 7 + 3)) % ToyCache::kVocab));
   }
   return tokens;
 }

@@ -39,18 +39,19 @@ inline constexpr std::uint64_t kHashMix = 0x6A09E667F3BCC909u;  ///< 2^64 times 
 /// of 8 bytes, a flipped byte for one, changes the result for certain. Any other change escapes with probability 2^-64,
 /// as far as a hash without a proof is random.
 [[nodiscard]] inline std::uint64_t block_hash(std::span<const std::byte> bytes, std::uint64_t seed) {
-  constexpr std::size_t kLanes = 8, kStripe = kLanes * sizeof(std::uint64_t);
-  std::array<std::uint64_t, kLanes> lane{};
+  // Numbers, not names of this scope: nvcc writes the type so wherever it meets an array of eight words again.
+  constexpr std::size_t kLanes = 8, kStripe = 64;
+  std::array<std::uint64_t, 8> lane{};
   for (std::size_t i = 0; i < kLanes; ++i) lane[i] = detail::hash_finish(seed + i * detail::kHashMix);
   const auto take = [&](const std::byte* from) {
-    std::array<std::uint64_t, kLanes> words;
+    std::array<std::uint64_t, 8> words;
     std::memcpy(words.data(), from, kStripe);
     for (std::size_t i = 0; i < kLanes; ++i) lane[i] = detail::hash_step(lane[i], words[i]);
   };
   std::size_t done = 0;
   for (; bytes.size() - done >= kStripe; done += kStripe) take(bytes.data() + done);
   if (done < bytes.size()) {
-    std::array<std::byte, kStripe> rest{};
+    std::array<std::byte, 64> rest{};
     std::memcpy(rest.data(), bytes.data() + done, bytes.size() - done);
     take(rest.data());
   }

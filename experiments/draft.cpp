@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "experiments/driver.hpp"
+#include "experiments/support/any_backend.hpp"
+#include "experiments/support/drafting.hpp"
+#include "experiments/support/model_source.hpp"
+#include "experiments/support/run_text.hpp"
+#include "experiments/support/sequence.hpp"
+#include "gemma4/cache_formats.hpp"
+#include "gemma4/draft/step.hpp"
+#include "gemma4/step_limits.hpp"
+
+/// What does drafting gain at a depth, and how much of what is drafted stays?
+namespace {
+
+using namespace gemma4;
+using namespace gemma4::experiment;
+
+struct Options : DriverOptions {
+  std::vector<std::string> drafters = {"lookup"};
+  std::vector<std::string> n_drafts = {"1", "3", "7", "auto"};
+  std::vector<std::int64_t> depths = {512, 2048, 8192};
+  std::int64_t chunk = 512;
+  std::int64_t window = 48;
+  std::int64_t sites = 8;
+  std::int64_t stride = 64;
+};
+
+const std::vector<std::string> kParameters = {"model",   "model_desc", "text",   "backend", "context",
+                                              "n_batch", "type_k",     "type_v", "drafter", "n_draft",
+                                              "n_gen",   "n_depth",    "n_site", "off",     "plan"};
+const std::vector<std::string> kMeasures = {
+    "tokens_a_step", "accepted_1", "accepted_2", "accepted_3", "accepted_4", "accepted_5", "accepted_6", "accepted_7",
+    "n_step",        "ms_a_draft", "ms_a_step",  "ms_plain",   "avg_ts",     "plain_ts",   "of_plain",   "same_text"};
+const std::vector<std::string> kShown = {"type_k",        "drafter",    "n_draft",    "n_depth",
+                                         "tokens_a_step", "accepted_1", "accepted_3", "ms_a_step",
+                                         "avg_ts",        "plain_ts",   "of_plain",   "same_text"};
+
+using Sequence = HostSequence<AnyBackend>;
+using Ids = std::vector<std::int32_t>;
+
+/// Tokens that are written before a window.
+constexpr std::int64_t kBefore = 3;
+
+[[nodiscard]] std::int64_t context_of(const Options& options) {
+  return options.depths.back() + options.sites * options.stride + kBefore + options.window;
+}
+
+/// One drafter with one number of drafts, over the sites of a depth.
+struct Case {
+  std::string drafter, n_draft;
+  std::unique_ptr<Drafting<AnyBackend>> drafting;
+  Stretch took = {};
+  bool same_text = true;
+};
+
+/// One cache format: a sequence that grows from depth to depth along the text. At a depth and every `stride` tokens
+/// behind it each drafter writes a window, greedily, which is taken back; and so does plain decoding, whose text each
+/// must have written.
+class Run {
+ public:
+  Run(const Options& options, ResultTable& table, const ModelSource& source, std::string cache, std::string desc)
+      : options_(options), table_(table), cache_(std::move(cache)), desc_(std::move(desc)) {
+    const std::int64_t n_text = options.depths.back() + options.sites * options.stride;
+    context_ = context_of(options);
+    ids_ = text_ids(options, source.config().vocab, n_text);
+    const CacheSpec spec = with_seed(parse_cache_spec(cache_), options.seed);
+    sequence_ = std::make_unique<Sequence>(source.make({.cache = spec,
+                                                        .context = context_,
+                                                        .max_chunk = std::max(options.chunk, kDecodeChunk),
+                                                        .n_logit_row = draft::kMaxDrafts + 1,
+                                                        .policy = options.policy()}),
+                                           spec, DraftSettings{.drafter = options.drafters.front()});
+    show_plans(options, cache_, sequence_->step_plans());
+    plan_ = digest(sequence_->step_plans());
+  }
+
+  void measure() {
+    Progress progress("draft " + cache_, static_cast<std::int64_t>(ids_.size()), progress_options(options_, "tokens"));
+    for (const std::int64_t depth : options_.depths) {
+      std::vector<Case> cases = make_cases();
+      for (std::int64_t site = 0; site < options_.sites; ++site) {
+        read_to(depth + site * options_.stride, progress);
+        visit(cases);
+      }
+      for (std::size_t i = 1; i < cases.size(); ++i) write(depth, cases.front(), cases[i]);
+    }
+    progress.finish();
+  }
+
+ private:
+  /// Plain decoding in front.
+  [[nodiscard]] std::vector<Case> make_cases() const {
+    std::vector<Case> cases;
+    const auto add = [&](const std::string& drafter, const std::string& n_draft) {
+      const DraftSettings settings{.drafter = drafter, .n_draft = parse_n_draft(n_draft)};
+      cases.push_back({drafter, n_draft, std::make_unique<Drafting<AnyBackend>>(settings)});
+    };
+    add("none", "auto");
+    for (const std::string& drafter : options_.drafters) {
+      for (const std::string& n_draft : options_.n_drafts) add(drafter, n_draft);
+    }
+    return cases;
+  }
+
+  void read_to(std::int64_t end, Progress& progress) {
+    const auto begin = static_cast<std::int64_t>(sequence_->held().size());
+    if (end <= begin) return;
+    const auto part = std::span(ids_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+    (void)sequence_->prefill(part, options_.chunk, [&](std::int64_t done) { progress.update(begin + done); });
+  }
+
+  /// A window by each. The tokens before it are not counted: with them a drafter reads what it has not seen.
+  void visit(std::vector<Case>& cases) {
+    Ids plain;
+    for (Case& one : cases) {
+      Ids text;
+      const auto note = [&](std::int32_t token) {
+        text.push_back(token);
+        return true;
+      };
+      Drafting<AnyBackend>& drafting = *one.drafting;
+      const draft::Counts counts = drafting.counts;
+      const double propose_us = drafting.propose_us;
+      auto other = sequence_->exchange(std::move(one.drafting));
+      (void)sequence_->decode(kBefore, {}, note);
+      drafting.counts = counts;
+      drafting.propose_us = propose_us;
+      const Stretch took = sequence_->decode(options_.window, {}, note);
+      sequence_->take_back(options_.window + kBefore);
+      one.drafting = sequence_->exchange(std::move(other));
+      one.took.n_token += took.n_token;
+      one.took.us += took.us;
+      if (&one == &cases.front()) plain = text;
+      one.same_text = one.same_text && text == plain;
+    }
+  }
+
+  void write(std::int64_t depth, const Case& plain, const Case& one) {
+    ResultTable::Row row = table_.row();
+    set_run_text(row, options_, desc_);
+    set_run_plan(row, options_.policy(), plan_);
+    row.set("backend", options_.backend).set("context", context_).set("n_batch", options_.chunk);
+    row.set("type_k", cache_).set("type_v", cache_).set("drafter", one.drafter).set("n_draft", one.n_draft);
+    row.set("n_gen", options_.window).set("n_depth", depth).set("n_site", options_.sites);
+    const draft::Counts& counts = one.drafting->counts;
+    const auto n_step = static_cast<double>(std::max<std::int64_t>(1, counts.n_step));
+    row.set("tokens_a_step", counts.tokens_per_step()).set("n_step", counts.n_step);
+    for (std::size_t i = 0; i < counts.drafted.size(); ++i) {
+      if (counts.drafted[i] == 0) continue;
+      row.set(concat("accepted_", i + 1),
+              static_cast<double>(counts.accepted[i]) / static_cast<double>(counts.drafted[i]));
+    }
+    const double rate = one.took.tokens_per_second(), plain_rate = plain.took.tokens_per_second();
+    row.set("ms_a_draft", 1e-3 * one.drafting->propose_us / n_step).set("ms_a_step", 1e-3 * one.took.us / n_step);
+    row.set("ms_plain", 1e-3 * plain.took.us / static_cast<double>(std::max<std::int64_t>(1, plain.took.n_token)));
+    row.set("avg_ts", rate).set("plain_ts", plain_rate).set("of_plain", rate / plain_rate);
+    row.set("same_text", one.same_text);
+    if (one.same_text) {
+      row.commit();
+    } else {
+      row.fail("the drafted text is not that of plain decoding");
+    }
+  }
+
+  const Options& options_;
+  ResultTable& table_;
+  std::string cache_, desc_, plan_;
+  std::int64_t context_ = 0;
+  Ids ids_;
+  std::unique_ptr<Sequence> sequence_;
+};
+
+void add_options(CLI::App& app, Options& options) {
+  add_model(app, options);
+  add_caches(app, options);
+  add_backend(app, options);
+  app.add_option("--drafters", options.drafters, "Who proposes: lookup; comma-separated")
+      ->delimiter(',')
+      ->capture_default_str();
+  app.add_option("--drafts", options.n_drafts, "Tokens to propose for each step, 1 to 7, or auto; comma-separated")
+      ->delimiter(',')
+      ->capture_default_str();
+  add_tokens(app, "--depths", options.depths, "Depths at which text is written, increasing")->delimiter(',');
+  add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
+  add_whole(app, "--window", options.window, "Tokens written at a site; the caches can take back so many",
+            {1, kMaxRewind - draft::kMaxDrafts - kBefore - 1});
+  add_whole(app, "--sites", options.sites, "Places at a depth from which text is written", {1, 100000});
+  add_whole(app, "--stride", options.stride, "Tokens of the text from one site to the next", {kMaxRewind, 1 << 20});
+  add_policy(app, options);
+  add_ids(app, options);
+  add_seed(app, options);
+  add_out(app, options);
+  add_quiet(app, options);
+}
+
+void measure(const Options& options, ResultTable& table) {
+  const std::string desc = model_desc(options.model);
+  const ModelSource source(options, {.cache = parse_cache_spec(options.caches.front()),
+                                     .context = context_of(options),
+                                     .max_chunk = std::max(options.chunk, kDecodeChunk),
+                                     .n_logit_row = draft::kMaxDrafts + 1,
+                                     .policy = options.policy()});
+  for (const std::string& cache : options.caches) Run(options, table, source, cache, desc).measure();
+}
+
+void run(int argc, char** argv) {
+  CLI::App app(
+      "What drafting gains: at each depth of a text, and at sites behind it, each drafter writes a window greedily, "
+      "and "
+      "so does plain decoding. One row per cache, depth, drafter and number of drafts: tokens a step, the share "
+      "accepted at each place of those drafted there, milliseconds a draft and a step, tokens a second and their ratio "
+      "to plain decoding of the same run. A text that is not that of plain decoding is a failure.");
+  Options options;
+  add_options(app, options);
+  parse(app, argc, argv);
+  require(std::ranges::is_sorted(options.depths) && !options.depths.empty(), "--depths: need increasing depths");
+  for (std::size_t i = 1; i < options.depths.size(); ++i) {
+    require(options.depths[i] >= options.depths[i - 1] + options.sites * options.stride, "--depths ", options.depths[i],
+            ": the ", options.sites, " sites behind ", options.depths[i - 1], " reach beyond it");
+  }
+  for (const std::string& drafter : options.drafters) (void)make_drafter<AnyBackend>({.drafter = drafter});
+  for (const std::string& n_draft : options.n_drafts) (void)parse_n_draft(n_draft);
+  const RunInfo info = backend_run_info(options, "draft", argc, argv);
+  run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) { measure(options, table); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return gemma4::experiment::run_main(argc, argv, run);
+}

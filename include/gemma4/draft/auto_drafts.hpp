@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "gemma4/draft/drafter.hpp"
+#include "gemma4/error.hpp"
+
+/// How many tokens to draft, from what was accepted.
+namespace gemma4::draft {
+
+/// What a step takes, in plain steps of one token. The defaults are the bounds that a step on a device must keep
+/// (products of the weights 1.05, 1.10 and 1.25 for 2, 4 and 8 rows, linear between), and no cost of a draft, as lookup
+/// has none. They are numbers of a model, not measured at run time: which tokens are drafted must not depend on a
+/// clock.
+struct StepCosts {
+  std::array<double, kMaxDrafts + 1> verify = {1, 1.05, 1.075, 1.10, 1.1375, 1.175, 1.2125, 1.25};  ///< [drafts]
+  double draft = 0;                                                                                 ///< of one token
+
+  [[nodiscard]] double of(std::int64_t n_draft) const {
+    return verify[static_cast<std::size_t>(n_draft)] + static_cast<double>(n_draft) * draft;
+  }
+};
+
+/// The rule of `--draft auto`:
+///   1. r[i], the share of drafts at place i that were accepted among those whose places before were, over about the
+///      last kMemory of them; it begins at kFirstShare.
+///   2. k drafts are worth (1 + r[1] + r[1] r[2] + ... + r[1]...r[k]) / cost(k) tokens a plain step. The k with the
+///   most
+///      is chosen, 0 among them; the smallest among equals.
+///   3. Where that is 0, one token is drafted every kProbe-th time all the same, to see whether the text has changed.
+///   4. A budget says what drafting may still lose. It begins at 0 and grows with a step of cost c that gave n tokens
+///   by
+///      (1 + kMaxLoss) n - c, up to kMaxBudget. A k is chosen only where it would stay at or above 0 if nothing is
+///      accepted.
+/// By 4 the cost of all steps is never above (1 + kMaxLoss) times that of plain decoding, whatever the text; and after
+/// a stretch that went well, what goes badly loses at most kMaxBudget plain steps before the same holds for the rest.
+class AutoDrafts {
+ public:
+  static constexpr double kMaxLoss = 0.03, kMaxBudget = 2, kMemory = 16, kFirstShare = 0.75;
+  static constexpr std::int64_t kProbe = 16;
+
+  /// @param limit drafts of a step, at most
+  explicit AutoDrafts(const StepCosts& costs = {}, std::int64_t limit = kMaxDrafts) : costs_(costs), limit_(limit) {
+    for (std::int64_t k = 1; k <= kMaxDrafts; ++k) {
+      require(costs.of(k) >= costs.of(k - 1), "draft: a step of ", k, " drafts costs ", costs.of(k),
+              ", less than one of fewer, ", costs.of(k - 1));
+    }
+    require(limit >= 1 && limit <= kMaxDrafts, "draft: auto with up to ", limit, " drafts, need 1 to ", kMaxDrafts);
+    share_.fill(kFirstShare);
+  }
+
+  /// Drafts of the next step.
+  [[nodiscard]] std::int64_t next() const {
+    std::int64_t best = 0;
+    double expected = 1, chain = 1, best_rate = 1;
+    for (std::int64_t k = 1; k <= limit_; ++k) {
+      chain *= share_[static_cast<std::size_t>(k - 1)];
+      expected += chain;
+      const double rate = expected / costs_.of(k);
+      if (affords(k) && rate > best_rate) best = k, best_rate = rate;
+    }
+    if (best == 0 && n_idle_ + 1 >= kProbe && affords(1)) return 1;
+    return best;
+  }
+
+  /// What came of a step. @param n_draft as proposed, which may be less than next()
+  void saw(std::int64_t n_draft, std::int64_t n_accepted) {
+    require(n_draft >= 0 && n_draft <= kMaxDrafts && n_accepted >= 0 && n_accepted <= n_draft, "draft: ", n_accepted,
+            " accepted of ", n_draft, ", of at most ", kMaxDrafts);
+    for (std::int64_t i = 0; i < n_draft && i <= n_accepted; ++i) {
+      double& share = share_[static_cast<std::size_t>(i)];
+      share += ((i < n_accepted ? 1.0 : 0.0) - share) / kMemory;
+    }
+    n_idle_ = n_draft > 0 ? 0 : n_idle_ + 1;
+    const double gain = (1 + kMaxLoss) * static_cast<double>(n_accepted + 1) - costs_.of(n_draft);
+    budget_ = std::min(kMaxBudget, budget_ + gain);
+  }
+
+  [[nodiscard]] double budget() const { return budget_; }
+  /// r[i + 1] of the rule.
+  [[nodiscard]] double share(std::int64_t i) const { return share_[static_cast<std::size_t>(i)]; }
+
+ private:
+  [[nodiscard]] bool affords(std::int64_t n_draft) const { return budget_ + 1 + kMaxLoss >= costs_.of(n_draft); }
+
+  StepCosts costs_;
+  std::int64_t limit_;
+  std::array<double, kMaxDrafts> share_;
+  double budget_ = 0;
+  std::int64_t n_idle_ = 0;  ///< steps in a row without drafts
+};
+
+}  // namespace gemma4::draft

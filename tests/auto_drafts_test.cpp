@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemma4/draft/auto_drafts.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "tests/support/property.hpp"
+#include "tests/support/refuses.hpp"
+
+namespace {
+
+using namespace gemma4;
+using namespace gemma4::draft;
+
+/// Cost of steps and tokens that they gave.
+struct Spent {
+  double cost = 0;
+  std::int64_t n_token = 0, n_drafted = 0;
+  [[nodiscard]] double per_token() const { return cost / static_cast<double>(n_token); }
+};
+
+/// A text whose drafts stay with probability `share` each, one after another.
+Spent run(AutoDrafts& rule, const StepCosts& costs, double share, std::int64_t n_step, std::mt19937& random) {
+  std::bernoulli_distribution stays(share);
+  Spent total;
+  for (std::int64_t i = 0; i < n_step; ++i) {
+    const std::int64_t n_draft = rule.next();
+    std::int64_t n_accepted = 0;
+    while (n_accepted < n_draft && stays(random)) ++n_accepted;
+    rule.saw(n_draft, n_accepted);
+    total.cost += costs.of(n_draft);
+    total.n_token += n_accepted + 1;
+    total.n_drafted += n_draft;
+  }
+  return total;
+}
+
+double fixed(const StepCosts& costs, double share, std::int64_t n_draft) {
+  double expected = 1, chain = 1;
+  for (std::int64_t i = 0; i < n_draft; ++i) expected += chain *= share;
+  return costs.of(n_draft) / expected;
+}
+
+RC_GTEST_PROP(AutoDrafts, NeverLosesMoreThanItMay, ()) {  // whatever is accepted, after every step
+  AutoDrafts rule;
+  const StepCosts costs;
+  double cost = 0;
+  std::int64_t n_token = 0;
+  for (int i = 0; i < 300; ++i) {
+    const std::int64_t n_draft = rule.next();
+    const bool generous = *rc::gen::weightedElement<bool>({{4, false}, {1, true}});
+    const std::int64_t n_accepted = generous ? n_draft : *rc::gen::inRange<std::int64_t>(0, n_draft + 1);
+    rule.saw(n_draft, n_accepted);
+    cost += costs.of(n_draft);
+    n_token += n_accepted + 1;
+    RC_ASSERT(cost <= 1.03 * static_cast<double>(n_token) + 1e-9);
+  }
+}
+
+TEST(AutoDrafts, WhereNothingIsAcceptedItLosesLittleAndKeepsAsking) {
+  std::mt19937 random(1);
+  const StepCosts costs;
+  AutoDrafts rule;
+  const Spent first = run(rule, costs, 0, 200, random), later = run(rule, costs, 0, 2000, random);
+  EXPECT_LE(first.per_token(), 1.03);
+  EXPECT_LE(later.per_token(), 1.005) << "one probe in 16 steps";
+  EXPECT_GT(later.n_drafted, 2000 / 20);
+  EXPECT_GT(fixed(costs, 0, 1), 1.03) << "the control: always drafting one token loses more";
+}
+
+TEST(AutoDrafts, WhereMuchIsAcceptedItIsNearTheBestFixedNumber) {
+  const StepCosts costs;
+  for (const double share : {0.3, 0.6, 0.8, 0.95}) {
+    std::mt19937 random(2);
+    AutoDrafts rule;
+    (void)run(rule, costs, share, 100, random);
+    double best = 1;
+    for (std::int64_t k = 1; k <= kMaxDrafts; ++k) best = std::min(best, fixed(costs, share, k));
+    EXPECT_LE(run(rule, costs, share, 5000, random).per_token(), 1.04 * best) << share;
+  }
+}
+
+TEST(AutoDrafts, ATextThatTurnsIsFollowed) {
+  std::mt19937 random(3);
+  const StepCosts costs;
+  AutoDrafts rule;
+  (void)run(rule, costs, 0, 1000, random);
+  EXPECT_LE(rule.next(), 1);
+  (void)run(rule, costs, 1, 300, random);
+  EXPECT_EQ(rule.next(), kMaxDrafts);
+  // And back: at most the budget of the good stretch is lost, and then as little as ever.
+  const Spent bad = run(rule, costs, 0, 500, random);
+  EXPECT_LE(bad.cost, 1.03 * static_cast<double>(bad.n_token) + AutoDrafts::kMaxBudget);
+}
+
+TEST(AutoDrafts, DearDraftsAreFewer) {
+  std::mt19937 random(4);
+  StepCosts dear;
+  dear.draft = 0.3;
+  AutoDrafts cheap_rule, dear_rule(dear), short_rule({}, 2);
+  const Spent cheap = run(cheap_rule, {}, 0.7, 1000, random), costly = run(dear_rule, dear, 0.7, 1000, random);
+  EXPECT_LT(costly.n_drafted, cheap.n_drafted / 2);
+  EXPECT_LE(costly.per_token(), 1.03);
+  EXPECT_LE(run(short_rule, {}, 1, 1000, random).n_drafted, 2000);
+}
+
+TEST(AutoDrafts, RefusesWhatCannotBe) {
+  AutoDrafts rule;
+  EXPECT_TRUE(testkit::refuses([&] { rule.saw(2, 3); }, {"3 accepted of 2"}));
+  EXPECT_TRUE(testkit::refuses([&] { rule.saw(8, 0); }, {"0 accepted of 8", "at most 7"}));
+  EXPECT_TRUE(testkit::refuses([] { (void)AutoDrafts({}, 8); }, {"up to 8 drafts", "1 to 7"}));
+  EXPECT_TRUE(testkit::refuses([] { (void)AutoDrafts({}, 0); }, {"up to 0"}));
+  EXPECT_TRUE(testkit::refuses([] { (void)AutoDrafts({.draft = -0.06}); }, {"1 drafts costs 0.99", "fewer, 1"}));
+}
+
+}  // namespace
