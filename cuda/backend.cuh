@@ -7,9 +7,9 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "cuda/backend/describe.cuh"
@@ -19,6 +19,8 @@
 #include "cuda/backend/fit.cuh"
 #include "cuda/backend/path.cuh"
 #include "cuda/backend/prefill_path.cuh"
+#include "cuda/backend/readback.cuh"
+#include "cuda/backend/stored_bytes.cuh"
 #include "cuda/device/device_arena.cuh"
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/pinned_buffer.cuh"
@@ -37,6 +39,7 @@
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/stored_part.hpp"
 
 /// The CUDA backend of the model graph. Mirror: reference/backend.hpp
 ///
@@ -123,11 +126,7 @@ class Backend {
     check(cudaMemcpyAsync(tokens_, tokens.data(), tokens.size_bytes(), cudaMemcpyHostToDevice, stream_),
           "copy of tokens to the device");
     set_sequence_state(state_, position + n_token - 1, stream_);
-    if (drafting_) {
-      check(cudaMemcpyAsync(drafting_->text() + position, tokens_, tokens.size_bytes(), cudaMemcpyDeviceToDevice,
-                            stream_),
-            "copy of tokens into the text");
-    }
+    if (drafting_) drafting_->set_text(tokens, position, stream_);
     show_mask();
     if (pass_.caches.needs_positions) list_positions(position, n_token, positions_, stream_);
     embedding<float>({.device = tokens_, .count = n_token, .host = tokens}, model_.token_embd(),
@@ -177,8 +176,7 @@ class Backend {
                       settings, arena_.buffer("sampler_workspace"), stream_, overlaps());
   }
 
-  /// Where max_draft > 0.
-  [[nodiscard]] Drafting& drafting() { return *drafting_; }
+  [[nodiscard]] Drafting& drafting() { return *drafting_; }  ///< where max_draft > 0
 
   void project_qkv(std::int64_t layer) {
     on_path([&](const auto& path) { path.project_qkv(layer, pass_); });
@@ -196,8 +194,7 @@ class Backend {
     on_path([&](const auto& path) { path.down(layer, pass_); });
   }
 
-  /// @param rows increasing
-  void lm_head(std::span<const std::int64_t> rows) {
+  void lm_head(std::span<const std::int64_t> rows) {  // increasing
     const auto count = static_cast<std::int64_t>(rows.size());
     require(count <= options_.n_logit_row, "backend: logits of ", count, " rows, there is room for ",
             options_.n_logit_row, "; set BackendOptions::n_logit_row");
@@ -221,10 +218,7 @@ class Backend {
   /// stream, which nothing reads after this.
   void watch(std::span<const std::int64_t> logit_rows) {
     if (pass_.pending.post_norm != nullptr) {
-      on_path([&](const auto& path) {
-        path.finish(0, n_token(), model_.output_norm(), arena_.data<Bf16>("normed", n_token() * config().hidden),
-                    pass_);
-      });
+      finish_all();
       pass_.pending = {};
     }
     const View<float, 2> x = residual();
@@ -251,7 +245,7 @@ class Backend {
     require(row >= 0 && row < n_logit_, "backend: logits of row ", row, ", there are ", n_logit_);
     require(static_cast<std::int64_t>(out.size()) == config().vocab, "backend: room for ", out.size(), " logits, need ",
             config().vocab);
-    copy_to_host(logits_ + row * config().vocab, out);
+    copy_to_host(logits_ + row * config().vocab, out, stream_);
   }
 
   /// The first out.size() / vocab of them at once: a wait for each row of a chunk takes longer than the chunk.
@@ -259,13 +253,12 @@ class Backend {
     const auto size = static_cast<std::int64_t>(out.size());
     require(size % config().vocab == 0 && size <= n_logit_ * config().vocab, "backend: room for ", size,
             " logits, need whole rows of ", config().vocab, ", and there are ", n_logit_);
-    copy_to_host(logits_, out);
+    copy_to_host(logits_, out, stream_);
   }
 
   /// Bytes of the caches as they were allocated.
   [[nodiscard]] CacheBytes cache_bytes() {
-    return {.full = static_cast<std::int64_t>(arena_.buffer("cache_full").size()),
-            .sliding = static_cast<std::int64_t>(arena_.buffer("cache_sliding").size())};
+    return {.full = std::ssize(arena_.buffer("cache_full")), .sliding = std::ssize(arena_.buffer("cache_sliding"))};
   }
 
   /// The residual stream [n_token, hidden] as it stands after the last step, with what is pending added; between two
@@ -274,16 +267,26 @@ class Backend {
     const View<float, 2> x = residual();
     require(static_cast<std::int64_t>(out.size()) == n_token() * config().hidden, "backend: room for ", out.size(),
             " values of the residual stream, need ", n_token() * config().hidden);
-    // Finished in place, and then put back: the next step begins by finishing the stream itself.
-    std::vector<float> before(out.size());
-    copy_to_host(x.data, std::span(before));
-    on_path([&](const auto& path) {
-      path.finish(0, n_token(), model_.output_norm(), arena_.data<Bf16>("normed", n_token() * config().hidden), pass_);
-    });
-    copy_to_host(x.data, out);
-    check(cudaMemcpyAsync(x.data, before.data(), before.size() * sizeof(float), cudaMemcpyHostToDevice, stream_),
-          "copy to device");
-    stream_.synchronize();
+    copy_as_if(x.data, out, stream_, [&] { finish_all(); });
+  }
+
+  // ---- of StoringBackend: the sequence, taken out and put back; each of these waits for the device
+
+  [[nodiscard]] const CacheSpec& cache() const { return options_.cache; }
+  [[nodiscard]] const RingSpec& ring() const { return options_.ring; }
+  [[nodiscard]] std::vector<StoredLayer> stored_layers() const { return caches_->stored_layers(); }
+  void copy_stored(const std::byte* from, std::span<std::byte> to) { stored_.copy(from, to, stream_); }
+  void set_stored(std::byte* to, std::span<const std::byte> from) { stored_.set(to, from, stream_); }
+  /// The caches hold `position` tokens; a step that is replayed goes on there. What rings hold the session knows.
+  void set_position(std::int64_t position, std::int64_t /*farthest*/) {
+    if (position > 0) set_sequence_state(state_, position - 1, stream_);
+  }
+  /// [vocab] of row 0.
+  void set_logits(std::span<const float> logits) {
+    require(static_cast<std::int64_t>(logits.size()) == config().vocab, "backend: ", logits.size(), " logits, need ",
+            config().vocab);
+    stored_.set(reinterpret_cast<std::byte*>(logits_), std::as_bytes(logits), stream_);
+    n_logit_ = 1;
   }
 
   /// Forgets the sequence. What it leaves in the caches is beyond every later kv_len, and never read.
@@ -310,11 +313,9 @@ class Backend {
   /// Every byte of what a sequence leaves on the device becomes `value`: what later sequences must not depend on.
   void poison(int value) {
     caches_->fill_bytes(value, stream_);
-    for (const char* name : {"residual", "normed", "pending", "activations", "scratch", "attention_partials", "logits",
-                             "logit_rows", "decode_activations", "gemm_workspace"}) {
-      const std::span<std::byte> bytes = arena_.buffer(name);
-      check(cudaMemsetAsync(bytes.data(), value, bytes.size(), stream_), "fill of a buffer");
-    }
+    arena_.fill_bytes({"residual", "normed", "pending", "activations", "scratch", "attention_partials", "logits",
+                       "logit_rows", "decode_activations", "gemm_workspace"},
+                      value, stream_);
     gemm_->scratch_was_lent(stream_);
   }
 
@@ -322,10 +323,6 @@ class Backend {
   void set_work_count(unsigned long long* count) { caches_->set_work_count(count); }
 
  private:
-  [[nodiscard]] static bool is_run_buffer(const std::string& name) {
-    return !PackedModel::is_weight_buffer(name) && name != "cuda_context" && name != "rotation";
-  }
-
   void place_buffers() {
     const std::int64_t chunk = options_.max_chunk;
     residual_ = arena_.data<float>("residual", chunk * config().hidden);
@@ -364,9 +361,11 @@ class Backend {
   [[nodiscard]] std::int64_t n_token() const { return pass_.n_token(); }
   [[nodiscard]] View<float, 2> residual() const { return make_view(residual_, n_token(), config().hidden); }
 
-  void copy_to_host(const float* from, std::span<float> to) const {
-    check(cudaMemcpyAsync(to.data(), from, to.size_bytes(), cudaMemcpyDeviceToHost, stream_), "copy to host");
-    stream_.synchronize();
+  /// Adds what is pending to all rows, which it stays.
+  void finish_all() {
+    on_path([&](const auto& path) {
+      path.finish(0, n_token(), model_.output_norm(), arena_.data<Bf16>("normed", n_token() * config().hidden), pass_);
+    });
   }
 
   const PackedModel& model_;
@@ -381,6 +380,7 @@ class Backend {
   std::optional<PrefillPath> prefill_;
   std::optional<Drafting> drafting_;
   PinnedBuffer<std::int32_t> history_;  ///< tokens that were sampled, by position
+  StoredBytes stored_;
   Profile* profile_ = nullptr;
 
   LayerCachePlan decode_plan_;  ///< of one token, at any position
@@ -395,6 +395,6 @@ class Backend {
   Bf16* logit_rows_ = nullptr;
 };
 
-static_assert(DraftingBackend<Backend> && WatchedBackend<Backend>);
+static_assert(DraftingBackend<Backend> && WatchedBackend<Backend> && StoringBackend<Backend>);
 
 }  // namespace gemma4::cuda

@@ -9,6 +9,8 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/backend/fit.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/path.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/prefill_path.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/backend/readback.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/backend/stored_bytes.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/chunk.cuh"

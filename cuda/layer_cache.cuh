@@ -31,6 +31,7 @@
 #include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/ring_format.hpp"
+#include "gemma4/session/stored_part.hpp"
 
 /// The caches of all layers of one sequence, and the step `attend` on each kind. Mirror: reference/layer_cache.hpp
 namespace gemma4::cuda {
@@ -165,6 +166,19 @@ class LayerCaches {
       if (bytes.empty()) continue;
       check(cudaMemsetAsync(bytes.data(), value, bytes.size(), stream), "fill of the caches");
     }
+  }
+
+  /// Where the bytes of each layer are.
+  [[nodiscard]] std::vector<StoredLayer> stored_layers() const {
+    std::vector<StoredLayer> layers;
+    for (std::int64_t layer = 0; layer < config_.n_layer(); ++layer) {
+      if (config_.sliding_layer(layer)) {
+        layers.push_back(sliding_->stored(index(layer)));
+      } else {
+        with_full([&](const auto& caches) { layers.push_back(caches.stored(index(layer))); });
+      }
+    }
+    return layers;
   }
 
   /// Whether attend() does all that store() would do.

@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <deque>
 #include <exception>
+#include <filesystem>
 #include <optional>
 #include <span>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda/backend.cuh"
@@ -22,6 +24,7 @@
 #include "gemma4/model/finite.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/sequence_store.hpp"
 
 /// A sequence that is read and continued on the device: prefill in chunks, decoding as replays of captured steps, of
 /// one token or of what is accepted of some drafts.
@@ -33,6 +36,8 @@ struct SessionOptions {
   std::int64_t lag = 4;
   /// Drafts of a step, at most BackendOptions::max_draft; 0: none. Text and logits are the same with any number.
   std::int64_t n_draft = 0;
+  /// Tokens between copies of the rings on the host, from which rewind() can go back anywhere; 0: none.
+  std::int64_t checkpoint_interval = 0;
 };
 
 /// What a stretch of work took on the device, by events.
@@ -56,7 +61,10 @@ class Session {
  public:
   /// @param backend outlives the session; one session at a time
   explicit Session(Backend& backend, const SessionOptions& options = {})
-      : model_(backend), options_(options), done_(static_cast<std::size_t>(options.lag + 1)) {
+      : model_(backend),
+        store_(model_, options.checkpoint_interval),
+        options_(options),
+        done_(static_cast<std::size_t>(options.lag + 1)) {
     require(options.lag >= 1 && options.lag < kMaxRewind, "session: lag ", options.lag, ", need 1 to ", kMaxRewind - 1);
     set_drafts(options.n_draft);
     reset();
@@ -94,8 +102,8 @@ class Session {
 
   void reset() {
     model_.reset();
+    store_.reset();
     tokens_.clear();
-    farthest_ = 0;
     has_logits_ = false;
   }
 
@@ -107,7 +115,10 @@ class Session {
     const std::int64_t first = position();
     begin_.record(stream());
     try {
-      model_.prefill(tokens, chunk, on_chunk);
+      model_.prefill(tokens, chunk, [&](std::int64_t done) {
+        store_.noted();
+        on_chunk(done);
+      });
     } catch (...) {  // the chunks before are part of the sequence
       append(tokens.first(static_cast<std::size_t>(position() - first)));
       has_logits_ = has_logits_ && position() == first;
@@ -169,6 +180,7 @@ class Session {
     const std::int64_t n_back = settle(way, result);
     result.timing = {position() - way.first + n_back, last.us_since(begin_)};
     if (n_back > 0) refresh_logits();
+    store_.noted();
     if (failure) std::rethrow_exception(failure);
     return result;
   }
@@ -178,22 +190,68 @@ class Session {
 
   /// Tokens that rewind() can take back, now.
   [[nodiscard]] std::int64_t max_rewind() const {
-    return std::max<std::int64_t>(0, std::min(position() - 1, kMaxRewind - 1 - (farthest_ - position())));
+    if (store_.checkpoint_interval() > 0) return std::max<std::int64_t>(0, position() - 1);
+    return std::max<std::int64_t>(0, std::min(position() - 1, kMaxRewind - 1 - (model_.farthest() - position())));
   }
 
   /// The last `n_token` tokens never were. The token that is now the last goes through the model once more, as a decode
-  /// step, for its logits.
-  /// @throws std::invalid_argument when no token would stay, or when the rings have forgotten what is needed: they
-  ///         remember kMaxRewind tokens more than the window, counted from the farthest that the sequence ever was
+  /// step, for its logits. Beyond what the rings remember, kMaxRewind tokens more than the window, counted from the
+  /// farthest that the sequence ever was, tokens since the nearest checkpoint do so too.
+  /// @throws std::invalid_argument when no token would stay, or when the rings have forgotten what is needed and there
+  ///         are no checkpoints
   void rewind(std::int64_t n_token) {
     require(n_token >= 0 && n_token < position(), "session: rewind by ", n_token, " tokens of ", position(),
             ", one must stay");
-    require(farthest_ - (position() - n_token) < kMaxRewind, "session: rewind by ", n_token, " tokens to position ",
-            position() - n_token, ", the sequence has been at ", farthest_, " and can go back ", kMaxRewind - 1);
+    const std::int64_t farthest = model_.farthest();
+    const bool remembers = farthest - (position() - n_token) < kMaxRewind;
+    require(remembers || store_.checkpoint_interval() > 0, "session: rewind by ", n_token, " tokens to position ",
+            position() - n_token, ", the sequence has been at ", farthest, " and can go back ", kMaxRewind - 1);
     if (n_token == 0) return;
-    model_.rewind(n_token);
-    tokens_.resize(tokens_.size() - static_cast<std::size_t>(n_token));
-    refresh_logits();
+    if (remembers) {
+      model_.rewind(n_token);
+    } else {
+      has_logits_ = false;
+      store_.rewind(tokens_, position() - n_token - 1);
+      model_.decode(tokens_[static_cast<std::size_t>(position())]);
+    }
+    tokens_.resize(static_cast<std::size_t>(position()));
+    if (remembers) refresh_logits();
+    has_logits_ = true;
+  }
+
+  /// Writes the sequence to a file (gemma4/session/session_info.hpp), in blocks: an old file stays where this fails.
+  /// @param info the model's hash, the sampler and a note
+  void save(const std::filesystem::path& path, SessionInfo info) {
+    stream().synchronize();
+    info.tokens = tokens_;
+    info.logits.clear();
+    if (has_logits_) {
+      info.logits.resize(static_cast<std::size_t>(backend().config().vocab));
+      backend().copy_logits(0, info.logits);
+    }
+    store_.save(path, std::move(info));
+  }
+
+  /// Makes the sequence what was saved; a token that had not been through the model goes through it now.
+  /// @throws as SequenceStore::restore(); where a block was damaged the sequence is empty
+  SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) {
+    stream().synchronize();
+    SessionInfo info;
+    try {
+      info = store_.restore(file, model_hash);
+    } catch (...) {
+      if (position() == 0) reset();
+      throw;
+    }
+    tokens_ = info.tokens;
+    if (backend().options().max_draft > 0) backend().drafting().set_text(tokens_, 0, stream());
+    has_logits_ = !info.logits.empty();
+    if (!has_logits_ && position() > 0 && position() == static_cast<std::int64_t>(tokens_.size())) refresh_logits();
+    while (position() < static_cast<std::int64_t>(tokens_.size())) {
+      model_.decode(tokens_[static_cast<std::size_t>(position())]);
+      has_logits_ = true;
+    }
+    return info;
   }
 
   /// The whole sequence.
@@ -211,10 +269,7 @@ class Session {
     return done_[static_cast<std::size_t>(step) % done_.size()];
   }
 
-  void append(std::span<const std::int32_t> tokens) {
-    tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
-    farthest_ = std::max(farthest_, position());
-  }
+  void append(std::span<const std::int32_t> tokens) { tokens_.insert(tokens_.end(), tokens.begin(), tokens.end()); }
 
   /// Steps of one decode(): what the host knows of them, and those whose end it has not seen.
   struct UnderWay {
@@ -296,7 +351,6 @@ class Session {
     const std::int64_t n_back = way.n_known() - static_cast<std::int64_t>(result.tokens.size());
     model_.advance(way.n_known(), way.farthest - way.known);
     append(result.tokens);
-    farthest_ = std::max(farthest_, way.farthest);
     model_.rewind(n_back);
     return n_back;
   }
@@ -309,10 +363,10 @@ class Session {
   }
 
   Model<Backend> model_;
+  SequenceStore<Backend> store_;
   SessionOptions options_;
   std::array<std::optional<Step>, draft::kMaxDrafts + 1> steps_;  ///< by the number of drafts
   std::vector<std::int32_t> tokens_;
-  std::int64_t farthest_ = 0;  ///< position that the sequence had at most
   bool has_logits_ = false;
   Event begin_, end_;
   std::vector<Event> done_;

@@ -25,7 +25,11 @@
 #include "gemma4/gguf/config_from_gguf.hpp"
 #include "gemma4/gguf/text_model.hpp"
 #include "gemma4/json.hpp"
+#include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/model_fingerprint.hpp"
+#include "gemma4/session/ring_checkpoints.hpp"
+#include "gemma4/session/session_reader.hpp"
 #include "gemma4/text/chat_message.hpp"
 #include "gemma4/text/conversation.hpp"
 #include "gemma4/text/sampling_defaults.hpp"
@@ -53,6 +57,8 @@ struct Options : DriverOptions {
   bool has_max_tokens = false;
   std::int64_t context = 0;
   std::int64_t chunk = 512;
+  std::filesystem::path session;
+  std::int64_t checkpoints = 8192;
   SamplerSettings sampler;
   GivenSampling given;
   bool echo = false;
@@ -60,6 +66,8 @@ struct Options : DriverOptions {
   DraftSettings drafting;
 
   [[nodiscard]] bool is_chat() const { return has_chat || !messages.empty(); }
+  /// Of the sequence: a run that keeps nothing copies no rings.
+  [[nodiscard]] std::int64_t checkpoint_interval() const { return session.empty() ? 0 : checkpoints; }
 };
 
 // ---- the command line
@@ -115,6 +123,14 @@ void add_sampling(CLI::App& app, Options& options, Seen& seen) {
   add_tokens(app, "--context", options.context,
              "Positions that the caches hold; 0: prompt and generated tokens, in an interactive chat 16384", 0);
   add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
+  app.add_option("--session", options.session,
+                 "File of a sequence that was read. Where it is there, what it shares with the prompt is not read "
+                 "again; else it is made once the prompt is read. An interactive chat goes on from it and is saved to "
+                 "it when it ends");
+  add_tokens(app, "--checkpoints", options.checkpoints,
+             "With --session: tokens between copies of the sliding layers' caches, from which a sequence goes back to "
+             "where a prompt parts from it; in the host's memory and in the file; 0: none",
+             0);
 }
 
 void add_drafting(CLI::App& app, Options& options, Seen& seen, std::string& n_draft) {
@@ -244,7 +260,8 @@ struct Loaded {
   CudaSettings settings{.cache = with_seed(parse_cache_spec(options.caches.front()), options.seed),
                         .context = context,
                         .max_chunk = options.chunk,
-                        .policy = options.policy()};
+                        .policy = options.policy(),
+                        .checkpoint_interval = options.checkpoint_interval()};
   settings.policy.graph = settings.policy.graph && !options.profile;
   if (options.drafting.is_on()) {
     settings.n_logit_row = draft::kMaxDrafts + 1;
@@ -265,9 +282,15 @@ struct Loaded {
         *loaded.weights,
         reference::BackendOptions{
             .cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk},
-        options.drafting);
+        options.drafting, settings.checkpoint_interval);
   }
   show_plans(options, to_string(settings.cache), loaded.sequence->step_plans());
+  const ModelConfig config = config_from_gguf(gguf);
+  const std::int64_t kept = ring_checkpoint_bytes(config, settings.cache, context, settings.checkpoint_interval);
+  if (kept > 0 && !options.is_quiet) {
+    std::cerr << "checkpoints: up to " << n_checkpoint(context, settings.checkpoint_interval) << ", "
+              << 1e-6 * static_cast<double>(kept) << " MB of the host's memory and of the file\n";
+  }
   return loaded;
 }
 
@@ -284,24 +307,49 @@ void print_profile(const char* what, std::vector<ComponentTime> times) {
   }
 }
 
+// ---- the session file
+
+/// Of --session, where there is one.
+[[nodiscard]] std::optional<SessionFile> find_session(const Options& options) {
+  if (options.session.empty() || !std::filesystem::exists(options.session)) return std::nullopt;
+  return SessionFile::open(options.session);
+}
+
+/// What of the prompt a session file holds, which is then in the caches; where there is no file, one is to be made.
+void begin_from(const std::optional<SessionFile>& file, const GgufFile& gguf, std::span<const std::int32_t> ids,
+                Sequence& sequence) {
+  if (!file) return;
+  sequence.restore(*file, model_fingerprint(gguf));
+  const std::span<const std::int32_t> held = sequence.held();
+  const auto n_same = std::mismatch(held.begin(), held.end(), ids.begin(), ids.end()).first - held.begin();
+  std::cerr << file->name() << ": " << n_same << " of " << ids.size() << " prompt tokens are there\n";
+}
+
 // ---- the two ways to run
 
 /// One prompt, one text. @return the exit code
 int run_once(const Options& options, const GgufFile& gguf, const Tokenizer& tokenizer, const SamplerSettings& sampler) {
   const std::vector<std::int32_t> ids = prompt_ids(options, tokenizer);
   const auto n_prompt = static_cast<std::int64_t>(ids.size());
-  const std::int64_t wanted = std::min(n_prompt + options.max_tokens, config_from_gguf(gguf).context);
+  const std::optional<SessionFile> session = find_session(options);
+  const std::int64_t n_saved = session ? static_cast<std::int64_t>(session->info().tokens.size()) : 0;
+  const std::int64_t wanted =
+      std::min(std::max(n_prompt + options.max_tokens, n_saved), config_from_gguf(gguf).context);
   const Loaded loaded = load(options, gguf, options.context > 0 ? options.context : wanted);
   Sequence& sequence = *loaded.sequence;
   const auto profiled = [&](const char* what, const std::function<void()>& work) {
     options.profile ? print_profile(what, sequence.profile(work)) : work();
   };
+  begin_from(session, gguf, ids, sequence);
   Answer answer;
   {
     Progress progress("prompt", n_prompt, progress_options(options, "tokens"));
     profiled("prompt", [&] {
-      answer.prompt = sequence.prefill(ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
+      answer.prompt = read_rest(sequence, ids, options.chunk, [&](std::int64_t done) { progress.update(done); });
     });
+  }
+  if (!options.session.empty() && !session) {
+    sequence.save(options.session, {.model_hash = model_fingerprint(gguf), .sampler = sampler});
   }
   if (options.echo) std::cout << tokenizer.decode(ids, {.skip_control = true}) << std::flush;
   AnswerPrinter printer(tokenizer, options.is_chat(), options.is_quiet ? nullptr : &std::cerr);
@@ -322,10 +370,13 @@ int run_chat(const Options& options, const GgufFile& gguf, const Tokenizer& toke
   const std::int64_t context =
       options.context > 0 ? options.context : std::min(kChatContext, config_from_gguf(gguf).context);
   const Loaded loaded = load(options, gguf, context);
-  ChatSettings settings{.chunk = options.chunk, .sampler = sampler};
+  ChatSettings settings{.chunk = options.chunk, .sampler = sampler, .model_hash = model_fingerprint(gguf)};
   if (options.has_max_tokens) settings.max_tokens = options.max_tokens;
   if (options.is_quiet) settings.thoughts = nullptr;
-  const bool was_interrupted = ChatConsole(*loaded.sequence, chat, tokenizer, settings).run();
+  ChatConsole console(*loaded.sequence, chat, tokenizer, settings);
+  if (!options.session.empty() && std::filesystem::exists(options.session)) console.load(options.session);
+  const bool was_interrupted = console.run();
+  if (!options.session.empty()) console.save(options.session);
   if (const auto counts = loaded.sequence->draft_counts()) print_drafts(std::cerr, *counts);
   return was_interrupted ? kInterruptedExit : EXIT_SUCCESS;
 }

@@ -14,6 +14,7 @@
 #include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
+#include "gemma4/session/stored_part.hpp"
 #include "gemma4/step_limits.hpp"
 #include "reference/decoder_layer.hpp"
 #include "reference/embedding.hpp"
@@ -181,6 +182,38 @@ class Backend {
     return {plan("decode", 1), plan("prefill", options_.max_chunk)};
   }
 
+  [[nodiscard]] const CacheSpec& cache() const { return options_.cache; }
+  [[nodiscard]] const RingSpec& ring() const { return options_.ring; }
+
+  /// Where the bytes of the caches are, layer by layer; until reset(). Of StoringBackend, as what follows.
+  [[nodiscard]] std::vector<StoredLayer> stored_layers() {
+    std::vector<StoredLayer> layers;
+    for (LayerCache<Scalar>& cache : caches_) {
+      layers.push_back(std::visit([](auto& of) { return of.stored(); }, cache));
+    }
+    return layers;
+  }
+  static void copy_stored(const std::byte* from, std::span<std::byte> to) { std::copy_n(from, to.size(), to.data()); }
+  static void set_stored(std::byte* to, std::span<const std::byte> from) { std::ranges::copy(from, to); }
+
+  /// The sequence is at `position`, and its rings are as if it had been at `farthest`.
+  void set_position(std::int64_t position, std::int64_t farthest) {
+    for (LayerCache<Scalar>& cache : caches_) {
+      std::visit(
+          [&](auto& of) {
+            if constexpr (requires { of.resume(position, farthest); }) of.resume(position, farthest);
+          },
+          cache);
+    }
+  }
+  /// What copy_logits(0, ...) gives, until the next pass. [vocab]
+  void set_logits(std::span<const float> logits) {
+    require(static_cast<std::int64_t>(logits.size()) == config().vocab, "backend: ", logits.size(), " logits, need ",
+            config().vocab);
+    logits_.resize(1, config().vocab);
+    std::ranges::transform(logits, logits_.data(), [](float logit) { return static_cast<Scalar>(logit); });
+  }
+
   void reset() {
     caches_.clear();  // before the new ones are made: there may not be room for both
     caches_ = make_layer_caches<Scalar>(weights_, options_.cache, options_.context, options_.ring);
@@ -225,6 +258,6 @@ class Backend {
   std::optional<NotFinite> not_finite_;
 };
 
-static_assert(WatchedBackend<Backend<float>>);
+static_assert(WatchedBackend<Backend<float>> && StoringBackend<Backend<float>>);
 
 }  // namespace gemma4::reference

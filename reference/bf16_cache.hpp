@@ -31,6 +31,9 @@ class FlatCache {
   [[nodiscard]] View<TStorage, 4> v() { return view_of(v_.data()); }
   [[nodiscard]] View<const TStorage, 4> k() const { return view_of(k_.data()); }
   [[nodiscard]] View<const TStorage, 4> v() const { return view_of(v_.data()); }
+  /// The storage itself, as k() and v() have it.
+  [[nodiscard]] std::span<TStorage> k_storage() { return k_; }
+  [[nodiscard]] std::span<TStorage> v_storage() { return v_; }
   bool operator==(const FlatCache&) const = default;
 
  private:

@@ -364,6 +364,10 @@ class KvPlainBuffer {
   [[nodiscard]] KvPlainView<TStorage> view() { return view_of<TStorage>(v_.data(), r_.data()); }
   [[nodiscard]] KvPlainView<const TStorage> view() const { return view_of<const TStorage>(v_.data(), r_.data()); }
 
+  /// The storage itself, row-major as the views say.
+  [[nodiscard]] std::span<TStorage> v_storage() { return v_; }
+  [[nodiscard]] std::span<TStorage> r_storage() { return r_; }
+
  private:
   template <class T>
   [[nodiscard]] KvPlainView<T> view_of(T* v, T* r) const {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "gemma4/attention.hpp"
@@ -67,6 +68,18 @@ class RingCache {
     require(position <= end_ && position >= farthest_ - n_spare_, "ring_cache: commit at position ", position,
             ", the ring ends at ", end_, ", has been at ", farthest_, " and can go back ", n_spare_,
             "; tokens are committed in order, and reset() starts a new sequence");
+  }
+
+  /// The storage itself, as k() and v() have it: what a sequence that is put back fills before resume().
+  [[nodiscard]] std::span<TStorage> k_storage() { return k_; }
+  [[nodiscard]] std::span<TStorage> v_storage() { return v_; }
+
+  /// The slots hold the tokens before `end`, and what a sequence leaves that has been at `farthest`.
+  void resume(std::int64_t end, std::int64_t farthest) {
+    require(end >= 0 && farthest >= end, "ring_cache: resume at ", end, " from ", farthest, ", need at least 0 and ",
+            end);
+    end_ = end;
+    farthest_ = farthest;
   }
 
   /// Starts a new sequence; what the slots hold is no longer reachable.

@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "gemma4/text/dialogue_note.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/toy_vocabulary.hpp"
 
@@ -227,6 +229,60 @@ RC_GTEST_PROP(CacheSteps, GiveWhatIsWantedWithTheLeastWork, ()) {
   RC_ASSERT(!steps.append.empty());
   RC_ASSERT(joined(now, Ids(steps.append.begin(), steps.append.end())) == wanted);
   if (starts_with(wanted, held) && wanted.size() > held.size()) RC_ASSERT(steps.n_back == 0 && !steps.reset);
+}
+
+/// A dialogue goes through a note, whatever bytes were said and written, and goes on as if it had not.
+RC_GTEST_PROP(Conversation, GoesOnFromItsNote, ()) {
+  const ChatOptions options = any_options();
+  std::vector<ChatMessage> start;
+  if (*rc::gen::arbitrary<bool>()) start.push_back({.role = "system", .content = any_text()});
+  Conversation chat(toy(), options, start), other(toy(), options);
+  Ids held = *rc::gen::element(Ids{}, Ids{9, 10, 11});
+  const int n_turn = *rc::gen::inRange(0, 4);
+  for (int turn = 0; turn < n_turn; ++turn) {
+    chat.say(any_text() + *rc::gen::element(std::string("\"\\\x01\x1F"), std::string("\xFF\xC3"), std::string()));
+    const Ids answer = any_answer();
+    held = joined(chat.prompt(), answer);
+    chat.answer(answer);
+  }
+  other.say(any_text());
+  const std::string note = dialogue_note(chat.state(held));
+  other.resume(parse_dialogue_note(note, "a", static_cast<std::int64_t>(held.size())), held);
+  RC_ASSERT(other.prompt() == chat.prompt());
+  RC_ASSERT(other.messages().size() == chat.messages().size());
+  for (std::size_t i = 0; i < chat.messages().size(); ++i) {
+    RC_ASSERT(other.messages()[i].role == chat.messages()[i].role);
+    RC_ASSERT(other.messages()[i].content == chat.messages()[i].content);
+  }
+  const std::string next = any_text();
+  chat.say(next);
+  other.say(next);
+  RC_ASSERT(other.prompt() == chat.prompt());
+}
+
+TEST(Conversation, ANoteThatIsNoneIsRefused) {
+  const auto refused = [](const std::string& note) -> std::string {
+    try {
+      (void)parse_dialogue_note(note, "a.session", 5);
+    } catch (const FormatError& error) {
+      return error.what();
+    }
+    return "taken";
+  };
+  EXPECT_EQ(refused(R"({"messages": [], "read": 5, "closed": true})"), "taken");
+  EXPECT_NE(refused("").find("a.session: session.note: no dialogue"), std::string::npos);
+  for (const char* note :
+       {"[]", "{", R"({"read": 0, "closed": true})", R"({"messages": [], "closed": true})",
+        R"({"messages": [], "read": 6, "closed": true})", R"({"messages": [], "read": -1, "closed": true})",
+        R"({"messages": [], "read": 0.5, "closed": true})", R"({"messages": [], "read": "1", "closed": true})",
+        R"({"messages": [], "read": 1, "closed": 1})", R"({"messages": [], "read": 1})",
+        R"({"messages": [{"role": "nobody", "content": "a"}], "read": 1, "closed": true})"}) {
+    EXPECT_NE(refused(note).find("a.session: session.note"), std::string::npos) << note << ": " << refused(note);
+  }
+  Conversation chat(toy(), {});
+  EXPECT_THROW(chat.resume({.n_read = 3}, Ids{1, 2}), std::invalid_argument);
+  EXPECT_THROW((void)dialogue_note({.messages = {{.role = "tool", .content = "a"}}}), std::invalid_argument);
+  EXPECT_EQ(chat.state(Ids{}).n_read, 0);
 }
 
 }  // namespace

@@ -4,18 +4,23 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <random>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cuda/device/allocation_count.cuh"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "gemma4/session/sequence_store.hpp"
+#include "reference/backend.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/small_model.hpp"
+#include "tests/support/temp_dir.hpp"
 
 /// Decoding on the device: a replayed step has the bits of a launched one, and calls that follow one another those of
 /// one call, however they are cut, stopped and taken back.
@@ -317,6 +322,97 @@ TEST(Session, TwentyThousandStepsWithRestartsAreTheSameTwiceAndTakeNoMemory) {
     EXPECT_TRUE(all == first_run) << "the second run differs";
   }
   EXPECT_EQ(cuda::allocation_count(), taken);
+}
+
+/// Into another backend, whose memory held something else, with a larger context and another chunk.
+RC_GTEST_PROP(Session, RestoredIsNeverInterrupted, ()) {
+  const SmallModel small(small_config(), 13);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  const std::string cache = *rc::gen::element<std::string>("bf16", "tq4", "sim-int8-had", "sim-int8-had-tail20-sink3");
+  const testkit::TempDir folder;
+  const SamplerSettings settings = any_settings();
+  const auto n_prompt = *rc::gen::inRange(1, 170), n_step = *rc::gen::inRange(0, 30);
+  cuda::Backend backend(packed, small_options(cache));
+  cuda::Session session(backend, {.checkpoint_interval = 32});
+  session.prefill(any_tokens(small.weights.config, n_prompt), *rc::gen::inRange<std::int64_t>(1, 65));
+  if (n_step > 0) session.decode(n_step, settings);
+  session.save(folder.file("s"), {.model_hash = 5});
+  session.decode(40, settings);
+
+  cuda::BackendOptions larger = small_options(cache, 300);
+  larger.max_chunk = 32;
+  cuda::Backend other(packed, larger);
+  cuda::Session restored(other, {.checkpoint_interval = 32});
+  restored.prefill(any_tokens(small.weights.config, 50), 32);
+  restored.decode(3, settings);
+  other.poison(0xFF);
+  restored.restore(SessionFile::open(folder.file("s")), 5);
+  restored.decode(40, settings);
+  RC_ASSERT(outcome(restored) == outcome(session));
+  // The control: a byte of what was restored.
+  restored.restore(SessionFile::open(folder.file("s")), 5);
+  std::byte byte{};
+  std::byte* const at = other.stored_layers()[1].parts[0].data;
+  other.copy_stored(at, std::span(&byte, 1));
+  byte ^= std::byte{0x21};
+  other.set_stored(at, std::span<const std::byte>(&byte, 1));
+  restored.decode(40, settings);
+  RC_ASSERT(!(outcome(restored).logits == outcome(session).logits));
+}
+
+/// Beyond what the rings remember: what is replayed comes in the passes of the first time.
+RC_GTEST_PROP(Session, TakenBackFarItIsAFreshRunOfTheSamePasses, ()) {
+  const SmallModel small(small_config(), 14);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  const std::string cache = *rc::gen::element<std::string>("bf16", "tq4", "sim-int8-had-tail20-sink3");
+  const auto prompt = any_tokens(small.weights.config, 230);
+  const auto to = *rc::gen::inRange<std::int64_t>(2, 160);
+  cuda::Backend backend(packed, small_options(cache)), fresh_backend(packed, small_options(cache));
+  cuda::Session session(backend, {.checkpoint_interval = *rc::gen::element<std::int64_t>(16, 50)});
+  session.prefill(prompt, 24);
+  session.rewind(230 - to);
+  RC_ASSERT(session.position() == to);
+  cuda::Session fresh(fresh_backend);
+  const std::span<const std::int32_t> tokens(prompt);
+  fresh.prefill(tokens.first(static_cast<std::size_t>(to - 1)), 24);
+  fresh.prefill(tokens.subspan(static_cast<std::size_t>(to - 1), 1), 1);  // the one that goes through once more
+  RC_ASSERT(outcome(session) == outcome(fresh));
+  for (cuda::Session* each : {&session, &fresh}) {
+    each->prefill(tokens.subspan(10, 30), 24);
+    each->decode(20, {});
+  }
+  RC_ASSERT(outcome(session) == outcome(fresh));
+}
+
+/// A session of the reference, in a format that both lay out alike: the device stores the same bytes, and goes on.
+TEST(Session, TakesOverWhatTheReferenceSaved) {
+  const SmallModel small(small_config(), 15);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  const testkit::TempDir folder;
+  reference::Backend<float> reference(small.weights, {.cache = Bf16Format{}, .context = 256, .max_chunk = 64});
+  Model<reference::Backend<float>> model(reference);
+  SequenceStore<reference::Backend<float>> store(model, 0);
+  const std::vector<std::int32_t> tokens(150, 7);
+  model.prefill(tokens, 64, [](std::int64_t) {});
+  std::vector<float> logits(static_cast<std::size_t>(small.weights.config.vocab));
+  reference.copy_logits(0, logits);
+  store.save(folder.file("a"), {.model_hash = 5, .tokens = tokens, .logits = logits});
+
+  cuda::Backend backend(packed, small_options("bf16"));
+  cuda::Session session(backend);
+  session.restore(SessionFile::open(folder.file("a")), 5);
+  EXPECT_EQ(next_logits(session), logits);
+  session.save(folder.file("b"), {.model_hash = 5});
+  const GgufFile a = GgufFile::open(folder.file("a")), b = GgufFile::open(folder.file("b"));
+  ASSERT_EQ(a.tensors().size(), b.tensors().size());
+  for (const GgufTensor& tensor : a.tensors()) {
+    if (tensor.name == kChecksumsTensor) continue;
+    const GgufTensor* const other = b.find_tensor(tensor.name);
+    ASSERT_NE(other, nullptr) << tensor.name;
+    EXPECT_TRUE(std::ranges::equal(tensor.data, other->data)) << tensor.name;
+  }
+  EXPECT_EQ(session.decode(5, {}).tokens.size(), 5u);
+  EXPECT_EQ(session.position(), 155);
 }
 
 }  // namespace

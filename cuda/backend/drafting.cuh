@@ -8,6 +8,7 @@
 #include <span>
 
 #include "cuda/backend/path.cuh"
+#include "cuda/device/check.cuh"
 #include "cuda/device/device_arena.cuh"
 #include "cuda/device/pinned_buffer.cuh"
 #include "cuda/device/sequence_state.cuh"
@@ -35,6 +36,12 @@ class Drafting {
   [[nodiscard]] DraftState* state() const { return state_; }
   [[nodiscard]] std::int32_t* text() const { return text_; }
   [[nodiscard]] std::int64_t n_text() const { return context_; }
+
+  /// Tokens of the text from `position` on, those that sample() did not choose. They may go when this returns.
+  void set_text(std::span<const std::int32_t> tokens, std::int64_t position, cudaStream_t stream) const {
+    check(cudaMemcpyAsync(text_ + position, tokens.data(), tokens.size_bytes(), cudaMemcpyHostToDevice, stream),
+          "copy of a text to the device");
+  }
 
   /// Another drafter than lookup, for tests; see draft_from_script(). Null: lookup again. A recorded step keeps what it
   /// was recorded with.

@@ -63,6 +63,11 @@ inline void require_fits(const ModelConfig& config, const std::vector<ModelTenso
           plan.total_bytes(), " B of device memory, there are ", limit_bytes, " B", remedy);
 }
 
+/// Buffers of a plan that are a backend's own: neither the model's nor the driver's.
+[[nodiscard]] inline bool is_run_buffer(const std::string& name) {
+  return !PackedModel::is_weight_buffer(name) && name != "cuda_context" && name != "rotation";
+}
+
 /// The plan of a backend over a model that is on the device, once all of it is known to be possible.
 /// @throws std::invalid_argument naming what is not, or with what would fit
 [[nodiscard]] inline MemoryPlan checked_plan(const PackedModel& model, const BackendOptions& options,

@@ -43,6 +43,11 @@ class FlatFullLayers {
   }
   [[nodiscard]] static constexpr bool borrows_scratch(const Plan& /*plan*/) { return false; }
 
+  [[nodiscard]] StoredLayer stored(std::int64_t index) const {
+    const std::int64_t row_bytes = shape_.head_dim * static_cast<std::int64_t>(sizeof(Bf16));
+    return {.parts = {shape_.part("k", k(index).data, row_bytes), shape_.part("v", v(index).data, row_bytes)}};
+  }
+
   [[nodiscard]] View<Bf16, 4> k(std::int64_t index) const { return side(2 * index); }
   [[nodiscard]] View<Bf16, 4> v(std::int64_t index) const { return side(2 * index + 1); }
 

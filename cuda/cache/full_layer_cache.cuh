@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "cuda/device/device_info.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/config.hpp"
+#include "gemma4/session/stored_part.hpp"
 
 /// What a cache format needs to be on a device: a specialisation of FullLayerCaches with
 ///
@@ -19,6 +22,7 @@
 ///                                                                // cache; k_weight [head_dim] of k's norm
 ///   void attend(index, call, plan, stream) const;      // over the cache, the chunk's own tokens included
 ///   static constexpr bool borrows_scratch(const Plan& plan);
+///   StoredLayer stored(std::int64_t index) const;      // where its bytes are (gemma4/session/stored_part.hpp)
 ///
 /// `index` counts the full layers. All memory is the caller's, as many bytes as the memory plan has for cache_full.
 namespace gemma4::cuda {
@@ -31,6 +35,16 @@ class FullLayerCaches;
 struct FullCacheShape {
   std::int64_t n_layer = 0, n_head = 0, n_head_kv = 0, head_dim = 0, context = 0;
 
+  /// Bytes [n_head_kv, n_row, row_bytes] as a part that can be taken out and put back.
+  [[nodiscard]] StoredPart part(std::string_view name, void* data, std::int64_t row_bytes,
+                                std::int64_t row_tokens = 1) const {
+    return {.name = name,
+            .data = static_cast<std::byte*>(data),
+            .n_head = n_head_kv,
+            .n_row = (context + row_tokens - 1) / row_tokens,
+            .row_bytes = row_bytes,
+            .row_tokens = row_tokens};
+  }
   [[nodiscard]] AttentionShape attention(std::int64_t n_query) const {
     return {.batch = 1,
             .n_query = n_query,

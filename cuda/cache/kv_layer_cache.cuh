@@ -75,6 +75,11 @@ class FullLayerCaches<KvFormat> {
   }
   [[nodiscard]] static constexpr bool borrows_scratch(const Plan& plan) { return plan.path == KvPath::kPrefill; }
 
+  [[nodiscard]] StoredLayer stored(std::int64_t index) const {
+    return {
+        .parts = {shape_.part("records", records(index).data, records(index).record_bytes(), KvFormat::kRecordTokens)}};
+  }
+
   [[nodiscard]] KvRecords records(std::int64_t index) const {
     return {memory_.data() + index * layer_bytes(),
             1,

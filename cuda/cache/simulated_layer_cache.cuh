@@ -62,6 +62,12 @@ class FullLayerCaches<Simulated<TQuantiser>> : public FlatFullLayers {
     }
   }
 
+  [[nodiscard]] StoredLayer stored(std::int64_t index) const {
+    StoredLayer layer = FlatFullLayers::stored(index);
+    layer.tail = tail();
+    return layer;
+  }
+
  private:
   [[nodiscard]] std::int64_t tail() const { return codec_.format().tail; }
   template <class T>

@@ -133,6 +133,18 @@ class SlidingLayerCaches {
     ring_cache_commit(fresh.k, fresh.v, chunk.position, k(index), v(index), stream);
   }
 
+  /// Where its bytes are.
+  [[nodiscard]] StoredLayer stored(std::int64_t index) const {
+    const auto part = [&](std::string_view name, const View<Bf16, 3>& ring) {
+      return StoredPart{.name = name,
+                        .data = reinterpret_cast<std::byte*>(ring.data),
+                        .n_head = ring.extent[0],
+                        .n_row = ring.extent[1],
+                        .row_bytes = ring.extent[2] * static_cast<std::int64_t>(sizeof(Bf16))};
+    };
+    return {.is_ring = true, .parts = {part("k", k(index)), part("v", v(index))}};
+  }
+
   [[nodiscard]] View<Bf16, 3> k(std::int64_t index) const { return side(2 * index); }
   [[nodiscard]] View<Bf16, 3> v(std::int64_t index) const { return side(2 * index + 1); }
 

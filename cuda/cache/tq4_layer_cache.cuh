@@ -74,6 +74,11 @@ class FullLayerCaches<Tq4Format> {
   }
   [[nodiscard]] static constexpr bool borrows_scratch(const Plan& plan) { return plan.path == Tq4Path::kPrefill; }
 
+  [[nodiscard]] StoredLayer stored(std::int64_t index) const {
+    return {.parts = {shape_.part("records", records(index).data, tq4_record_bytes(shape_.head_dim),
+                                  Tq4Format::kRecordTokens)}};
+  }
+
   [[nodiscard]] Tq4Records records(std::int64_t index) const {
     return {memory_.data() + index * layer_bytes(), 1, shape_.n_head_kv, shape_.context, shape_.head_dim};
   }

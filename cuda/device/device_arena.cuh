@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <span>
 #include <string>
@@ -47,6 +48,14 @@ class DeviceArena {
     const auto found = places_.find(name);
     if (found == places_.end()) return {};
     return all().subspan(static_cast<std::size_t>(found->second.first), static_cast<std::size_t>(found->second.second));
+  }
+
+  /// Every byte of some buffers becomes `value`, in stream order.
+  void fill_bytes(std::initializer_list<const char*> names, int value, cudaStream_t stream) {
+    for (const char* name : names) {
+      const std::span<std::byte> bytes = buffer(name);
+      check(cudaMemsetAsync(bytes.data(), value, bytes.size(), stream), "fill of a buffer");
+    }
   }
 
   /// The first `count` elements of a buffer.

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <exception>
+#include <filesystem>
 #include <iostream>
 #include <limits>
 #include <span>
@@ -14,7 +16,9 @@
 #include "experiments/support/answer.hpp"
 #include "experiments/support/interruptions.hpp"
 #include "experiments/support/sequence.hpp"
+#include "gemma4/session/session_reader.hpp"
 #include "gemma4/text/conversation.hpp"
+#include "gemma4/text/dialogue_note.hpp"
 #include "gemma4/text/tokenizer.hpp"
 
 /// A dialogue at a terminal, or line by line from a pipe.
@@ -25,6 +29,7 @@ struct ChatSettings {
   std::int64_t chunk = 512;
   SamplerSettings sampler;
   std::ostream* thoughts = &std::cerr;  ///< nullptr: not shown
+  std::uint64_t model_hash = 0;         ///< of what is saved
 };
 
 class ChatConsole {
@@ -60,6 +65,32 @@ class ChatConsole {
     return false;
   }
 
+  /// The chat to a file, with the caches: nothing of it is read again when it goes on.
+  void save(const std::filesystem::path& path) {
+    sequence_.save(path, {.model_hash = settings_.model_hash,
+                          .sampler = settings_.sampler,
+                          .note = dialogue_note(conversation_.state(sequence_.held()))});
+    std::cerr << "Saved: " << sequence_.held().size() << " tokens in " << path.string() << ", "
+              << 1e-6 * static_cast<double>(std::filesystem::file_size(path)) << " MB\n";
+  }
+
+  /// Goes on with a chat from a file.
+  /// @throws what the file is refused with; where its caches were damaged the chat begins anew
+  void load(const std::filesystem::path& path) {
+    const SessionFile file = SessionFile::open(path);
+    const auto n_token = static_cast<std::int64_t>(file.info().tokens.size());
+    Conversation::State state = parse_dialogue_note(file.info().note, path.string(), n_token);
+    try {
+      sequence_.restore(file, settings_.model_hash);
+    } catch (...) {
+      if (sequence_.held().empty()) conversation_.reset();
+      throw;
+    }
+    conversation_.resume(std::move(state), sequence_.held());
+    std::cerr << "Loaded: " << conversation_.messages().size() << " messages, " << n_token << " tokens of "
+              << sequence_.context() << '\n';
+  }
+
  private:
   [[nodiscard]] bool ends_with_user() const {
     return !conversation_.messages().empty() && conversation_.messages().back().role == "user";
@@ -84,14 +115,22 @@ class ChatConsole {
     const std::string_view name = line.substr(0, line.find(' '));
     if (name == "/exit" || name == "/quit") return false;
     if (name == "/help") {
-      std::cerr << "/reset   forget what was said\n/help    this\n/exit    end the chat, as Ctrl-D does\n"
+      std::cerr << "/save FILE   keep this chat, and what was read of it\n/load FILE   go on with one that was kept\n"
+                   "/reset       forget what was said\n/help        this\n/exit        end the chat, as Ctrl-D does\n"
                    "A line that ends with \\ goes on in the next; //... says /...\n";
     } else if (name == "/reset") {
       conversation_.reset();
       std::cerr << "Nothing was said.\n";
       if (ends_with_user()) answer();
     } else if (name == "/save" || name == "/load") {
-      std::cerr << name << ": chats cannot be saved yet, sorry; this one lasts until it ends\n";
+      const std::size_t blank = line.find(' ');
+      const std::string path(blank == line.npos ? "" : line.substr(blank + 1));
+      try {
+        require(!path.empty(), name, " needs a file, as in ", name, " chat.session");
+        name == "/save" ? save(path) : load(path);
+      } catch (const std::exception& error) {
+        std::cerr << name << ": " << error.what() << '\n';
+      }
     } else {
       std::cerr << "There is no command " << gemma4::detail::printable(name)
                 << "; /help lists them, and //... says /...\n";
@@ -125,14 +164,10 @@ class ChatConsole {
 
   /// What the cache does not hold yet; all of it where the cache cannot go back to where the two part.
   Stretch read(std::span<const std::int32_t> wanted) {
-    const CacheSteps steps = cache_steps(sequence_.held(), wanted, sequence_.max_back());
-    if (steps.reset) {
-      if (conversation_.messages().size() > 2) std::cerr << "The chat is read anew: thoughts or messages are gone.\n";
-      sequence_.reset();
-    } else if (steps.n_back > 0) {
-      sequence_.take_back(steps.n_back);
-    }
-    return sequence_.prefill(steps.append, settings_.chunk, [](std::int64_t) {
+    const bool is_anew = cache_steps(sequence_.held(), wanted, sequence_.max_back()).reset;
+    if (is_anew && conversation_.messages().size() > 2)
+      std::cerr << "The chat is read anew: thoughts or messages are gone.\n";
+    return read_rest(sequence_, wanted, settings_.chunk, [](std::int64_t) {
       if (Interruptions::pending()) throw Interrupted();
     });
   }

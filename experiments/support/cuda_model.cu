@@ -42,7 +42,8 @@ MemoryInfo memory_info() {
 class Session final : public CudaSession {
  public:
   Session(const cuda::PackedModel& model, const CudaSettings& settings)
-      : backend_(model, backend_options(settings)), session_(backend_, {.use_graph = settings.policy.graph}) {}
+      : backend_(model, backend_options(settings)),
+        session_(backend_, {.use_graph = settings.policy.graph, .checkpoint_interval = settings.checkpoint_interval}) {}
 
   Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
                   const std::function<void(std::int64_t)>& on_chunk) override {
@@ -63,6 +64,10 @@ class Session final : public CudaSession {
   void rewind(std::int64_t n_token) override { session_.rewind(n_token); }
   [[nodiscard]] std::int64_t max_rewind() const override { return session_.max_rewind(); }
   void reset() override { session_.reset(); }
+  void save(const std::filesystem::path& path, SessionInfo info) override { session_.save(path, std::move(info)); }
+  SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) override {
+    return session_.restore(file, model_hash);
+  }
   void set_policy(const ExecutionPolicy& policy) override {
     session_.set_policy(policy);
     session_.set_use_graph(policy.graph);

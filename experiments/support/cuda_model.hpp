@@ -21,6 +21,8 @@
 #include "gemma4/report/run_info.hpp"
 #include "gemma4/ring_format.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/session_info.hpp"
+#include "gemma4/session/session_reader.hpp"
 
 /// The CUDA model as drivers use it, without a header of CUDA: it is compiled once for all of them, and a driver is
 /// built with or without nvcc. Where it was built without, whatever needs a device throws and says so.
@@ -47,6 +49,8 @@ struct CudaSettings {
   std::int64_t n_logit_row = 1;
   ExecutionPolicy policy = {};
   RingSpec ring = {};  ///< of the sliding layers
+  /// Tokens between copies of the rings on the host, from which a session can go back anywhere; 0: none.
+  std::int64_t checkpoint_interval = 0;
 };
 
 /// A sequence on the device.
@@ -63,11 +67,14 @@ class CudaSession {
   virtual Stretch decode(std::int64_t n_token, const SamplerSettings& sampler,
                          const std::function<bool(std::int32_t)>& on_token) = 0;
   [[nodiscard]] virtual std::int64_t position() const = 0;
-  /// The last tokens, fewer than kMaxRewind, never were.
+  /// The last tokens, max_rewind() at most, never were.
   virtual void rewind(std::int64_t n_token) = 0;
   /// How many rewind() can take back, now.
   [[nodiscard]] virtual std::int64_t max_rewind() const = 0;
   virtual void reset() = 0;
+  /// All of it to a file, and back: cuda::Session::save() and restore().
+  virtual void save(const std::filesystem::path& path, SessionInfo info) = 0;
+  virtual SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) = 0;
   /// From here on; the sequence goes on. Whether gate and up are one matrix was decided when the model was loaded.
   virtual void set_policy(const ExecutionPolicy& policy) = 0;
   /// How a decode step and the longest chunk run.

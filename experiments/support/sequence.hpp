@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -22,6 +23,8 @@
 #include "gemma4/model/model.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/sequence_store.hpp"
+#include "gemma4/text/conversation.hpp"
 #include "reference/acceptance.hpp"
 #include "reference/backend.hpp"
 #include "reference/sampler.hpp"
@@ -47,6 +50,11 @@ class Sequence {
   /// The last tokens never were. A prompt must follow.
   virtual void take_back(std::int64_t n_token) = 0;
   virtual void reset() = 0;
+  /// Writes all of it to a file (gemma4/session/session_info.hpp).
+  /// @param info what the sequence does not know: the model's hash, the sampler, a note
+  virtual void save(const std::filesystem::path& path, SessionInfo info) = 0;
+  /// Becomes what was saved. @throws as SequenceStore::restore(): as it was then, or empty
+  virtual SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) = 0;
   /// Of all steps so far; empty where nothing is drafted.
   [[nodiscard]] virtual std::optional<draft::Counts> draft_counts() const { return std::nullopt; }
   [[nodiscard]] virtual std::int64_t context() const = 0;
@@ -60,8 +68,33 @@ class Sequence {
 
  protected:
   void hold(std::span<const std::int32_t> tokens) { held_.insert(held_.end(), tokens.begin(), tokens.end()); }
+  /// Holds what restore() brought; nothing where it failed halfway.
+  template <class TRestore, class TPosition>
+  SessionInfo restored(TPosition&& position, TRestore&& restore) {
+    try {
+      SessionInfo info = restore();
+      held_ = info.tokens;
+      return info;
+    } catch (...) {
+      if (position() == 0) held_.clear();
+      throw;
+    }
+  }
   std::vector<std::int32_t> held_;
 };
+
+/// Makes a sequence hold `wanted`, and reads what it does not hold yet: what both begin with stays, where the caches
+/// can go back to where the two part. Where on_chunk(n_done) throws, what was read until then is held.
+inline Stretch read_rest(Sequence& sequence, std::span<const std::int32_t> wanted, std::int64_t chunk,
+                         const std::function<void(std::int64_t)>& on_chunk) {
+  const CacheSteps steps = cache_steps(sequence.held(), wanted, sequence.max_back());
+  if (steps.reset) {
+    sequence.reset();
+  } else if (steps.n_back > 0) {
+    sequence.take_back(steps.n_back);
+  }
+  return sequence.prefill(steps.append, chunk, on_chunk);
+}
 
 /// On a device, where the chosen token stays: the host sees it some steps later.
 class DeviceSequence final : public Sequence {
@@ -99,6 +132,10 @@ class DeviceSequence final : public Sequence {
     session_->reset();
     held_.clear();
   }
+  void save(const std::filesystem::path& path, SessionInfo info) override { session_->save(path, std::move(info)); }
+  SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) override {
+    return restored([&] { return session_->position(); }, [&] { return session_->restore(file, model_hash); });
+  }
   [[nodiscard]] std::int64_t context() const override { return context_; }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return session_->step_plans(); }
   [[nodiscard]] std::vector<ComponentTime> profile(const std::function<void()>& work) override {
@@ -118,9 +155,12 @@ class HostSequence : public Sequence {
  public:
   /// @param backend with logits of draft::kMaxDrafts + 1 rows, and as long a chunk, where tokens are drafted
   /// @throws std::invalid_argument for drafts with a cache that cannot go back
-  HostSequence(std::unique_ptr<TBackend> backend, const CacheSpec& cache, const DraftSettings& drafting)
+  /// @param checkpoint_interval tokens between copies of the rings, from which it can go back anywhere; 0: none
+  HostSequence(std::unique_ptr<TBackend> backend, const CacheSpec& cache, const DraftSettings& drafting,
+               std::int64_t checkpoint_interval)
       : backend_(std::move(backend)),
         model_(*backend_),
+        store_(model_, checkpoint_interval),
         logits_(static_cast<std::size_t>(backend_->config().vocab)),
         drafting_(std::make_unique<Drafting<TBackend>>(drafting, backend_->config())),
         is_drafted_(drafting.is_on()) {
@@ -146,6 +186,7 @@ class HostSequence : public Sequence {
     };
     try {
       model_.prefill(all, chunk, [&](std::int64_t done) {
+        store_.noted();
         if (on_chunk) on_chunk(std::max<std::int64_t>(0, done - n_late));
       });
     } catch (...) {
@@ -179,29 +220,47 @@ class HostSequence : public Sequence {
         throw;
       }
       forget_what_is_not_held();
+      store_.noted();
     }
     took.us = us_since(start);
     return took;
   }
 
-  /// One less than the caches can go back: the token that is then the last goes through the model once more.
+  /// All, where there are checkpoints. Else one less than the caches can go back: the token that is then the last goes
+  /// through the model once more.
   [[nodiscard]] std::int64_t max_back() const override {
+    if (store_.checkpoint_interval() > 0) return n_held();
     const std::int64_t n_late = n_held() - model_.position();
     return std::max(n_late, std::min(n_held(), n_late + model_.max_rewind() - 1));
   }
   void take_back(std::int64_t n_token) override {
     require(n_token >= 0 && n_token <= max_back(), "generate: take back ", n_token, " tokens, at most ", max_back());
     if (n_token == 0) return;
+    const std::int64_t to = std::min(model_.position(), std::max<std::int64_t>(0, n_held() - n_token - 1));
+    store_.rewind(held_, to);
     held_.resize(held_.size() - static_cast<std::size_t>(n_token));
-    const std::int64_t n_back = model_.position() - std::max<std::int64_t>(0, n_held() - 1);
-    model_.rewind(std::clamp<std::int64_t>(n_back, 0, model_.max_rewind()));
     drafting_->drafter->keep(n_held());
     hidden_row_.reset();
   }
   void reset() override {
     model_.reset();
+    store_.reset();
     held_.clear();
     drafting_->drafter->keep(0);
+  }
+  void save(const std::filesystem::path& path, SessionInfo info) override {
+    info.tokens = held_;
+    info.logits.clear();
+    if (!held_.empty() && model_.position() == n_held()) {
+      backend_->copy_logits(0, logits_);
+      info.logits = logits_;
+    }
+    store_.save(path, std::move(info));
+  }
+  SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) override {
+    drafting_->drafter->keep(0);
+    hidden_row_.reset();
+    return restored([&] { return model_.position(); }, [&] { return store_.restore(file, model_hash); });
   }
   [[nodiscard]] std::optional<draft::Counts> draft_counts() const override {
     return is_drafted_ ? std::optional(drafting_->counts) : std::nullopt;
@@ -259,6 +318,7 @@ class HostSequence : public Sequence {
 
   std::unique_ptr<TBackend> backend_;
   Model<TBackend> model_;
+  SequenceStore<TBackend> store_;
   std::vector<float> logits_;
   std::unique_ptr<Drafting<TBackend>> drafting_;
   bool is_drafted_;
@@ -269,8 +329,9 @@ class HostSequence : public Sequence {
 class ReferenceSequence final : public HostSequence<reference::Backend<float>> {
  public:
   ReferenceSequence(const ModelWeights& weights, const reference::BackendOptions& options,
-                    const DraftSettings& drafting = {})
-      : HostSequence(std::make_unique<reference::Backend<float>>(weights, options), options.cache, drafting) {}
+                    const DraftSettings& drafting = {}, std::int64_t checkpoint_interval = 0)
+      : HostSequence(std::make_unique<reference::Backend<float>>(weights, options), options.cache, drafting,
+                     checkpoint_interval) {}
 };
 
 /// Drafting on a device, driven by the host: k + 1 rows of logits come back for each step. The same bits as a captured
@@ -278,7 +339,7 @@ class ReferenceSequence final : public HostSequence<reference::Backend<float>> {
 class DraftedDeviceSequence final : public HostSequence<AnyBackend> {
  public:
   DraftedDeviceSequence(const CudaModel& model, const CudaSettings& settings, const DraftSettings& drafting)
-      : HostSequence(model.make_backend(settings), settings.cache, drafting) {}
+      : HostSequence(model.make_backend(settings), settings.cache, drafting, settings.checkpoint_interval) {}
 };
 
 }  // namespace gemma4::experiment

@@ -52,6 +52,12 @@ class FlatLayerCache {
     return detail::attend_flat_cache(q, head_dim_, cache_, kv_len);
   }
 
+  [[nodiscard]] StoredLayer stored() {
+    const CacheShape& shape = cache_.shape();
+    return {.parts = {detail::stored_part("k", cache_.k_storage(), shape.n_head_kv, shape.buffer_len),
+                      detail::stored_part("v", cache_.v_storage(), shape.n_head_kv, shape.buffer_len)}};
+  }
+
  private:
   std::int64_t head_dim_;
   FlatCache<TStorage> cache_;

@@ -12,7 +12,11 @@
 ///
 /// which attends to the first kv_len keys as they are stored and stores none: q [n_query, n_head * head_dim] are of the
 /// last n_query of those positions, in order, so that a single query sees every one of the keys, and k_norm is that of
-/// the layer whose keys they are (Qkv::k_norm); and a specialisation of FullLayerCaches that makes it.
+/// the layer whose keys they are (Qkv::k_norm);
+///
+///   StoredLayer stored();    // where its bytes are (gemma4/session/stored_part.hpp)
+///
+/// and a specialisation of FullLayerCaches that makes it.
 namespace gemma4::reference {
 
 /// The caches of the full layers in the format `TFormat`: constructed from the format and the layers' AttentionConfig,

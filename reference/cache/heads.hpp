@@ -4,9 +4,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
+#include <span>
+#include <string_view>
 #include <vector>
 
 #include "gemma4/float16.hpp"
+#include "gemma4/session/stored_part.hpp"
 #include "gemma4/view.hpp"
 #include "reference/matrix.hpp"
 
@@ -19,6 +22,18 @@ namespace detail {
 template <class Scalar>
 [[nodiscard]] View<const Scalar, 4> heads_view(const Matrix<Scalar>& m, std::int64_t head_dim) {
   return make_view(m.data(), 1, m.rows(), m.cols() / head_dim, head_dim);
+}
+
+/// Values [n_head, n_row, row_len] as a part that can be taken out and put back.
+template <class T>
+[[nodiscard]] StoredPart stored_part(std::string_view name, std::span<T> values, std::int64_t n_head,
+                                     std::int64_t n_row) {
+  const auto bytes = std::as_writable_bytes(values);
+  return {.name = name,
+          .data = bytes.data(),
+          .n_head = n_head,
+          .n_row = n_row,
+          .row_bytes = static_cast<std::int64_t>(bytes.size()) / (n_head * n_row)};
 }
 
 /// Each element rounded to the storage type.

@@ -28,7 +28,11 @@ class KvLayerCache {
   /// @param codec none: bf16
   KvLayerCache(const AttentionConfig& attention, std::int64_t context,
                std::shared_ptr<const KvCodec<CodecScalar>> codec)
-      : head_dim_(attention.head_dim), codec_(std::move(codec)), cache_(make(attention, context, codec_.get())) {}
+      : head_dim_(attention.head_dim),
+        n_head_kv_(attention.n_head_kv),
+        context_(context),
+        codec_(std::move(codec)),
+        cache_(make(attention, context, codec_.get())) {}
 
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend(const Qkv<Scalar>& qkv, std::int64_t position) {
@@ -58,6 +62,18 @@ class KvLayerCache {
     return out;
   }
 
+  [[nodiscard]] StoredLayer stored() {
+    const auto part = [&](std::string_view name, auto values) {
+      return detail::stored_part(name, values, n_head_kv_, context_);
+    };
+    if (auto* const codes = std::get_if<KvCacheBuffer>(&cache_)) {
+      return {.parts = {part("v_codes", codes->v_codes()), part("v_norm", codes->v_norm()),
+                        part("r_codes", codes->r_codes()), part("r_norm", codes->r_norm())}};
+    }
+    auto& plain = std::get<KvPlainBuffer<Bf16>>(cache_);
+    return {.parts = {part("v", plain.v_storage()), part("r", plain.r_storage())}};
+  }
+
   [[nodiscard]] std::int64_t bytes() const {
     return std::visit([](const auto& buffer) { return buffer.bytes(); }, cache_);
   }
@@ -71,7 +87,7 @@ class KvLayerCache {
     return KvPlainBuffer<Bf16>(1, attention.n_head_kv, context, attention.head_dim);
   }
 
-  std::int64_t head_dim_;
+  std::int64_t head_dim_, n_head_kv_, context_;
   std::shared_ptr<const KvCodec<CodecScalar>> codec_;
   Buffer cache_;
 };

@@ -118,6 +118,13 @@ class KvarnLayerCache {
     return detail::attend_flat_cache(q, head_dim_, cache_, kv_len);
   }
 
+  [[nodiscard]] StoredLayer stored() {
+    const CacheShape& shape = cache_.shape();
+    return {.parts = {detail::stored_part("k", cache_.k_storage(), shape.n_head_kv, shape.buffer_len),
+                      detail::stored_part("v", cache_.v_storage(), shape.n_head_kv, shape.buffer_len)},
+            .tile = KvarnFormat::kTileTokens};
+  }
+
  private:
   void quantise_tile(std::int64_t first) {
     Matrix<float> tile(KvarnFormat::kTileTokens, head_dim_);

@@ -51,6 +51,13 @@ class SimulatedLayerCache {
     return detail::attend_flat_cache(q, head_dim_, cache_, kv_len);
   }
 
+  [[nodiscard]] StoredLayer stored() {
+    const CacheShape& shape = cache_.shape();
+    return {.parts = {detail::stored_part("k", cache_.k_storage(), shape.n_head_kv, shape.buffer_len),
+                      detail::stored_part("v", cache_.v_storage(), shape.n_head_kv, shape.buffer_len)},
+            .tail = codec_->format().tail};
+  }
+
  private:
   template <class Scalar>
   [[nodiscard]] Matrix<Scalar> attend_piece(const Qkv<Scalar>& qkv, std::int64_t position) {

@@ -119,6 +119,15 @@ class SlidingLayerCache {
     return out;
   }
 
+  [[nodiscard]] StoredLayer stored() {
+    const std::int64_t n_head_kv = ring_.k().extent[0];
+    return {.is_ring = true,
+            .parts = {detail::stored_part("k", ring_.k_storage(), n_head_kv, ring_.ring_len()),
+                      detail::stored_part("v", ring_.v_storage(), n_head_kv, ring_.ring_len())}};
+  }
+  /// The ring holds the tokens before `position`, put there by way of stored().
+  void resume(std::int64_t position, std::int64_t farthest) { ring_.resume(position, farthest); }
+
  private:
   RingCodec codec_;
   std::int64_t window_;

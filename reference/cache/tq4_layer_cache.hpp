@@ -46,6 +46,14 @@ class Tq4LayerCache {
     return out;
   }
 
+  [[nodiscard]] StoredLayer stored() {
+    const auto part = [&](std::string_view name, auto values) {
+      return detail::stored_part(name, values, cache_.shape().n_head_kv, cache_.shape().buffer_len);
+    };
+    return {.parts = {part("k_codes", cache_.k_codes()), part("k_norm", cache_.k_norm()),
+                      part("v_codes", cache_.v_codes()), part("v_norm", cache_.v_norm())}};
+  }
+
  private:
   std::int64_t head_dim_;
   std::shared_ptr<const Tq4Codec<CodecScalar>> codec_;

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # What every driver owes to whoever runs it: lost output is an error, an interrupt leaves nothing, numbers are refused in
-# words, what is not finite is no result. Each with its control. Usage: drivers_test.sh output|interrupts|numbers|finite
-# ROOT BIN SCRATCH [SPOIL_MODEL]
+# words, what is not finite is no result. Each with its control. Usage: drivers_test.sh output|interrupts|numbers|finite|
+# sessions ROOT BIN SCRATCH [SPOIL_MODEL]
 set -uo pipefail
 set -m # a job of its own for what runs in the background: without, a shell has it ignore SIGINT
 part=$1 root=$2 bin=$(cd "$3" && pwd) scratch=$4 spoil=${5:-}
@@ -235,6 +235,41 @@ test_finite() {
     [ -e t.csv ] && grep -q 'failed: not finite' t.csv || fail "accuracy, $tensor: no row that says so"
     judge "generate, $tensor" "$place" say bad.gguf
   done
+}
+
+# ---- sessions
+
+test_sessions() { # a text that was read is not read again, by another process, and what follows is the same
+  local text=$'def quicksort(items):\n    ' said
+  go_on() { # go_on TEXT ARGUMENTS...
+    "$bin/generate" --model "$data/nano-Q4_K_M.gguf" --prompt "$text$1" --max-tokens 8 --backend reference --quiet "${@:2}"
+  }
+  for tail in pivot return 'if len(items)'; do
+    go_on "$tail" > "plain $tail.txt" 2> /dev/null || fail "control: generate without a session"
+  done
+  go_on pivot --session q.session > made.txt 2> err.txt || fail "generate: a session is not made: $(cat err.txt)"
+  cmp -s made.txt 'plain pivot.txt' || fail "making a session changes the text"
+  cp q.session first.session
+  for tail in pivot return 'if len(items)'; do
+    go_on "$tail" --session q.session > used.txt 2> err.txt || fail "generate: a session is not used: $(cat err.txt)"
+    cmp -s used.txt "plain $tail.txt" || fail "after a session: another text, $(cat used.txt)"
+    grep -qE '^q.session: ([0-9]{2}) of [0-9]+ prompt tokens are there' err.txt || fail "does not say what was there: $(cat err.txt)"
+    grep -qE '^prompt: [1-5] tokens' err.txt || fail "reads what was there: $(cat err.txt)"
+  done
+  cmp -s q.session first.session || fail "generate writes a session that it only used"
+  # Refused by name, and the file is left alone.
+  said=$(go_on pivot --session q.session --cache bf16 2>&1) && fail "another cache format is taken"
+  grep -q "its cache is 'tq4', this run's 'bf16'" <<< "$said" || fail "another cache format: $said"
+  said=$(go_on pivot --session q.session --seed 3 2>&1) && fail "another seed is taken"
+  grep -q 'the seed of its cache' <<< "$said" || fail "another seed: $said"
+  printf 'x' | dd of=q.session bs=1 seek=100000 conv=notrunc 2> /dev/null
+  said=$(go_on pivot --session q.session 2>&1) && fail "a damaged file is taken"
+  grep -q "tensor 'layer.*checksum .*damaged" <<< "$said" || fail "a damaged file: $said"
+  # A disk that fills up: what was there stays, and nothing beside it.
+  said=$( (ulimit -f 64 && go_on pivot --session new.session) 2>&1) && fail "generate: exit code 0 although its session is lost"
+  grep -q 'new.session.*File too large' <<< "$said" || fail "a full disk: $said"
+  [ -e new.session ] && fail "half a session is there"
+  nothing_left 'generate --session'
 }
 
 test_"$part"

@@ -89,6 +89,9 @@ class GgufWriter {
   /// Bytes that all tensors will occupy, padding included; for progress and for a look at the free space.
   [[nodiscard]] std::uint64_t data_bytes() const { return data_bytes_; }
 
+  /// All that stands in front of the tensors' data, as it is written, once append() or place() has written it.
+  [[nodiscard]] std::string_view header() const { return header_; }
+
   /// Appends a piece of the tensor `name`, which must be the first one that is not yet complete.
   void append(std::string_view name, std::span<const std::byte> bytes) {
     require(!failed_, where(), ": an earlier write failed");
@@ -213,7 +216,9 @@ class GgufWriter {
     }
     header.resize(padded(header.size()), '\0');
     data_begin_ = header.size();
-    write(std::as_bytes(std::span(header)));
+    header_ = std::move(header);
+    keys_ = {};
+    write(std::as_bytes(std::span(header_)));
   }
 
   void write_padding(std::uint64_t count) {
@@ -253,7 +258,8 @@ class GgufWriter {
   bool finished_ = false;
   std::atomic<bool> failed_ = false;
   bool is_placed_ = false;
-  std::string keys_;  ///< encoded
+  std::string keys_;    ///< encoded
+  std::string header_;  ///< these and all else in front of the data
   std::set<std::string, std::less<>> key_names_;
   std::vector<Tensor> tensors_;
   std::set<std::string, std::less<>> tensor_names_;

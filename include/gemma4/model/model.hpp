@@ -9,6 +9,7 @@
 #include <numeric>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "gemma4/config.hpp"
@@ -96,6 +97,7 @@ class Model {
     backend_.reset();
     position_ = 0;
     farthest_ = 0;
+    lowest_ = 0;
     chunks_.clear();
   }
 
@@ -235,10 +237,34 @@ class Model {
     chunks_.insert(chunks_.end(), static_cast<std::size_t>(n_token), 1);
   }
 
+  /// Lengths of the passes that the sequence came in; their sum is position().
+  [[nodiscard]] std::span<const std::int64_t> passes() const { return chunks_; }
+  /// The position that the sequence had at most, as far as the caches still show it.
+  [[nodiscard]] std::int64_t farthest() const { return farthest_; }
+  /// The least position that it has been at since this was asked before.
+  [[nodiscard]] std::int64_t take_lowest() { return std::exchange(lowest_, position_); }
+
+  /// The backend's caches hold a sequence that came in these passes, put there by other means than forward().
+  /// @param farthest what the caches hold of rings is as if the sequence had been there; at least its position
+  void resume(std::vector<std::int64_t> passes, std::int64_t farthest) {
+    std::int64_t position = 0;
+    for (const std::int64_t n_token : passes) {
+      require(n_token >= 1 && n_token <= backend_.context() - position, "model: resume at ", position,
+              " with a pass of ", n_token, " tokens, the caches hold ", backend_.context());
+      position += n_token;
+    }
+    require(farthest >= position, "model: resume at ", position, ", the farthest position is ", farthest);
+    position_ = position;
+    farthest_ = farthest;
+    lowest_ = position;
+    chunks_ = std::move(passes);
+  }
+
   /// The last `n_token` tokens never were. The caller knows that the backend's caches can go back so far: max_rewind().
   void rewind(std::int64_t n_token) {
     require(n_token >= 0 && n_token <= position_, "model: rewind by ", n_token, " tokens, there are ", position_);
     position_ -= n_token;
+    lowest_ = std::min(lowest_, position_);
     while (n_token > 0) {
       const std::int64_t some = std::min(n_token, chunks_.back());
       n_token -= some;
@@ -285,6 +311,7 @@ class Model {
   TBackend& backend_;
   std::int64_t position_ = 0;
   std::int64_t farthest_ = 0;         ///< position that the sequence had at most
+  std::int64_t lowest_ = 0;           ///< and at least, since take_lowest()
   std::vector<std::int64_t> chunks_;  ///< lengths of the passes that the sequence came in
 };
 

@@ -66,4 +66,16 @@ template <class TFormat>
       cache);
 }
 
+/// Bytes of the rings' checkpoints of a sequence that fills `context` (gemma4/session/ring_checkpoints.hpp), on the
+/// host: a window of K and V of every sliding layer each. A format that keeps its newest tokens exact adds those.
+/// @param interval tokens between two; 0: none
+[[nodiscard]] inline std::int64_t ring_checkpoint_bytes(const ModelConfig& config, const CacheSpec& cache,
+                                                        std::int64_t context, std::int64_t interval) {
+  std::int64_t bytes = 0;
+  for (std::int64_t at = interval; interval > 0 && at <= context; at += interval) {
+    bytes += stored_bytes(config, cache, 0, std::min(config.window, at)).sliding;
+  }
+  return bytes;
+}
+
 }  // namespace gemma4

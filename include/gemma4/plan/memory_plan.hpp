@@ -17,6 +17,7 @@
 #include "gemma4/config.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/cache_fit.hpp"
 #include "gemma4/plan/packed_rows.hpp"
 #include "gemma4/quantized_matrix.hpp"
@@ -45,6 +46,7 @@ struct MemoryPlanOptions {
   std::int64_t sm_count = 132;   ///< multiprocessors of the device: split keys leave a part in each (an H100 or H200)
   std::int64_t n_thread = 0;     ///< of the reference; 0: the hardware's
   std::vector<PlannedBuffer> drafter = {};  ///< what a drafter takes beside it (gemma4/plan/drafter_plan.hpp)
+  std::int64_t checkpoint_interval = 0;     ///< of the rings, in the host's memory: of the reference; 0: none
 };
 
 struct MemoryPlan {
@@ -310,6 +312,9 @@ class MemoryPlanner {
         options_.n_thread > 0 ? options_.n_thread : std::max<std::int64_t>(1, std::thread::hardware_concurrency());
     add("weights", total_bytes(tensors_), "the file as mapped; read in place, reclaimable");
     std::visit([&](const auto& format) { add_caches(format, options_.context); }, options_.cache);
+    add("ring_checkpoints",
+        ring_checkpoint_bytes(config_, options_.cache, options_.context, options_.checkpoint_interval),
+        concat("every ", options_.checkpoint_interval, " tokens a window of the rings"));
     add("residual", 3 * t * config_.hidden * kF32, "3 (stream, normalised, pending) x chunk x hidden x f32");
     add("qkv", 2 * t * (q_dim_ + 2 * kv_dim_) * kF32, "2 (old, new) x chunk x (q + k + v) x f32");
     add("attended", 4 * t * q_dim_ * kF32, "4 (rotated q, result, old, new) x chunk x q x f32");

@@ -53,6 +53,32 @@ class Conversation {
 
   [[nodiscard]] const std::vector<ChatMessage>& messages() const { return messages_; }
 
+  /// What a dialogue is besides the tokens that a cache holds of it.
+  struct State {
+    std::vector<ChatMessage> messages = {};
+    std::int64_t n_read = 0;  ///< tokens up to the end of the last answer; the cache holds them
+    bool closed = false;      ///< the last answer ended its turn itself
+  };
+
+  /// Between an answer and the next message.
+  /// @param held by the cache
+  [[nodiscard]] State state(std::span<const std::int32_t> held) const {
+    const bool holds = read_.size() <= held.size() && std::equal(read_.begin(), read_.end(), held.begin());
+    return {messages_, holds ? static_cast<std::int64_t>(read_.size()) : 0, closed_};
+  }
+
+  /// The dialogue that state() was asked of, and goes on as it would have.
+  /// @throws std::invalid_argument when more was read than the cache holds
+  void resume(State state, std::span<const std::int32_t> held) {
+    require(state.n_read >= 0 && state.n_read <= static_cast<std::int64_t>(held.size()), "conversation: ", state.n_read,
+            " tokens were read, the cache holds ", held.size());
+    const auto read = held.first(static_cast<std::size_t>(state.n_read));
+    messages_ = std::move(state.messages);
+    read_.assign(read.begin(), read.end());
+    closed_ = state.closed;
+    prompt_ = read_.empty() ? encode_chat(tokenizer_, messages_, options_) : read_;
+  }
+
   /// All that the model is to have read when it begins the next answer.
   [[nodiscard]] const std::vector<std::int32_t>& prompt() const { return prompt_; }
 
