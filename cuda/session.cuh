@@ -18,6 +18,7 @@
 
 #include "cuda/backend.cuh"
 #include "cuda/device/stream.cuh"
+#include "gemma4/draft/auto_drafts.hpp"
 #include "gemma4/draft/drafter.hpp"
 #include "gemma4/draft/step.hpp"
 #include "gemma4/error.hpp"
@@ -36,6 +37,7 @@ struct SessionOptions {
   std::int64_t lag = 4;
   /// Drafts of a step, at most BackendOptions::max_draft; 0: none. Text and logits are the same with any number.
   std::int64_t n_draft = 0;
+  bool auto_drafts = false;  ///< n_draft is the most; how many of them, draft::AutoDrafts decides
   /// Tokens between copies of the rings on the host, from which rewind() can go back anywhere; 0: none.
   std::int64_t checkpoint_interval = 0;
 };
@@ -66,7 +68,7 @@ class Session {
         options_(options),
         done_(static_cast<std::size_t>(options.lag + 1)) {
     require(options.lag >= 1 && options.lag < kMaxRewind, "session: lag ", options.lag, ", need 1 to ", kMaxRewind - 1);
-    set_drafts(options.n_draft);
+    set_drafts(options.n_draft, options.auto_drafts);
     reset();
   }
 
@@ -84,13 +86,17 @@ class Session {
   /// From the next step on.
   /// @throws std::invalid_argument for more than the backend has room for, or so many that the steps under way could
   /// not all be taken back
-  void set_drafts(std::int64_t n_draft) {
+  /// @param is_auto the number is decided from step to step, by what was accepted before: the rule begins anew
+  void set_drafts(std::int64_t n_draft, bool is_auto = false) {
     const std::int64_t most = backend().options().max_draft;
     require(n_draft >= 0 && n_draft <= most, "session: ", n_draft, " drafts a step, need 0 to max_draft ", most);
     require(n_draft == 0 || (options_.lag + 1) * (n_draft + 1) + n_draft < kMaxRewind, "session: ", options_.lag + 1,
             " steps under way of ", n_draft + 1, " tokens, and ", n_draft, " rejected ones, need fewer than ",
             kMaxRewind);
     options_.n_draft = n_draft;
+    options_.auto_drafts = is_auto;
+    rule_.reset();
+    if (is_auto && n_draft > 0) rule_.emplace(draft::StepCosts{}, n_draft);
   }
 
   /// Other ways to the same tokens, from here on: the sequence and its caches stay, the step is captured anew.
@@ -291,6 +297,13 @@ class Session {
     }
   };
 
+  [[nodiscard]] std::int64_t n_draft_of_next(const UnderWay& way) const {
+    if (!rule_) return options_.n_draft;
+    double at_stake = 0;
+    for (const std::int64_t n_draft : way.drafts) at_stake += rule_->stake(n_draft);
+    return rule_->next(at_stake);
+  }
+
   /// As many steps as may be under way. Each gives at least one token, so that none is begun in vain; one drafts no
   /// more than are wanted behind it, or than there is room for.
   void enqueue_what_may(UnderWay& way, const SamplerSettings& settings) {
@@ -298,7 +311,7 @@ class Session {
       const std::int64_t n_wanted = way.n_wanted - way.n_known() - way.n_under_way();
       const std::int64_t n_room = backend().context() - way.end();
       if (n_room < 1) return;  // once the steps under way have ended, there will be
-      const std::int64_t n_draft = std::min({options_.n_draft, n_wanted - 1, n_room - 1});
+      const std::int64_t n_draft = std::min({n_draft_of_next(way), n_wanted - 1, n_room - 1});
       enqueue(settings, n_draft, way.n_step++);
       way.drafts.push_back(n_draft);
     }
@@ -316,6 +329,7 @@ class Session {
       n_accepted = outcome.n_accepted;
       counts.add(outcome.n_proposed, outcome.n_accepted);
     }
+    if (rule_) rule_->saw(n_draft, n_accepted);
     way.known += n_accepted + 1;
     way.drafts.pop_front();
   }
@@ -366,6 +380,7 @@ class Session {
   SequenceStore<Backend> store_;
   SessionOptions options_;
   std::array<std::optional<Step>, draft::kMaxDrafts + 1> steps_;  ///< by the number of drafts
+  std::optional<draft::AutoDrafts> rule_;
   std::vector<std::int32_t> tokens_;
   bool has_logits_ = false;
   Event begin_, end_;

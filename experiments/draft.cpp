@@ -2,13 +2,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "experiments/driver.hpp"
-#include "experiments/support/any_backend.hpp"
+#include "experiments/support/cuda_model.hpp"
 #include "experiments/support/drafting.hpp"
 #include "experiments/support/model_source.hpp"
 #include "experiments/support/run_text.hpp"
@@ -43,7 +44,6 @@ const std::vector<std::string> kShown = {"type_k",        "drafter",    "n_draft
                                          "tokens_a_step", "accepted_1", "accepted_3", "ms_a_step",
                                          "avg_ts",        "plain_ts",   "of_plain",   "same_text"};
 
-using Sequence = HostSequence<AnyBackend>;
 using Ids = std::vector<std::int32_t>;
 
 /// Tokens that are written before a window.
@@ -55,10 +55,105 @@ constexpr std::int64_t kBefore = 3;
 
 /// One drafter with one number of drafts, over the sites of a depth.
 struct Case {
-  std::string drafter, n_draft;
-  std::unique_ptr<Drafting<AnyBackend>> drafting;
+  DraftSettings settings;
+  std::string n_draft;
+  draft::Counts counts = {};
+  double propose_us = 0;  ///< that the drafter took; on a device it is a part of the step
   Stretch took = {};
   bool same_text = true;
+};
+
+/// A sequence on which one drafter after another writes.
+class Writer {
+ public:
+  Writer() = default;
+  Writer(const Writer&) = delete;
+  Writer& operator=(const Writer&) = delete;
+  virtual ~Writer() = default;
+
+  [[nodiscard]] virtual Sequence& sequence() = 0;
+  /// From here on the drafter of `one` writes.
+  virtual void use(const Case& one) = 0;
+  /// Of all steps since use().
+  [[nodiscard]] virtual draft::Counts counts() const = 0;
+  [[nodiscard]] virtual double propose_us() const = 0;
+};
+
+/// By steps of the host.
+class HostWriter final : public Writer {
+ public:
+  HostWriter(const ModelWeights& weights, const reference::BackendOptions& options)
+      : config_(weights.config), sequence_(weights, options) {}
+
+  [[nodiscard]] Sequence& sequence() override { return sequence_; }
+  void use(const Case& one) override {
+    auto drafting = std::make_unique<Drafting<reference::Backend<float>>>(one.settings, config_);
+    drafting_ = drafting.get();
+    (void)sequence_.exchange(std::move(drafting));
+  }
+  [[nodiscard]] draft::Counts counts() const override { return drafting_->counts; }
+  [[nodiscard]] double propose_us() const override { return drafting_->propose_us; }
+
+ private:
+  const ModelConfig& config_;
+  ReferenceSequence sequence_;
+  Drafting<reference::Backend<float>>* drafting_ = nullptr;  ///< the sequence's
+};
+
+/// By recorded steps of a device.
+class DeviceWriter final : public Writer {
+ public:
+  DeviceWriter(const CudaModel& model, const CudaSettings& settings) : sequence_(model, settings) {}
+
+  [[nodiscard]] Sequence& sequence() override { return sequence_; }
+  void use(const Case& one) override {
+    const std::int64_t most = one.settings.is_on() ? one.settings.n_draft.value_or(draft::kMaxDrafts) : 0;
+    sequence_.set_drafts(most, !one.settings.n_draft);
+    before_ = *sequence_.draft_counts();
+  }
+  [[nodiscard]] draft::Counts counts() const override { return sequence_.draft_counts()->since(before_); }
+  [[nodiscard]] double propose_us() const override { return 0; }
+
+ private:
+  DeviceSequence sequence_;
+  draft::Counts before_;
+};
+
+/// A model that makes them, in the room that --backend names.
+class Source {
+ public:
+  explicit Source(const Options& options) : options_(options) {
+    if (options.backend == "cuda") {
+      device_ = load_cuda_model(options.model, {.progress = progress_options(options, "B")},
+                                settings(parse_cache_spec(options.caches.front())));
+      return;
+    }
+    file_.emplace(GgufFile::open(options.model));
+    weights_.emplace(weights_from_gguf(*file_));
+    show_notes(model_notes(*file_));
+  }
+
+  [[nodiscard]] std::int64_t vocab() const { return device_ ? device_->config().vocab : weights_->config.vocab; }
+  [[nodiscard]] std::unique_ptr<Writer> make(const CacheSpec& cache) const {
+    const CudaSettings wish = settings(cache);
+    if (device_) return std::make_unique<DeviceWriter>(*device_, wish);
+    return std::make_unique<HostWriter>(
+        *weights_, reference::BackendOptions{.cache = cache, .context = wish.context, .max_chunk = wish.max_chunk});
+  }
+
+ private:
+  [[nodiscard]] CudaSettings settings(const CacheSpec& cache) const {
+    return {.cache = cache,
+            .context = context_of(options_),
+            .max_chunk = std::max(options_.chunk, kDecodeChunk),
+            .policy = options_.policy(),
+            .max_draft = draft::kMaxDrafts};
+  }
+
+  const Options& options_;
+  std::optional<GgufFile> file_;
+  std::optional<ModelWeights> weights_;
+  std::unique_ptr<CudaModel> device_;
 };
 
 /// One cache format: a sequence that grows from depth to depth along the text. At a depth and every `stride` tokens
@@ -66,20 +161,13 @@ struct Case {
 /// must have written.
 class Run {
  public:
-  Run(const Options& options, ResultTable& table, const ModelSource& source, std::string cache, std::string desc)
-      : options_(options), table_(table), config_(source.config()), cache_(std::move(cache)), desc_(std::move(desc)) {
+  Run(const Options& options, ResultTable& table, const Source& source, std::string cache, std::string desc)
+      : options_(options), table_(table), cache_(std::move(cache)), desc_(std::move(desc)) {
     const std::int64_t n_text = options.depths.back() + options.sites * options.stride;
-    context_ = context_of(options);
-    ids_ = text_ids(options, source.config().vocab, n_text);
-    const CacheSpec spec = with_seed(parse_cache_spec(cache_), options.seed);
-    sequence_ = std::make_unique<Sequence>(source.make({.cache = spec,
-                                                        .context = context_,
-                                                        .max_chunk = std::max(options.chunk, kDecodeChunk),
-                                                        .n_logit_row = draft::kMaxDrafts + 1,
-                                                        .policy = options.policy()}),
-                                           spec, DraftSettings{.drafter = options.drafters.front()});
-    show_plans(options, cache_, sequence_->step_plans());
-    plan_ = digest(sequence_->step_plans());
+    ids_ = text_ids(options, source.vocab(), n_text);
+    writer_ = source.make(with_seed(parse_cache_spec(cache_), options.seed));
+    show_plans(options, cache_, sequence().step_plans());
+    plan_ = digest(sequence().step_plans());
   }
 
   void measure() {
@@ -100,8 +188,7 @@ class Run {
   [[nodiscard]] std::vector<Case> make_cases() const {
     std::vector<Case> cases;
     const auto add = [&](const std::string& drafter, const std::string& n_draft) {
-      const DraftSettings settings{.drafter = drafter, .n_draft = parse_n_draft(n_draft)};
-      cases.push_back({drafter, n_draft, std::make_unique<Drafting<AnyBackend>>(settings, config_)});
+      cases.push_back({{.drafter = drafter, .n_draft = parse_n_draft(n_draft)}, n_draft});
     };
     add("none", "auto");
     for (const std::string& drafter : options_.drafters) {
@@ -111,10 +198,10 @@ class Run {
   }
 
   void read_to(std::int64_t end, Progress& progress) {
-    const auto begin = static_cast<std::int64_t>(sequence_->held().size());
+    const auto begin = static_cast<std::int64_t>(sequence().held().size());
     if (end <= begin) return;
     const auto part = std::span(ids_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
-    (void)sequence_->prefill(part, options_.chunk, [&](std::int64_t done) { progress.update(begin + done); });
+    (void)sequence().prefill(part, options_.chunk, [&](std::int64_t done) { progress.update(begin + done); });
   }
 
   /// A window by each. The tokens before it are not counted: with them a drafter reads what it has not seen.
@@ -126,16 +213,14 @@ class Run {
         text.push_back(token);
         return true;
       };
-      Drafting<AnyBackend>& drafting = *one.drafting;
-      const draft::Counts counts = drafting.counts;
-      const double propose_us = drafting.propose_us;
-      auto other = sequence_->exchange(std::move(one.drafting));
-      (void)sequence_->decode(kBefore, {}, note);
-      drafting.counts = counts;
-      drafting.propose_us = propose_us;
-      const Stretch took = sequence_->decode(options_.window, {}, note);
-      sequence_->take_back(options_.window + kBefore);
-      one.drafting = sequence_->exchange(std::move(other));
+      writer_->use(one);
+      (void)sequence().decode(kBefore, {}, note);
+      const draft::Counts counts = writer_->counts();
+      const double propose_us = writer_->propose_us();
+      const Stretch took = sequence().decode(options_.window, {}, note);
+      one.counts.add(writer_->counts().since(counts));
+      one.propose_us += writer_->propose_us() - propose_us;
+      sequence().take_back(options_.window + kBefore);
       one.took.n_token += took.n_token;
       one.took.us += took.us;
       if (&one == &cases.front()) plain = text;
@@ -147,10 +232,10 @@ class Run {
     ResultTable::Row row = table_.row();
     set_run_text(row, options_, desc_);
     set_run_plan(row, options_.policy(), plan_);
-    row.set("backend", options_.backend).set("context", context_).set("n_batch", options_.chunk);
-    row.set("type_k", cache_).set("type_v", cache_).set("drafter", one.drafter).set("n_draft", one.n_draft);
+    row.set("backend", options_.backend).set("context", context_of(options_)).set("n_batch", options_.chunk);
+    row.set("type_k", cache_).set("type_v", cache_).set("drafter", one.settings.drafter).set("n_draft", one.n_draft);
     row.set("n_gen", options_.window).set("n_depth", depth).set("n_site", options_.sites);
-    const draft::Counts& counts = one.drafting->counts;
+    const draft::Counts& counts = one.counts;
     const auto n_step = static_cast<double>(std::max<std::int64_t>(1, counts.n_step));
     row.set("tokens_a_step", counts.tokens_per_step()).set("n_step", counts.n_step);
     for (std::size_t i = 0; i < counts.drafted.size(); ++i) {
@@ -159,7 +244,7 @@ class Run {
               static_cast<double>(counts.accepted[i]) / static_cast<double>(counts.drafted[i]));
     }
     const double rate = one.took.tokens_per_second(), plain_rate = plain.took.tokens_per_second();
-    row.set("ms_a_draft", 1e-3 * one.drafting->propose_us / n_step).set("ms_a_step", 1e-3 * one.took.us / n_step);
+    row.set("ms_a_draft", 1e-3 * one.propose_us / n_step).set("ms_a_step", 1e-3 * one.took.us / n_step);
     row.set("ms_plain", 1e-3 * plain.took.us / static_cast<double>(std::max<std::int64_t>(1, plain.took.n_token)));
     row.set("avg_ts", rate).set("plain_ts", plain_rate).set("of_plain", rate / plain_rate);
     row.set("same_text", one.same_text);
@@ -170,13 +255,13 @@ class Run {
     }
   }
 
+  [[nodiscard]] Sequence& sequence() { return writer_->sequence(); }
+
   const Options& options_;
   ResultTable& table_;
-  const ModelConfig& config_;
   std::string cache_, desc_, plan_;
-  std::int64_t context_ = 0;
   Ids ids_;
-  std::unique_ptr<Sequence> sequence_;
+  std::unique_ptr<Writer> writer_;
 };
 
 void add_options(CLI::App& app, Options& options) {
@@ -204,11 +289,7 @@ void add_options(CLI::App& app, Options& options) {
 
 void measure(const Options& options, ResultTable& table) {
   const std::string desc = model_desc(options.model);
-  const ModelSource source(options, {.cache = parse_cache_spec(options.caches.front()),
-                                     .context = context_of(options),
-                                     .max_chunk = std::max(options.chunk, kDecodeChunk),
-                                     .n_logit_row = draft::kMaxDrafts + 1,
-                                     .policy = options.policy()});
+  const Source source(options);
   for (const std::string& cache : options.caches) Run(options, table, source, cache, desc).measure();
 }
 

@@ -264,17 +264,14 @@ struct Loaded {
                         .checkpoint_interval = options.checkpoint_interval()};
   settings.policy.graph = settings.policy.graph && !options.profile;
   if (options.drafting.is_on()) {
-    settings.n_logit_row = draft::kMaxDrafts + 1;
+    settings.max_draft = options.drafting.n_draft.value_or(draft::kMaxDrafts);
+    settings.auto_drafts = !options.drafting.n_draft;
     settings.max_chunk = std::max(settings.max_chunk, draft::kMaxDrafts + 1);
   }
   Loaded loaded;
   if (options.backend == "cuda") {
     loaded.device = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, settings);
-    if (options.drafting.is_on()) {
-      loaded.sequence = std::make_unique<DraftedDeviceSequence>(*loaded.device, settings, options.drafting);
-    } else {
-      loaded.sequence = std::make_unique<DeviceSequence>(*loaded.device, settings);
-    }
+    loaded.sequence = std::make_unique<DeviceSequence>(*loaded.device, settings);
   } else {
     loaded.weights.emplace(weights_from_gguf(gguf));
     show_notes(model_notes(gguf));

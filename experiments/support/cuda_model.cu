@@ -24,6 +24,7 @@ cuda::BackendOptions backend_options(const CudaSettings& settings) {
           .context = settings.context,
           .max_chunk = settings.max_chunk,
           .n_logit_row = settings.n_logit_row,
+          .max_draft = settings.max_draft,
           .policy = settings.policy,
           .ring = settings.ring};
 }
@@ -43,7 +44,10 @@ class Session final : public CudaSession {
  public:
   Session(const cuda::PackedModel& model, const CudaSettings& settings)
       : backend_(model, backend_options(settings)),
-        session_(backend_, {.use_graph = settings.policy.graph, .checkpoint_interval = settings.checkpoint_interval}) {}
+        session_(backend_, {.use_graph = settings.policy.graph,
+                            .n_draft = settings.max_draft,
+                            .auto_drafts = settings.auto_drafts,
+                            .checkpoint_interval = settings.checkpoint_interval}) {}
 
   Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
                   const std::function<void(std::int64_t)>& on_chunk) override {
@@ -57,9 +61,12 @@ class Session final : public CudaSession {
                  const std::function<bool(std::int32_t)>& on_token) override {
     const cuda::DecodeResult result =
         session_.decode(n_token, sampler, [&](std::int32_t token) { return !on_token || on_token(token); });
+    counts_.add(result.drafts);
     return {result.timing.n_token, result.timing.us};
   }
 
+  void set_drafts(std::int64_t n_draft, bool is_auto) override { session_.set_drafts(n_draft, is_auto); }
+  [[nodiscard]] const draft::Counts& draft_counts() const override { return counts_; }
   [[nodiscard]] std::int64_t position() const override { return session_.position(); }
   void rewind(std::int64_t n_token) override { session_.rewind(n_token); }
   [[nodiscard]] std::int64_t max_rewind() const override { return session_.max_rewind(); }
@@ -95,6 +102,7 @@ class Session final : public CudaSession {
  private:
   cuda::Backend backend_;
   cuda::Session session_;
+  draft::Counts counts_;
 };
 
 class Model final : public CudaModel {

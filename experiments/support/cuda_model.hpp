@@ -14,6 +14,7 @@
 #include "experiments/support/any_backend.hpp"
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
+#include "gemma4/draft/step.hpp"
 #include "gemma4/plan/execution.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/plan/step_plan.hpp"
@@ -51,6 +52,8 @@ struct CudaSettings {
   RingSpec ring = {};  ///< of the sliding layers
   /// Tokens between copies of the rings on the host, from which a session can go back anywhere; 0: none.
   std::int64_t checkpoint_interval = 0;
+  std::int64_t max_draft = 0;  ///< tokens that a step of a session drafts by lookup, at most; 0: none
+  bool auto_drafts = false;    ///< how many of them, draft::AutoDrafts decides
 };
 
 /// A sequence on the device.
@@ -66,6 +69,10 @@ class CudaSession {
   /// @param on_token may be empty; returns false to stop
   virtual Stretch decode(std::int64_t n_token, const SamplerSettings& sampler,
                          const std::function<bool(std::int32_t)>& on_token) = 0;
+  /// From the next step on, max_draft at most.
+  virtual void set_drafts(std::int64_t n_draft, bool is_auto) = 0;
+  /// Of all steps so far that drafted.
+  [[nodiscard]] virtual const draft::Counts& draft_counts() const = 0;
   [[nodiscard]] virtual std::int64_t position() const = 0;
   /// The last tokens, max_rewind() at most, never were.
   virtual void rewind(std::int64_t n_token) = 0;

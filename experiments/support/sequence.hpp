@@ -99,8 +99,12 @@ inline Stretch read_rest(Sequence& sequence, std::span<const std::int32_t> wante
 /// On a device, where the chosen token stays: the host sees it some steps later.
 class DeviceSequence final : public Sequence {
  public:
+  /// @throws std::invalid_argument for drafts with a cache that cannot go back
   DeviceSequence(const CudaModel& model, const CudaSettings& settings)
-      : session_(model.make_session(settings)), context_(settings.context) {}
+      : session_(model.make_session(settings)), context_(settings.context), is_drafted_(settings.max_draft > 0) {
+    require(!is_drafted_ || !keeps_a_tail(settings.cache), "--drafter: the cache ", to_string(settings.cache),
+            " keeps its newest tokens exact and cannot go back");
+  }
 
   Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
                   const std::function<void(std::int64_t)>& on_chunk) override {
@@ -136,6 +140,11 @@ class DeviceSequence final : public Sequence {
   SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) override {
     return restored([&] { return session_->position(); }, [&] { return session_->restore(file, model_hash); });
   }
+  /// From the next step on, as many as the settings had at most.
+  void set_drafts(std::int64_t n_draft, bool is_auto) { session_->set_drafts(n_draft, is_auto); }
+  [[nodiscard]] std::optional<draft::Counts> draft_counts() const override {
+    return is_drafted_ ? std::optional(session_->draft_counts()) : std::nullopt;
+  }
   [[nodiscard]] std::int64_t context() const override { return context_; }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return session_->step_plans(); }
   [[nodiscard]] std::vector<ComponentTime> profile(const std::function<void()>& work) override {
@@ -145,9 +154,10 @@ class DeviceSequence final : public Sequence {
  private:
   std::unique_ptr<CudaSession> session_;
   std::int64_t context_;
+  bool is_drafted_;
 };
 
-/// Step by step by the host, which chooses the tokens: on the processor, and wherever tokens are drafted. The last
+/// Step by step by the host, which chooses the tokens. The last
 /// token that was written goes through the model when another is asked for, or with the next prompt: after the last one
 /// nobody waits for logits that nobody wants.
 template <class TBackend>
@@ -332,14 +342,6 @@ class ReferenceSequence final : public HostSequence<reference::Backend<float>> {
                     const DraftSettings& drafting = {}, std::int64_t checkpoint_interval = 0)
       : HostSequence(std::make_unique<reference::Backend<float>>(weights, options), options.cache, drafting,
                      checkpoint_interval) {}
-};
-
-/// Drafting on a device, driven by the host: k + 1 rows of logits come back for each step. The same bits as a captured
-/// step, which DeviceSequence replays without the host.
-class DraftedDeviceSequence final : public HostSequence<AnyBackend> {
- public:
-  DraftedDeviceSequence(const CudaModel& model, const CudaSettings& settings, const DraftSettings& drafting)
-      : HostSequence(model.make_backend(settings), settings.cache, drafting, settings.checkpoint_interval) {}
 };
 
 }  // namespace gemma4::experiment

@@ -54,16 +54,18 @@ class AutoDrafts {
   }
 
   /// Drafts of the next step.
-  [[nodiscard]] std::int64_t next() const {
+  /// @param at_stake sum of stake() over steps under way, whose outcome is not known: the budget must bear them too
+  [[nodiscard]] std::int64_t next(double at_stake = 0) const {
+    at_stake = std::max(0.0, at_stake);
     std::int64_t best = 0;
     double expected = 1, chain = 1, best_rate = 1;
     for (std::int64_t k = 1; k <= limit_; ++k) {
       chain *= share_[static_cast<std::size_t>(k - 1)];
       expected += chain;
       const double rate = expected / costs_.of(k);
-      if (affords(k) && rate > best_rate) best = k, best_rate = rate;
+      if (affords(k, at_stake) && rate > best_rate) best = k, best_rate = rate;
     }
-    if (best == 0 && n_idle_ + 1 >= kProbe && affords(1)) return 1;
+    if (best == 0 && n_idle_ + 1 >= kProbe && affords(1, at_stake)) return 1;
     return best;
   }
 
@@ -80,12 +82,16 @@ class AutoDrafts {
     budget_ = std::min(kMaxBudget, budget_ + gain);
   }
 
+  /// What a step of so many drafts takes from the budget if nothing is accepted.
+  [[nodiscard]] double stake(std::int64_t n_draft) const { return costs_.of(n_draft) - (1 + kMaxLoss); }
   [[nodiscard]] double budget() const { return budget_; }
   /// r[i + 1] of the rule.
   [[nodiscard]] double share(std::int64_t i) const { return share_[static_cast<std::size_t>(i)]; }
 
  private:
-  [[nodiscard]] bool affords(std::int64_t n_draft) const { return budget_ + 1 + kMaxLoss >= costs_.of(n_draft); }
+  [[nodiscard]] bool affords(std::int64_t n_draft, double at_stake) const {
+    return budget_ - at_stake >= stake(n_draft);
+  }
 
   StepCosts costs_;
   std::int64_t limit_;

@@ -42,6 +42,25 @@ struct Counts {
       accepted[place] += i < n_accepted ? 1 : 0;
     }
   }
+  void add(const Counts& other) {
+    n_step += other.n_step;
+    n_token += other.n_token;
+    for (std::size_t place = 0; place < drafted.size(); ++place) {
+      drafted[place] += other.drafted[place];
+      accepted[place] += other.accepted[place];
+    }
+  }
+  /// What came behind `before`, which it began with.
+  [[nodiscard]] Counts since(const Counts& before) const {
+    Counts part = *this;
+    part.n_step -= before.n_step;
+    part.n_token -= before.n_token;
+    for (std::size_t place = 0; place < drafted.size(); ++place) {
+      part.drafted[place] -= before.drafted[place];
+      part.accepted[place] -= before.accepted[place];
+    }
+    return part;
+  }
   [[nodiscard]] double tokens_per_step() const {
     return n_step > 0 ? static_cast<double>(n_token) / static_cast<double>(n_step) : 0;
   }
