@@ -220,7 +220,7 @@ struct KvDecode {
   using Subject = DeviceSubject;
   using Fixed = cuda::Fixed;
   static constexpr std::int64_t kMostQueries = kKvDecodeQueries;
-  [[nodiscard]] static Fixed draw() {
+  [[nodiscard]] static Fixed draw(const AttentionCase& /*c*/) {
     const Fixed fixed{.format = some_format()};
     RC_LOG() << "kv" << fixed.format.v_bits << "r" << fixed.format.r_bits << '\n';
     return fixed;
