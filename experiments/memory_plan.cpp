@@ -127,16 +127,19 @@ int run(int argc, char** argv) {
   driver.backend = "cuda";
   driver.caches = {"tq4"};
   driver.out = "-";
-  std::string model_name, drafter_name, limit_text, mix = "q4_k_m";
+  std::string model_name, drafter_name, limit_text;
   MemoryPlanOptions options;
   app.add_option("--model", model_name, "GGUF file; or 31b, 12b, nano, tiny or a .json file of dimensions")->required();
   app.add_option("--drafter", drafter_name,
                  "A drafter beside it: GGUF file; or 31b-assistant or nano-assistant, in Q8_0");
-  CLI::Option* const of_mix = add_mix(app, mix, "Types of the matrices of a model that is no file");
   add_backend(app, driver);
   CLI::Option* const context = add_tokens(app, "--context", options.context,
                                           "Positions that the caches hold; the model's own where it has fewer");
   add_whole(app, "--chunk", options.chunk, "Tokens of the longest prefill chunk", {1, std::int64_t{1} << 20});
+  std::string mix = "q4_k_m";
+  CLI::Option* const of_mix = app.add_option("--mix", mix, "Types of the matrices of a model that is no file")
+                                  ->check(CLI::IsMember(mix_names()))
+                                  ->capture_default_str();
   add_cache(app, driver);
   app.add_option("--limit", limit_text,
                  "Memory that there is, as in 23GiB or 24GB; exit code 1 when the plan exceeds it");

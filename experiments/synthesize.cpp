@@ -69,10 +69,12 @@ void run(int argc, char** argv) {
       ->required();
   app.add_option("--out", driver.out, "GGUF file to write")->required();
   CLI::Option* const of_mix =
-      add_mix(app, mix,
-              "Types of the matrices, as published files mix them. q4_k_m: Q4_K and some Q6_K, 17.4 GiB for the 31b. "
-              "qat-q4_0: Q4_0, as weights trained for it are published, 16.4 GiB. The embedding is Q6_K in both, norms "
-              "are F32");
+      app.add_option("--mix", mix,
+                     "Types of the matrices, as published files mix them. q4_k_m: Q4_K and some Q6_K, 17.4 GiB for the "
+                     "31b. qat-q4_0: Q4_0, as weights trained for it are published, 16.4 GiB. The embedding is Q6_K in "
+                     "both, norms are F32")
+          ->check(CLI::IsMember(mix_names()))
+          ->capture_default_str();
   CLI::Option* const of_type =
       app.add_option("--type", type, "One type for all matrices, the embedding too, instead of a mix; Q4_K_M: q4_k_m")
           ->check(CLI::IsMember({"Q4_K_M", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "BF16", "F16", "F32"}))

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
+#include <type_traits>
 
 #include "gemma4/attention.hpp"
 #include "gemma4/view.hpp"

@@ -231,17 +231,16 @@ struct KvDecode {
   using Subject = DeviceSubject;
   using Fixed = cuda::Fixed;
   static constexpr std::int64_t kMostQueries = kKvDecodeQueries;
-  [[nodiscard]] static Fixed draw() {
-    const Fixed fixed{.format = some_format()};
+  /// Every other time a configuration of those that fit, with all the memory that there is.
+  [[nodiscard]] static Fixed draw(const AttentionCase& c) {
+    Fixed fixed{.format = some_format()};
+    if (*rc::gen::arbitrary<bool>()) {
+      fixed.choice.decode.tile = *rc::gen::elementOf(tiles_for(c.shape.head_dim, fixed.format));
+    }
     RC_LOG() << "kv" << fixed.format.v_bits << "r" << fixed.format.r_bits << '\n';
     return fixed;
   }
   [[nodiscard]] static Fixed usual() { return {}; }
-  /// Any configuration, where all fit.
-  static void choose(const AttentionCase& c, Fixed& fixed) {
-    if (fixed.smem_limit_bytes != 0 || !*rc::gen::arbitrary<bool>()) return;
-    fixed.choice.decode.tile = *rc::gen::elementOf(tiles_for(c.shape.head_dim, fixed.format));
-  }
 };
 INSTANTIATE_TYPED_TEST_SUITE_P(KvGpu, RecordDecode, KvDecode);
 

@@ -200,7 +200,7 @@ struct Tq4Decode {
   using Subject = DeviceSubject;
   using Fixed = cuda::Fixed;
   static constexpr std::int64_t kMostQueries = kTq4DecodeQueries;
-  [[nodiscard]] static Fixed draw() { return usual(); }
+  [[nodiscard]] static Fixed draw(const AttentionCase& /*c*/) { return usual(); }
   [[nodiscard]] static Fixed usual() { return {.choice = {.path = Tq4Path::kDecode}}; }
 };
 INSTANTIATE_TYPED_TEST_SUITE_P(Tq4Gpu, RecordDecode, Tq4Decode);

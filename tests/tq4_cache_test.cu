@@ -17,6 +17,7 @@
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
+#include "tests/support/tq4_update.cuh"
 
 namespace gemma4::cuda {
 namespace {
@@ -25,184 +26,6 @@ using namespace gemma4::testkit;
 using reference::CacheSide;
 using reference::Matrix;
 using reference::Tq4CacheBuffer;
-
-/// Records on the device that begin as the bytes of `host`, and come back as rows.
-class DeviceCache {
- public:
-  explicit DeviceCache(const Tq4CacheBuffer& host)
-      : shape_(host.shape()),
-        memory_(tq4_cache_bytes(shape_.batch, shape_.n_head_kv, shape_.buffer_len, shape_.head_dim)),
-        k_codes_(copy(host.view().k_codes)),
-        v_codes_(copy(host.view().v_codes)),
-        k_norm_(copy(host.view().k_norm)),
-        v_norm_(copy(host.view().v_norm)) {
-    tq4_rows_to_records(rows(), records(), nullptr);
-  }
-  [[nodiscard]] Tq4Records records() {
-    return {memory_.data(), shape_.batch, shape_.n_head_kv, shape_.buffer_len, shape_.head_dim};
-  }
-  [[nodiscard]] DeviceBuffer<std::byte>& memory() { return memory_; }
-  [[nodiscard]] Tq4CacheBuffer to_host() {
-    check(cudaDeviceSynchronize(), "wait for the device");
-    tq4_records_to_rows(records(), rows(), nullptr);
-    Tq4CacheBuffer host(shape_.batch, shape_.n_head_kv, shape_.buffer_len, shape_.head_dim);
-    std::ranges::copy(k_codes_.to_host(), host.k_codes().begin());
-    std::ranges::copy(v_codes_.to_host(), host.v_codes().begin());
-    std::ranges::copy(k_norm_.to_host(), host.k_norm().begin());
-    std::ranges::copy(v_norm_.to_host(), host.v_norm().begin());
-    return host;
-  }
-
- private:
-  template <class T, int kRank>
-  [[nodiscard]] static DeviceBuffer<std::remove_const_t<T>> copy(const View<T, kRank>& view) {
-    return DeviceBuffer<std::remove_const_t<T>>(std::span<const T>(view.data, static_cast<std::size_t>(view.size())));
-  }
-  [[nodiscard]] Tq4CacheView rows() {
-    return {make_view(k_codes_.data(), shape_.batch, shape_.n_head_kv, shape_.buffer_len, shape_.head_dim / 2),
-            make_view(v_codes_.data(), shape_.batch, shape_.n_head_kv, shape_.buffer_len, shape_.head_dim / 2),
-            make_view(k_norm_.data(), shape_.batch, shape_.n_head_kv, shape_.buffer_len),
-            make_view(v_norm_.data(), shape_.batch, shape_.n_head_kv, shape_.buffer_len)};
-  }
-
-  CacheShape shape_;
-  DeviceBuffer<std::byte> memory_;
-  DeviceBuffer<std::uint8_t> k_codes_, v_codes_;
-  DeviceBuffer<Tq4Norm> k_norm_, v_norm_;
-};
-
-/// New tokens for a cache that already holds something in every row.
-struct Update {
-  CacheShape shape;
-  std::vector<std::int32_t> positions;
-  std::vector<float> k, v;  ///< [batch, n_new, n_head_kv, head_dim], exact in bf16
-  Tq4CacheBuffer before;
-
-  Update(const CacheShape& s, std::vector<std::int32_t> where, std::uint64_t seed)
-      : shape(s), positions(std::move(where)), before(s.batch, s.n_head_kv, s.buffer_len, s.head_dim) {
-    const auto n_new = static_cast<std::int64_t>(positions.size());
-    k = draw(seed, s.batch * n_new * s.n_head_kv * s.head_dim, 3.0f);
-    v = draw(seed + 1, s.batch * n_new * s.n_head_kv * s.head_dim, 0.3f);
-    std::uint32_t state = static_cast<std::uint32_t>(seed) | 1u;
-    const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 16; };
-    for (std::uint8_t& byte : before.k_codes()) byte = static_cast<std::uint8_t>(next());
-    for (std::uint8_t& byte : before.v_codes()) byte = static_cast<std::uint8_t>(next());
-    for (Tq4Norm& norm : before.k_norm()) norm.bits = static_cast<std::uint16_t>(next());
-    for (Tq4Norm& norm : before.v_norm()) norm.bits = static_cast<std::uint16_t>(next());
-  }
-  template <class T>
-  [[nodiscard]] View<const T, 4> view(const T* data) const {
-    return make_view(data, shape.batch, static_cast<std::int64_t>(positions.size()), shape.n_head_kv, shape.head_dim);
-  }
-
-  /// What the reference makes of it.
-  [[nodiscard]] Tq4CacheBuffer expected(const reference::Tq4Codec<float>& codec) const {
-    Tq4CacheBuffer cache = before.clone();
-    reference::tq4_cache_update<float>(codec, view(k.data()), view(v.data()), positions, cache.view());
-    return cache;
-  }
-
-  /// What the device makes of it, from bf16 inputs.
-  [[nodiscard]] Tq4CacheBuffer on_device(const Tq4Codec& codec) const {
-    const auto narrow = [](const std::vector<float>& from) {
-      std::vector<Bf16> to(from.size());
-      std::transform(from.begin(), from.end(), to.begin(), to_bf16);
-      return to;
-    };
-    DeviceCache cache(before);
-    const DeviceBuffer<Bf16> k_device(narrow(k)), v_device(narrow(v));
-    const DeviceBuffer<std::int32_t> where(positions);
-    tq4_cache_update<Bf16>(codec, view(k_device.data()), view(v_device.data()), {where.data(), where.size(), {}},
-                           cache.records(), nullptr);
-    return cache.to_host();
-  }
-};
-
-/// Half the distance between neighbouring bf16 numbers around a finite x.
-double half_step_of_bf16(double x) {
-  return x == 0.0 ? 0x1p-134 : std::ldexp(0.5, std::max(std::ilogb(x), -126) - 7);
-}
-
-/// The caches agree, except for codes of values that lie within rounding of a boundary: such a code may be the
-/// neighbour's, and the norm of its row then differs with it. `y` are the rotated unit vectors.
-testing::AssertionResult same_but_for_ties(const Tq4CacheBuffer& actual, const Tq4CacheBuffer& expected,
-                                           const Update& update, const reference::Tq4Codec<double>& codec) {
-  // x / |x| and the butterflies round log2(head_dim) + 2 times, each relative to a partial sum of at most |x| = 1; a
-  // dense rotation rounds head_dim products and sums, whose magnitudes add up to at most |row| |x| = 1.
-  const std::int64_t head_dim = update.shape.head_dim;
-  const auto size = static_cast<double>(head_dim);
-  const double slack = ((codec.rotation().kind() == RotationKind::kDenseHaar ? size : std::log2(size)) + 3) * 0x1p-24;
-  const ConstTq4CacheView a = actual.view(), e = expected.view();
-  std::int64_t n_tie = 0;
-  for (const CacheSide side : {CacheSide::kKey, CacheSide::kValue}) {
-    const bool is_k = side == CacheSide::kKey;
-    const Codebook& book = codec.codebook(side);
-    for (std::int64_t b = 0; b < update.shape.batch; ++b) {
-      for (std::int64_t h = 0; h < update.shape.n_head_kv; ++h) {
-        for (std::int64_t j = 0; j < update.shape.buffer_len; ++j) {
-          const auto found = std::find(update.positions.begin(), update.positions.end(), j);
-          Matrix<double> y(1, head_dim);
-          if (found != update.positions.end()) {
-            const auto t = found - update.positions.begin();
-            const float* row =
-                (is_k ? update.k : update.v).data() +
-                ((b * static_cast<std::int64_t>(update.positions.size()) + t) * update.shape.n_head_kv + h) * head_dim;
-            for (std::int64_t i = 0; i < head_dim; ++i) y(0, i) = row[i];
-            y /= y.norm() == 0.0 ? 1.0 : y.norm();
-            codec.rotation().forward(y);
-          }
-          bool tie = false;
-          double squares[2] = {};  // of the levels, actual and expected
-          for (std::int64_t i = 0; i < head_dim; ++i) {
-            const auto code = [&](const ConstTq4CacheView& view) {
-              const std::uint8_t byte = (is_k ? view.k_codes : view.v_codes)(b, h, j, i / 2);
-              return i % 2 == 0 ? byte >> 4 : byte & 15;
-            };
-            const int codes[2] = {code(a), code(e)};
-            for (int which = 0; which < 2; ++which) {
-              const double level = book.centroids[static_cast<std::size_t>(codes[which])];
-              squares[which] += level * level;
-            }
-            if (code(a) == code(e)) continue;
-            const int low = std::min(code(a), code(e));
-            const bool near = found != update.positions.end() && std::abs(code(a) - code(e)) == 1 &&
-                              std::abs(y(0, i) - book.boundaries[static_cast<std::size_t>(low)]) <= slack;
-            if (!near) {
-              return testing::AssertionFailure()
-                     << (is_k ? "K" : "V") << " code " << i << " of row " << j << ", head " << h << ": " << code(a)
-                     << ", expected " << code(e) << ", y " << y(0, i);
-            }
-            tie = true;
-          }
-          const Tq4Norm an = (is_k ? a.k_norm : a.v_norm)(b, h, j), en = (is_k ? e.k_norm : e.v_norm)(b, h, j);
-          n_tie += tie ? 1 : 0;
-          if (an.bits == en.bits) continue;
-          // |x|, over the length of the levels where corrected: that is known for both. Each is rounded to bf16 once,
-          // behind roundings of a float that are those of y.
-          const double ratio = codec.norm_kind() == NormKind::kRaw ? 1.0 : std::sqrt(squares[1] / squares[0]);
-          const double norm = to_float(en) * ratio;
-          const double bound = half_step_of_bf16(to_float(an)) + half_step_of_bf16(to_float(en)) * ratio + slack * norm;
-          if (!(found != update.positions.end() && std::abs(to_float(an) - norm) <= bound)) {
-            return testing::AssertionFailure()
-                   << "norm of row " << j << ": " << to_float(an) << ", expected " << norm << " within " << bound;
-          }
-        }
-      }
-    }
-  }
-  return testing::AssertionSuccess() << n_tie << " rows with a tie";
-}
-
-std::vector<std::int32_t> some_positions(std::int64_t buffer_len, std::int64_t count, std::uint64_t seed) {
-  std::vector<std::int32_t> all(static_cast<std::size_t>(buffer_len));
-  std::iota(all.begin(), all.end(), 0);
-  for (std::size_t i = all.size(); i > 1; --i) {
-    seed = seed * 6364136223846793005u + 1442695040888963407u;
-    std::swap(all[i - 1], all[(seed >> 33) % i]);
-  }
-  all.resize(static_cast<std::size_t>(count));
-  return all;
-}
 
 /// Any shape, any set of positions in any order, every codebook: the device writes what the reference writes, and every
 /// other row keeps its bits (the comparison covers all of them). Control: without the update the caches differ.
@@ -218,7 +41,7 @@ RC_GTEST_PROP(Tq4CacheGpu, UpdateAgreesWithTheReference, ()) {
                            .seed = seed};
   const CacheShape shape{*rc::gen::inRange<std::int64_t>(1, 3), *rc::gen::inRange<std::int64_t>(1, 4), buffer_len,
                          head_dim};
-  const Update update(shape, some_positions(buffer_len, count, seed), seed);
+  const Tq4Update update(shape, some_positions(buffer_len, count, seed), seed);
   const Tq4CacheBuffer expected = update.expected(reference::Tq4Codec<float>(head_dim, options));
   const Tq4CacheBuffer actual = update.on_device(Tq4Codec(head_dim, options));
   const reference::Tq4Codec<double> wide(head_dim, options);
@@ -229,7 +52,7 @@ RC_GTEST_PROP(Tq4CacheGpu, UpdateAgreesWithTheReference, ()) {
 TEST(Tq4CacheGpu, DenseRotationAgreesWithTheReference) {
   const Tq4Options options{.rotation = RotationKind::kDenseHaar, .norm = NormKind::kRaw, .seed = 5};
   const CacheShape shape{1, 2, 40, 128};
-  const Update update(shape, some_positions(40, 23, 4), 6);
+  const Tq4Update update(shape, some_positions(40, 23, 4), 6);
   const Tq4CacheBuffer expected = update.expected(reference::Tq4Codec<float>(128, options));
   const reference::Tq4Codec<double> wide(128, options);
   EXPECT_TRUE(same_but_for_ties(update.on_device(Tq4Codec(128, options)), expected, update, wide));
@@ -241,7 +64,7 @@ TEST(Tq4CacheGpu, RealChunkAgreesWithTheReference) {
   const CacheShape shape{1, 4, 4096, 512};
   std::vector<std::int32_t> positions(2048);
   std::iota(positions.begin(), positions.end(), 2048 - 5);
-  const Update update(shape, positions, 77);
+  const Tq4Update update(shape, positions, 77);
   EXPECT_TRUE(same_but_for_ties(update.on_device(Tq4Codec(512, {})),
                                 update.expected(reference::Tq4Codec<float>(512, {})), update,
                                 reference::Tq4Codec<double>(512, {})));
@@ -253,7 +76,7 @@ TEST(Tq4CachePlan, TiesAreToldFromFaults) {
   for (const RotationKind rotation : {RotationKind::kSignedHadamard, RotationKind::kDenseHaar}) {
     for (const NormKind norm : {NormKind::kCorrected, NormKind::kRaw}) {
       const Tq4Options options{.rotation = rotation, .norm = norm};
-      const Update update({1, 2, 60, 64}, some_positions(60, 50, 2), 6);
+      const Tq4Update update({1, 2, 60, 64}, some_positions(60, 50, 2), 6);
       const reference::Tq4Codec<double> wide(64, options);
       const Tq4CacheBuffer expected = update.expected(reference::Tq4Codec<float>(64, options));
       Tq4CacheBuffer other = update.before.clone();
@@ -283,7 +106,7 @@ TEST(Tq4CacheGpu, ExtremeVectorsAgreeWithTheReference) {
   const CacheShape shape{1, 1, 16, 512};
   std::vector<std::int32_t> positions(8);
   std::iota(positions.begin(), positions.end(), 3);
-  Update update(shape, positions, 9);
+  Tq4Update update(shape, positions, 9);
   const float scale[8] = {1.0f, 0.0f, 1e-30f, 1e30f, 1e-38f, 1e37f, INFINITY, NAN};
   for (std::size_t t = 0; t < 8; ++t) {
     for (std::size_t i = 0; i < 512; ++i) {
@@ -310,8 +133,8 @@ TEST(Tq4CacheGpu, ExtremeVectorsAgreeWithTheReference) {
 /// Positions that only the device knows: those outside the buffer touch nothing, not even memory around the cache.
 TEST(Tq4CacheGpu, PositionsOutsideAreNotWritten) {
   const CacheShape shape{1, 2, 40, 256};
-  const Update update(shape, {3, 7, 12, 39}, 2);
-  DeviceCache cache(update.before);
+  const Tq4Update update(shape, {3, 7, 12, 39}, 2);
+  Tq4DeviceRows cache(update.before);
   const std::vector<std::byte> before = cache.memory().to_host();
   const DeviceBuffer<float> k(update.k), v(update.v);
   const DeviceBuffer<std::int32_t> outside(std::vector<std::int32_t>{-1, 40, 47, 2147483647});
@@ -328,13 +151,13 @@ TEST(Tq4CacheGpu, PositionsOutsideAreNotWritten) {
 /// One captured launch serves every position.
 TEST(Tq4CacheGpu, GraphReplaysAtNewPositions) {
   const CacheShape shape{1, 2, 50, 512};
-  const Update update(shape, {0}, 3);
+  const Tq4Update update(shape, {0}, 3);
   const Tq4Codec codec(512, {});
-  DeviceCache replayed(update.before), eager(update.before);
+  Tq4DeviceRows replayed(update.before), eager(update.before);
   const DeviceBuffer<float> k(update.k), v(update.v);
   DeviceBuffer<std::int32_t> position(1);
   const Stream stream;
-  const auto call = [&](DeviceCache& cache) {
+  const auto call = [&](Tq4DeviceRows& cache) {
     tq4_cache_update<float>(codec, update.view(k.data()), update.view(v.data()), {position.data(), 1, {}},
                             cache.records(), stream);
   };
@@ -358,11 +181,11 @@ RC_GTEST_PROP(Tq4CacheGpu, DecompressAgreesWithTheReference, ()) {
   const Tq4Options options{.rotation = *rc::gen::element(RotationKind::kSignedHadamard, RotationKind::kDenseHaar),
                            .seed = seed % 4};
   const CacheShape shape{1, 2, buffer_len, head_dim};
-  Update update(shape, some_positions(buffer_len, buffer_len, seed), seed);
+  Tq4Update update(shape, some_positions(buffer_len, buffer_len, seed), seed);
   const reference::Tq4Codec<float> host_codec(head_dim, options);
   const Tq4CacheBuffer stored = update.expected(host_codec);
   const Tq4Codec codec(head_dim, options);
-  DeviceCache cache(stored);
+  Tq4DeviceRows cache(stored);
   DeviceBuffer<float> k(shape.n_head_kv * buffer_len * head_dim), v(k.size());
   k.fill_bytes(0xFF);
   v.fill_bytes(0xFF);

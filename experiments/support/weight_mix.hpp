@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <CLI/CLI.hpp>
-
 #include <algorithm>
 #include <string>
 #include <string_view>
@@ -22,11 +20,6 @@ namespace gemma4::experiment {
 /// @param name one of mix_names()
 [[nodiscard]] inline WeightMix parse_mix(const std::string& name) {
   return std::ranges::find(kWeightMixes, std::string_view(name), &WeightMixInfo::name)->mix;
-}
-
-/// --mix, one of mix_names(). @return the option, for what it excludes
-inline CLI::Option* add_mix(CLI::App& app, std::string& mix, const std::string& what) {
-  return app.add_option("--mix", mix, what)->check(CLI::IsMember(mix_names()))->capture_default_str();
 }
 
 }  // namespace gemma4::experiment

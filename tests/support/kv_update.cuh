@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -18,6 +17,7 @@
 #include "tests/support/bf16_values.hpp"
 #include "tests/support/kv_device.cuh"
 #include "tests/support/property.hpp"
+#include "tests/support/update_case.hpp"
 
 /// Random updates of caches of one vector for K and V, as the reference and the device make them, and the comparison.
 namespace gemma4::testkit {
@@ -107,11 +107,6 @@ struct KvUpdate {
   return (code >> (bits - 1)) != 0 ? -1 - magnitude : magnitude;
 }
 
-/// Half the distance between neighbouring f16 numbers around a finite x.
-[[nodiscard]] inline double half_step_of_f16(double x) {
-  return x == 0.0 ? 0x1p-25 : std::ldexp(0.5, std::max(std::ilogb(x), -14) - 10);
-}
-
 /// The caches agree, except for codes of values that lie within rounding of an edge, or of zero: such a code may be the
 /// neighbour's, and the norm of its row then differs with it.
 [[nodiscard]] inline testing::AssertionResult same_but_for_ties(const reference::KvCacheBuffer& actual,
@@ -164,7 +159,7 @@ struct KvUpdate {
       const double ratio = update.options.norm == NormKind::kRaw ? 1.0 : std::sqrt(squares[1] / squares[0]);
       const double expected_norm = to_float(want) * ratio;
       const double bound =
-          half_step_of_f16(to_float(got)) + half_step_of_f16(to_float(want)) * ratio + slack * expected_norm;
+          half_step(to_float(got), 10, -14) + half_step(to_float(want), 10, -14) * ratio + slack * expected_norm;
       if (!(is_new && std::abs(to_float(got) - expected_norm) <= bound)) {
         return testing::AssertionFailure()
                << (is_v ? "V" : "R") << " norm of row " << j << ": " << to_float(got) << ", expected " << expected_norm
@@ -173,18 +168,6 @@ struct KvUpdate {
     }
   }
   return testing::AssertionSuccess() << n_tie << " ties";
-}
-
-[[nodiscard]] inline std::vector<std::int32_t> some_positions(std::int64_t buffer_len, std::int64_t count,
-                                                              std::uint64_t seed) {
-  std::vector<std::int32_t> all(static_cast<std::size_t>(buffer_len));
-  std::iota(all.begin(), all.end(), 0);
-  for (std::size_t i = all.size(); i > 1; --i) {
-    seed = seed * 6364136223846793005u + 1442695040888963407u;
-    std::swap(all[i - 1], all[(seed >> 33) % i]);
-  }
-  all.resize(static_cast<std::size_t>(count));
-  return all;
 }
 
 [[nodiscard]] inline CacheShape some_cache_shape() {

@@ -19,10 +19,9 @@
 ///
 ///   Subject              of attention_promises.hpp, under a Fixed; compare(out, exact), bounds(exact), n_record() too
 ///   Fixed                what a call is made with: choice.decode.n_split and smem_limit_bytes among it
-///   static Fixed draw()  of the properties: the decode path, and a format where there are several
+///   static Fixed draw(const AttentionCase&)  of the properties: the decode path, a format where there are several
 ///   static Fixed usual() of the examples
 ///   kMostQueries         that the decode path takes
-///   static void choose(c, fixed)  optional: more about how the case is run
 namespace gemma4::testkit {
 
 template <class TDecode>
@@ -37,16 +36,17 @@ class RecordDecode : public testing::Test {
     Fixed fixed;
   };
 
-  /// A decode case: few queries, and a random number of splits, format and memory limit.
+  /// A decode case: few queries, and a random number of splits, format and, where no tile is drawn, memory limit.
   [[nodiscard]] static Drawn decode_case(const AttentionCase& original) {
-    Drawn drawn{original, TDecode::draw()};
+    Drawn drawn{original, TDecode::draw(original)};
     AttentionCase& c = drawn.c;
     c.shape.n_query = std::clamp<std::int64_t>(c.shape.n_query, 1, TDecode::kMostQueries);
     c.kv_len = std::max(c.kv_len, c.shape.n_query);
     c.shape.buffer_len = std::max(c.shape.buffer_len, c.kv_len + 1);
     if (*rc::gen::arbitrary<bool>()) drawn.fixed.choice.decode.n_split = *rc::gen::inRange(1, 40);
-    drawn.fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
-    if constexpr (requires { TDecode::choose(c, drawn.fixed); }) TDecode::choose(c, drawn.fixed);
+    if (!drawn.fixed.choice.decode.tile) {
+      drawn.fixed.smem_limit_bytes = *rc::gen::element<std::int64_t>(0, 99 * 1024);
+    }
     return drawn;
   }
 
