@@ -30,7 +30,8 @@ struct SuffixMatch {
 /// last token) -> node; exact, for a node is a run and no hash. A node knows where its run ended last, a position where
 /// the runs that end there had ended before. So append() does kMaxSuffix look-ups, O(1), and take_back() undoes them in
 /// reverse: the latest nodes leave the table as they came, and every other gets back what it knew.
-/// Memory: at most kMaxSuffix x (12 B a node + 16 B of table) + 36 B = 260 B a token, 34 MB for 131072 of them.
+/// Memory: at most kMaxSuffix x (12 B a node + 16 B of table) + 36 B = 260 B a token, 34 MB for 131072 of them; with
+/// what vectors reserve while they grow, up to twice their 132 B of these, 392 B and 51 MB.
 class SuffixIndex {
  public:
   SuffixIndex() : slots_(kFirstSlots, kNone) {}
