@@ -57,6 +57,26 @@ std::vector<std::filesystem::path> with_progress(const DriverOptions& driver, st
   return files;
 }
 
+/// @param type of all matrices
+std::vector<std::filesystem::path> write_drafter(const DriverOptions& driver, const AssistantConfig& drafter,
+                                                 SyntheticOptions options, const std::string& type) {
+  options.only = parse_weight_type(type);
+  require(options.only.has_value(), "--type ", type, ": a mix of text models; a drafter has one type");
+  return with_progress(driver, total_bytes(assistant_tensors(drafter, synthetic_assistant_type(options))),
+                       [&](const auto& done) { return write_synthetic_assistant(driver.out, drafter, options, done); });
+}
+
+/// @param n_layer of the shape; 0: all, and their number is then in it
+std::vector<std::filesystem::path> write_model(const DriverOptions& driver, const std::string& shape,
+                                               const SyntheticOptions& options, std::int64_t& n_layer) {
+  ModelConfig config = config_from_name(shape);
+  require(n_layer <= config.n_layer(), "--layers ", n_layer, ": the shape ", shape, " has ", config.n_layer());
+  if (n_layer > 0) config.is_sliding.resize(static_cast<std::size_t>(n_layer));
+  n_layer = config.n_layer();
+  return with_progress(driver, total_bytes(model_tensors(config, options.only, options.mix)),
+                       [&](const auto& done) { return write_synthetic_model(driver.out, config, options, done); });
+}
+
 void run(int argc, char** argv) {
   CLI::App app("Writes a GGUF model of any shape with random weights, for measuring speed and memory.");
   DriverOptions driver;
@@ -97,30 +117,19 @@ void run(int argc, char** argv) {
   add_seed(app, driver);
   add_quiet(app, driver);
   parse(app, argc, argv);
-
   options.seed = driver.seed;
   if (!split.empty()) options.split_max_bytes = parse_split_size(split);
+  const std::optional<AssistantConfig> drafter = assistant_from_name(shape);
   std::vector<std::filesystem::path> files;
-  if (const std::optional<AssistantConfig> drafter = assistant_from_name(shape)) {
+  if (drafter) {
     require(n_layer == 0 && of_mix->empty(), "--shape ", shape,
             ": a drafter has all its layers and one type; leave out ", n_layer == 0 ? "--mix" : "--layers");
-    if (!of_type->empty()) {
-      options.only = parse_weight_type(type);
-      require(options.only.has_value(), "--type ", type, ": a mix of text models; a drafter has one type");
-    }
     n_layer = drafter->own.n_layer();
-    files =
-        with_progress(driver, total_bytes(assistant_tensors(*drafter, synthetic_assistant_type(options))),
-                      [&](const auto& done) { return write_synthetic_assistant(driver.out, *drafter, options, done); });
+    files = write_drafter(driver, *drafter, options, of_type->empty() ? "Q8_0" : type);
   } else {
-    ModelConfig config = config_from_name(shape);
-    require(n_layer <= config.n_layer(), "--layers ", n_layer, ": the shape ", shape, " has ", config.n_layer());
-    if (n_layer > 0) config.is_sliding.resize(static_cast<std::size_t>(n_layer));
-    n_layer = config.n_layer();
     options.mix = parse_mix(mix);
     options.only = parse_weight_type(type);
-    files = with_progress(driver, total_bytes(model_tensors(config, options.only, options.mix)),
-                          [&](const auto& done) { return write_synthetic_model(driver.out, config, options, done); });
+    files = write_model(driver, shape, options, n_layer);
   }
   double size = 0;
   for (const std::filesystem::path& file : files) size += static_cast<double>(std::filesystem::file_size(file));
