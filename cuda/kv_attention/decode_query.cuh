@@ -141,29 +141,31 @@ struct KvStaging {
   static constexpr int kWarps = TTraits::kTeamWarps * TTraits::kPairs;
   static constexpr bool kAhead = TTraits::kBatch > 1 && kWarps < Task::kCount&& kWarps >= Task::kRows;
   static_assert(!kAhead || 2 * kWarps >= Task::kCount, "a warp has two tasks at most");
+  Task task;
   KvQueryPart<TTraits> part;
   float factor[TTraits::kValues], factor_ahead[kAhead ? TTraits::kValues : 1];
 
   __device__ __forceinline__ void load_weights(const float* k_weight, int warp) {
-    load_factors<TTraits>(k_weight, Task::of(warp).is_v, factor);  // which no kernel writes
+    task = Task::of(warp);
+    load_factors<TTraits>(k_weight, task.is_v, factor);  // which no kernel writes
     if constexpr (kAhead) load_factors<TTraits>(k_weight, false, factor_ahead);
   }
   __device__ __forceinline__ void load_queries(const Tq4DecodeParams& params, int warp) {
-    if (warp < Task::kCount) part.load(params, Task::of(warp));
+    if (warp < Task::kCount) part.load(params, task);
     if constexpr (kAhead) {
       if (warp + kWarps < Task::kCount) part.load(params, Task::of(warp + kWarps));
     }
   }
   __device__ __forceinline__ void stage(const KvDecodeParams& params, int warp, unsigned char* smem) {
     if constexpr (kAhead) {
-      stage_part<TTraits>(params, part, factor, Task::of(warp), smem);
+      stage_part<TTraits>(params, part, factor, task, smem);
       if (warp + kWarps < Task::kCount) {
         stage_part<TTraits>(params, part, factor_ahead, Task::of(warp + kWarps), smem);
       }
     } else {
       for (int index = warp; index < Task::kCount; index += kWarps) {
-        const Task task = Task::of(index);
         if (index != warp) {
+          task = Task::of(index);
           part.load(params.base, task);
           load_factors<TTraits>(params.k_weight, task.is_v, factor);
         }
