@@ -139,10 +139,12 @@ RC_GTEST_PROP(LinearInt8Gpu, HasTheBitsOfEachTokenAlone, ()) {
   if (!floats) RC_FAIL(floats.message());
 }
 
-/// The same without chance, at widths that the 31B has.
+/// The same without chance, at widths that the 31B has; those of blocks of 32 three blocks wider, so that rows end
+/// within eight groups.
 TEST(LinearInt8Gpu, EveryFormatAtEachNumberOfTokens) {
   for (const TensorType type : kPackedTypes) {
-    for (const std::int64_t cols : {512, 5376, 8192}) {
+    for (const std::int64_t width : {512, 5376, 8192}) {
+      const std::int64_t cols = block_size(type) == 32 ? width + 96 : width;
       const DeviceWeights weight(random_weights(type, 21, cols, 5));
       const Products products{.weights = {weight.view()}};
       const std::vector<float> x = random_activations(16 * cols, 6);
