@@ -139,10 +139,12 @@ RC_GTEST_PROP(LinearInt8Gpu, HasTheBitsOfEachTokenAlone, ()) {
   if (!floats) RC_FAIL(floats.message());
 }
 
-/// The same without chance, at widths that the 31B has.
+/// The same without chance, at widths that the 31B has; those of blocks of 32 three blocks wider, so that rows end
+/// within eight groups.
 TEST(LinearInt8Gpu, EveryFormatAtEachNumberOfTokens) {
   for (const TensorType type : kPackedTypes) {
-    for (const std::int64_t cols : {512, 5376, 8192}) {
+    for (const std::int64_t width : {512, 5376, 8192}) {
+      const std::int64_t cols = block_size(type) == 32 ? width + 96 : width;
       const DeviceWeights weight(random_weights(type, 21, cols, 5));
       const Products products{.weights = {weight.view()}};
       const std::vector<float> x = random_activations(16 * cols, 6);
@@ -186,7 +188,7 @@ RC_GTEST_PROP(LinearInt8Gpu, MatricesTogether, ()) {
     weights.emplace_back(
         random_weights(type, *rc::gen::inRange<std::int64_t>(1, 120), cols, *rc::gen::arbitrary<std::uint32_t>()));
   }
-  Products products{.is_dealt = *rc::gen::arbitrary<bool>()};
+  Products products{.weights = {}, .is_dealt = *rc::gen::arbitrary<bool>()};
   for (const DeviceWeights& weight : weights) products.weights.push_back(weight.view());
   const std::vector<float> x = random_activations(n_token * cols, *rc::gen::arbitrary<std::uint32_t>());
   const testing::AssertionResult result =
@@ -226,20 +228,21 @@ TEST(LinearInt8Gpu, Extremes) {
   for (const TensorType type : kPackedTypes) {
     const auto step = static_cast<std::size_t>(block_bytes(type));
     for (const unsigned fill : {0x00u, 0xFFu, 0x7Fu, 0x80u, 0x11u}) {
-      for (const std::uint16_t d : {0x7BFFu, 0x0001u, 0x0000u, 0x8000u, 0xFBFFu}) {
+      for (const unsigned bits : {0x7BFFu, 0x0001u, 0x0000u, 0x8000u, 0xFBFFu}) {
+        const F16 d{static_cast<std::uint16_t>(bits)};
         OwnedMatrix matrix = random_weights(type, 9, kCols, 1);
         for (std::byte& byte : matrix.bytes) byte = static_cast<std::byte>(fill);
         for (std::size_t at = 0; at < matrix.bytes.size(); at += step) {
-          testkit::detail::put(std::span(matrix.bytes), at + place_of_step(type), F16{d});
+          testkit::detail::put(std::span(matrix.bytes), at + place_of_step(type), d);
           if (const auto at_min = place_of_minimum(type)) {
-            testkit::detail::put(std::span(matrix.bytes), at + *at_min, F16{d});
+            testkit::detail::put(std::span(matrix.bytes), at + *at_min, d);
           }
         }
         const DeviceWeights weight(matrix);
         const Products products{.weights = {weight.view()}};
         EXPECT_TRUE(same_bits(multiply<float>(products, x, 1, current_device()),
                               one_by_one<float>(products, x, current_device())))
-            << type_name(type) << ", bytes " << fill << ", step " << d;
+            << type_name(type) << ", bytes " << fill << ", step " << bits;
       }
     }
   }

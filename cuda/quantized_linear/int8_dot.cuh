@@ -23,7 +23,8 @@
 /// operand of a rounded product to the other. (2) Codes with an offset are signed bytes at the top of their byte, one
 /// exclusive or away: the sums are then a power of two times those of dot.cuh, which Int8Sum takes out. (3) d s of a
 /// scale s of 6 or 8 bits is exact, so that fma(d, 2^15 + s, -2^15 d) is it.
-/// (Where a step d is not finite, dot.cuh may say infinity and these NaN.)
+/// (Where a step d is not finite, dot.cuh may say infinity and these NaN; and scaled sums are infinite where a block
+/// has values above 2^122, which products of Q4_K and Q5_K by dot.cuh are not yet.)
 namespace gemma4::cuda::detail {
 
 /// Integer sums as floats, divided by 2^kShift: they start at kBits, the bits of a float whose last place is 2^-kShift.

@@ -34,9 +34,14 @@
 ///     not read.
 /// For 16 tokens a warp takes each task twice, once for each set of eight columns.
 ///
-/// Instructions a group of 8 rows of Q4_K (144 B), counted by hand: 17 narrow, 23 wide; at 16.5 to 18.6 B a clock a
-/// multiprocessor has 31 to 35 to issue for it. Bytes out of shared memory: 5.6 and 8.6 clocks of 7.7 to 8.7, so that
-/// wide products are at the edge there, by the tails (4 of them): 16 rows at a time would halve that.
+/// Instructions a group of 8 rows, as compiled for sm_90a, narrow and wide (a dot product takes some 10 a token):
+///   Q4_K 20, 28 for 144 B | Q5_K 25, 33 for 176 B | Q6_K 27, 35 for 210 B | Q8_0 13, 22 for 272 B | Q2_K 28, 42 for 84
+///   B
+/// At 16.5 to 18.6 B a clock a multiprocessor issues 31 to 35 while 144 B come. Bytes out of shared memory for
+/// Q4_K: 5.6 and 8.6 clocks of 7.7 to 8.7, so that wide products are at the edge there, by the tails (4 of them): 16
+/// rows at a time would halve that, and need twice the sums. Making codes of 8 tokens of 5376 is 2 us of a
+/// multiprocessor's issue, done by each of them; by chunks it comes between the products. (Not measured yet: by
+/// arithmetic.)
 namespace gemma4::cuda {
 
 namespace detail {

@@ -160,12 +160,13 @@ struct LinearStage {
 ///            the slot; producer, round 0:  with the expect of one lane, or all lanes'     copies, 32 without, and 32
 ///            of before the next stage         copies; finisher: it has read the sums of      the finisher
 ///                                          use p - 1 (before use 0: at once)
-///   empty    producer: for p - 1, before   consumers: every lane of the 8 warps, when     256
-///            it fills the slot again;      it has read the slot and left its sums
+///   empty    producer: for p - 1, before   consumers: every lane of those warps, when     32 a warp:
+///            it fills the slot again;      it has read the slot and left its sums           256 (448)
 ///            finisher: for p, before it
 ///            reads the sums
 ///
-/// Producer: copy_stages(), warp 8. Consumers: multiply(), warps 0 to 7. Finisher: finish_stages(), warp 9.
+/// Consumers: multiply(), warps 0 to 7 (multiply_columns() of int8_tokens.cuh: 0 to 7, or to 13). Producer:
+/// copy_stages(), the warp behind them. Finisher: finish_stages(), the last.
 /// Where rows are dealt, the first stage of each ticket carries a note with its first row. The producer waits for
 /// `empty` before it writes the note, the consumers read it behind `full`, the finisher behind `empty`. "No more rows"
 /// is a note too: for it the producer arrives at `full` in the place of the copy, and the consumers at `empty`, so that
