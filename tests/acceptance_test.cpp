@@ -17,7 +17,7 @@
 #include "tests/support/drafters.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
-#include "tests/support/toy_backend.hpp"
+#include "tests/support/table_backend.hpp"
 
 /// The rule of acceptance, and whole steps by it over a target whose distribution is known exactly.
 namespace {
@@ -26,7 +26,7 @@ using namespace gemma4;
 using namespace gemma4::draft;
 using reference::judge;
 using reference::Verdict;
-using testkit::ToyBackend;
+using testkit::TableBackend;
 using Ids = std::vector<std::int32_t>;
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -110,9 +110,9 @@ TEST(Acceptance, WhatCannotHaveBeenDrawnIsRefused) {
 // ---- whole steps
 
 /// Draws from a table of its own, as far from the target's as it likes; sometimes fewer than asked for.
-class ToyDrafter {
+class TableDrafter {
  public:
-  explicit ToyDrafter(const ToyBackend& own) : own_(own) {}
+  explicit TableDrafter(const TableBackend& own) : own_(own) {}
   template <class TTarget>
   void propose(TTarget& /*target*/, const Request& request, Proposal& proposal) {
     Ids ids(request.tokens.end() - 2, request.tokens.end());
@@ -127,15 +127,15 @@ class ToyDrafter {
   void keep(std::int64_t /*n_token*/) {}
 
  private:
-  const ToyBackend& own_;
+  const TableBackend& own_;
 };
 
-/// The judge of the reference for a toy, or a wrong one.
-struct ToyJudge {
+/// The judge of the reference for the table, or a wrong one.
+struct TableJudge {
   std::vector<float> logits;
   std::function<Verdict(Verdict, const Proposal&)> spoil = {};
 
-  Verdict operator()(const ToyBackend& target, const Proposal& proposal, const SamplerSettings& settings,
+  Verdict operator()(const TableBackend& target, const Proposal& proposal, const SamplerSettings& settings,
                      std::int64_t position) {
     logits.resize(static_cast<std::size_t>(target.config().vocab));
     const auto row = [&](std::int64_t i) {
@@ -149,9 +149,9 @@ struct ToyJudge {
 
 /// Tokens 2, 3, ... of a text that begins with 0 and 1, by steps of up to `n_draft` drafts.
 template <class TDrafter>
-Ids written(ToyBackend& backend, TDrafter& drafter, std::int64_t n_token, std::int64_t n_draft,
-            const SamplerSettings& settings, ToyJudge& by, Counts* counts = nullptr) {
-  Model<ToyBackend> model(backend);
+Ids written(TableBackend& backend, TDrafter& drafter, std::int64_t n_token, std::int64_t n_draft,
+            const SamplerSettings& settings, TableJudge& by, Counts* counts = nullptr) {
+  Model<TableBackend> model(backend);
   Ids ids = {0, 1};
   model.forward(std::span(ids).first(1), {});
   while (static_cast<std::int64_t>(ids.size()) < n_token + 2) {
@@ -168,7 +168,7 @@ constexpr std::size_t kTriples = kVocab * kVocab * kVocab;
 constexpr int kTexts = 200000;
 
 /// Probability of each three tokens behind 0, 1.
-std::array<double, kTriples> exact(const ToyBackend& target, const SamplerSettings& settings) {
+std::array<double, kTriples> exact(const TableBackend& target, const SamplerSettings& settings) {
   std::array<double, kTriples> p{};
   const auto of = [&](std::int32_t a, std::int32_t b) {
     return reference::distribution(target.logits(a, b), settings);
@@ -211,10 +211,10 @@ struct SamplingCase {
 };
 
 /// The sampled texts: one of three tokens for each seed, by one to three drafts.
-std::array<std::int64_t, kTriples> sampled(ToyBackend& target, const ToyBackend& drafts, SamplerSettings settings,
-                                           ToyJudge by, Counts* counts = nullptr) {
+std::array<std::int64_t, kTriples> sampled(TableBackend& target, const TableBackend& drafts, SamplerSettings settings,
+                                           TableJudge by, Counts* counts = nullptr) {
   std::array<std::int64_t, kTriples> found{};
-  ToyDrafter drafter(drafts);
+  TableDrafter drafter(drafts);
   for (int text = 0; text < kTexts; ++text) {
     settings.seed = static_cast<std::uint64_t>(text);
     const Ids ids = written(target, drafter, 3, 1 + text % 3, settings, by, counts);
@@ -226,8 +226,8 @@ std::array<std::int64_t, kTriples> sampled(ToyBackend& target, const ToyBackend&
 class AcceptanceOf : public testing::TestWithParam<SamplingCase> {};
 
 TEST_P(AcceptanceOf, JointCountsOfThreeTokensFollowTheTarget) {
-  ToyBackend target(kVocab, 16, 0.8, 1);
-  const ToyBackend drafts(kVocab, 16, 0.8, 2);
+  TableBackend target(kVocab, 16, 0.8, 1);
+  const TableBackend drafts(kVocab, 16, 0.8, 2);
   const std::array<double, kTriples> p = exact(target, GetParam().settings);
   constexpr double kLimit = 5;  // standard deviations; of a chi-square with 60 to 124 degrees, beyond 1e-5
   Counts counts;
@@ -242,12 +242,12 @@ TEST_P(AcceptanceOf, JointCountsOfThreeTokensFollowTheTarget) {
   double stays = 0;
   for (std::size_t i = 0; i < kVocab; ++i) stays += std::min(first_p[i], first_q[i]);
   std::int64_t n_kept = 0;
-  ToyDrafter drafter(drafts);
+  TableDrafter drafter(drafts);
   for (int text = 0; text < kTexts / 10; ++text) {
     SamplerSettings settings = GetParam().settings;
     settings.seed = static_cast<std::uint64_t>(text) + 1000000;
     Counts one;
-    ToyJudge by;
+    TableJudge by;
     (void)written(target, drafter, 2, 1, settings, by, &one);
     n_kept += one.accepted[0] > 0 && one.n_step == 1 ? 1 : 0;
   }
@@ -255,7 +255,7 @@ TEST_P(AcceptanceOf, JointCountsOfThreeTokensFollowTheTarget) {
   EXPECT_NEAR(static_cast<double>(n_kept), n * stays, 5 * std::sqrt(n * stays * (1 - stays)));
 
   // Controls: whoever accepts always, or replaces by the drafter's second choice, is seen.
-  ToyJudge always;
+  TableJudge always;
   always.spoil = [&](const Verdict& verdict, const Proposal& proposal) {
     return verdict.n_accepted == proposal.size() ? verdict : Verdict{verdict.n_accepted + 1, verdict.next};
   };
@@ -275,13 +275,13 @@ RC_GTEST_PROP(Acceptance, TextOfADrafterThatDoesNotDrawIsThatOfNone, ()) {
                                  .top_k = *rc::gen::element(0, 3),
                                  .top_p = *rc::gen::element(1.0f, 0.8f),
                                  .seed = seed};
-  ToyBackend backend(12, 80, 1.5, seed);
+  TableBackend backend(12, 80, 1.5, seed);
   NoDrafter none;
-  ToyJudge by;
+  TableJudge by;
   const Ids plain = written(backend, none, 60, 0, settings, by);
   backend.reset();
   testkit::KnownTextDrafter drafter(plain, 12, *rc::gen::element(0.2, 0.7, 1.0), seed);
-  ToyJudge checked;  // as many stay as were right
+  TableJudge checked;  // as many stay as were right
   checked.spoil = [&](const Verdict& verdict, const Proposal& proposal) {
     RC_ASSERT(verdict.n_accepted == (proposal.size() > 0 ? drafter.n_right : 0));
     return verdict;
@@ -291,9 +291,9 @@ RC_GTEST_PROP(Acceptance, TextOfADrafterThatDoesNotDrawIsThatOfNone, ()) {
 }
 
 TEST(Acceptance, OneTokenTooManyIsAnotherText) {  // the control of the property above
-  ToyBackend backend(12, 80, 1.5, 5);
+  TableBackend backend(12, 80, 1.5, 5);
   NoDrafter none;
-  ToyJudge by, one_more;
+  TableJudge by, one_more;
   const Ids plain = written(backend, none, 60, 0, {}, by);
   one_more.spoil = [](const Verdict& verdict, const Proposal& proposal) {
     return verdict.n_accepted == proposal.size() ? verdict : Verdict{verdict.n_accepted + 1, verdict.next};
@@ -306,15 +306,15 @@ TEST(Acceptance, OneTokenTooManyIsAnotherText) {  // the control of the property
 // ---- what a step takes and leaves
 
 TEST(DraftStep, DraftsFewerWhereTheContextEnds) {
-  ToyBackend backend(12, 20, 1.5, 5);
+  TableBackend backend(12, 20, 1.5, 5);
   NoDrafter none;
-  ToyJudge by;
+  TableJudge by;
   const Ids plain = written(backend, none, 19, 0, {}, by);  // 21 tokens: the last one is in no cache
   ASSERT_EQ(plain.size(), 21U);
   for (std::uint32_t seed = 0; seed < 20;
        ++seed) {  // so that every number of drafts meets every number of free positions
     backend.reset();
-    Model<ToyBackend> model(backend);
+    Model<TableBackend> model(backend);
     testkit::KnownTextDrafter drafter(plain, 12, 1, seed);
     Ids ids = {0, 1};
     model.forward(std::span(ids).first(1), {});
@@ -329,9 +329,9 @@ TEST(DraftStep, DraftsFewerWhereTheContextEnds) {
 }
 
 TEST(DraftStep, RefusesWhatIsNoSequenceOfTheModel) {
-  ToyBackend backend(12, 20, 1.5, 5);
-  Model<ToyBackend> model(backend);
-  ToyJudge by;
+  TableBackend backend(12, 20, 1.5, 5);
+  Model<TableBackend> model(backend);
+  TableJudge by;
   NoDrafter none;
   const Ids ids = {0, 1};
   EXPECT_TRUE(testkit::refuses([&] { (void)run_step(model, none, ids, 1, {}, 0, by); },
@@ -340,7 +340,7 @@ TEST(DraftStep, RefusesWhatIsNoSequenceOfTheModel) {
   const Ids one = {3};
   EXPECT_TRUE(testkit::refuses([&] { (void)run_step(model, none, one, 8, {}, 0, by); }, {"8 drafts", "0 to 7"}));
   struct TooMany : NoDrafter {
-    void propose(ToyBackend& /*target*/, const Request& request, Proposal& proposal) {
+    void propose(TableBackend& /*target*/, const Request& request, Proposal& proposal) {
       proposal.tokens.assign(static_cast<std::size_t>(request.n_draft) + 1, 1);
     }
   } too_many;

@@ -16,10 +16,10 @@ namespace gemma4::testkit {
 
 /// A backend without a network: the logits behind a token are a row of a table, chosen by that token and the one before
 /// it as the backend remembers them. What is known of it exactly is the distribution of every text.
-class ToyBackend {
+class TableBackend {
  public:
   /// @param spread standard deviation of the logits
-  ToyBackend(std::int64_t vocab, std::int64_t context, double spread, std::uint32_t seed)
+  TableBackend(std::int64_t vocab, std::int64_t context, double spread, std::uint32_t seed)
       : memory_(static_cast<std::size_t>(context)), table_(static_cast<std::size_t>(vocab * vocab * vocab)) {
     config_.vocab = vocab;
     config_.is_sliding = {0};
@@ -65,6 +65,6 @@ class ToyBackend {
   std::vector<std::int64_t> rows_;
   std::int64_t position_ = 0;
 };
-static_assert(Backend<ToyBackend>);
+static_assert(Backend<TableBackend>);
 
 }  // namespace gemma4::testkit
