@@ -132,7 +132,7 @@ RC_GTEST_PROP(Sequence, ReadsWhatDiffersAlone, ()) {
   const SamplerSettings settings = any_settings();
   ReferenceSequence sequence(small.weights, small_options(), {}, 16);
   const testkit::TempDir folder;
-  Ids prompt = testkit::any_tokens(small.weights.config, *rc::gen::inRange(1, 120));
+  const Ids prompt = testkit::any_tokens(small.weights.config, *rc::gen::inRange(1, 90));
   sequence.prefill(prompt, 8, {});
   (void)written(sequence, 5, settings);
   if (*rc::gen::arbitrary<bool>()) {
@@ -149,77 +149,79 @@ RC_GTEST_PROP(Sequence, ReadsWhatDiffersAlone, ()) {
   const Stretch took = read_rest(sequence, wanted, 8, {});
   RC_ASSERT(Ids(sequence.held().begin(), sequence.held().end()) == wanted);
   RC_ASSERT(took.n_token <= static_cast<std::int64_t>(wanted.size() - n_same));
-  expect_as_afresh(small, sequence, settings);
+  ReferenceSequence fresh(small.weights, small_options());
+  fresh.prefill(wanted, 8, {});
+  RC_ASSERT(written(sequence, 4, settings) == written(fresh, 4, settings));
 }
 
-  /// A stop in the middle of a step, and an error out of on_token: the sequence ends there, and goes on from there.
-  RC_GTEST_PROP(Sequence, AStepThatIsEndedInItsMiddleIsHeldAsFarAsItWasSeen, ()) {
-    const SmallModel& small = any_small();
-    ReferenceSequence sequence(small.weights, small_options(), {.drafter = "lookup", .n_draft = 5});
-    sequence.prefill(Ids(20, 33), 1, {});
-    (void)written(sequence, 20, {});
-    const std::size_t before = sequence.held().size();
-    const auto n_seen = *rc::gen::inRange<std::size_t>(1, 12);
-    const bool throws = *rc::gen::arbitrary<bool>();
-    std::size_t n = 0;
-    const auto stop = [&](std::int32_t /*token*/) {
-      if (++n < n_seen) return true;
-      if (throws) throw std::runtime_error("stop");
-      return false;
-    };
-    try {
-      sequence.decode(30, {}, stop);
-      RC_ASSERT(!throws);
-    } catch (const std::runtime_error&) {
-      RC_ASSERT(throws);
-    }
-    RC_ASSERT(sequence.held().size() == before + n_seen);
-    expect_as_afresh(small, sequence, {});
+/// A stop in the middle of a step, and an error out of on_token: the sequence ends there, and goes on from there.
+RC_GTEST_PROP(Sequence, AStepThatIsEndedInItsMiddleIsHeldAsFarAsItWasSeen, ()) {
+  const SmallModel& small = any_small();
+  ReferenceSequence sequence(small.weights, small_options(), {.drafter = "lookup", .n_draft = 5});
+  sequence.prefill(Ids(20, 33), 1, {});
+  (void)written(sequence, 20, {});
+  const std::size_t before = sequence.held().size();
+  const auto n_seen = *rc::gen::inRange<std::size_t>(1, 12);
+  const bool throws = *rc::gen::arbitrary<bool>();
+  std::size_t n = 0;
+  const auto stop = [&](std::int32_t /*token*/) {
+    if (++n < n_seen) return true;
+    if (throws) throw std::runtime_error("stop");
+    return false;
+  };
+  try {
+    sequence.decode(30, {}, stop);
+    RC_ASSERT(!throws);
+  } catch (const std::runtime_error&) {
+    RC_ASSERT(throws);
   }
+  RC_ASSERT(sequence.held().size() == before + n_seen);
+  expect_as_afresh(small, sequence, {});
+}
 
-  TEST(Sequence, DraftsAreCountedAndDrafterAndCacheChecked) {
-    const SmallModel small(gemma4_tiny(), 4);
-    ReferenceSequence plain(small.weights, small_options());
-    EXPECT_FALSE(plain.draft_counts().has_value());
-    ReferenceSequence sequence(small.weights, small_options(), {.drafter = "lookup", .n_draft = 3});
-    sequence.prefill(Ids(50, 1), 8, {});
-    (void)written(sequence, 40, {});
-    const draft::Counts counts = sequence.draft_counts().value();
-    EXPECT_EQ(counts.n_token, 39) << "the first is chosen from the prompt's logits";
-    EXPECT_GE(counts.drafted[0], counts.drafted[2]);
-    EXPECT_GE(counts.accepted[0], counts.accepted[2]);
-    EXPECT_EQ(counts.drafted[3], 0);
-    const auto made = [&](const char* drafter, const char* cache) {
-      reference::BackendOptions options = small_options();
-      options.cache = parse_cache_spec(cache);
-      ReferenceSequence of(small.weights, options, {.drafter = drafter});
-    };
-    EXPECT_NO_THROW(made("lookup", "sim-int8"));
-    EXPECT_TRUE(testkit::refuses([&] { made("lookup", "sim-int8-tail16"); }, {"--drafter lookup", "sim-int8-tail16"}));
-    EXPECT_NO_THROW(made("none", "sim-int8-tail16"));
-    EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); }, {"--drafter drafter.gguf", "lookup or none"}));
-    EXPECT_EQ(parse_n_draft("auto"), std::nullopt);
-    EXPECT_EQ(parse_n_draft("7"), 7);
-    for (const char* bad : {"0", "8", "3x", "", "-1"}) {
-      EXPECT_TRUE(testkit::refuses([&] { (void)parse_n_draft(bad); }, {"--draft", "1 to 7"})) << bad;
-    }
+TEST(Sequence, DraftsAreCountedAndDrafterAndCacheChecked) {
+  const SmallModel small(gemma4_tiny(), 4);
+  ReferenceSequence plain(small.weights, small_options());
+  EXPECT_FALSE(plain.draft_counts().has_value());
+  ReferenceSequence sequence(small.weights, small_options(), {.drafter = "lookup", .n_draft = 3});
+  sequence.prefill(Ids(50, 1), 8, {});
+  (void)written(sequence, 40, {});
+  const draft::Counts counts = sequence.draft_counts().value();
+  EXPECT_EQ(counts.n_token, 39) << "the first is chosen from the prompt's logits";
+  EXPECT_GE(counts.drafted[0], counts.drafted[2]);
+  EXPECT_GE(counts.accepted[0], counts.accepted[2]);
+  EXPECT_EQ(counts.drafted[3], 0);
+  const auto made = [&](const char* drafter, const char* cache) {
+    reference::BackendOptions options = small_options();
+    options.cache = parse_cache_spec(cache);
+    ReferenceSequence of(small.weights, options, {.drafter = drafter});
+  };
+  EXPECT_NO_THROW(made("lookup", "sim-int8"));
+  EXPECT_TRUE(testkit::refuses([&] { made("lookup", "sim-int8-tail16"); }, {"--drafter lookup", "sim-int8-tail16"}));
+  EXPECT_NO_THROW(made("none", "sim-int8-tail16"));
+  EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); }, {"--drafter drafter.gguf", "lookup or none"}));
+  EXPECT_EQ(parse_n_draft("auto"), std::nullopt);
+  EXPECT_EQ(parse_n_draft("7"), 7);
+  for (const char* bad : {"0", "8", "3x", "", "-1"}) {
+    EXPECT_TRUE(testkit::refuses([&] { (void)parse_n_draft(bad); }, {"--draft", "1 to 7"})) << bad;
   }
+}
 
-  TEST(Sequence, NoMoreIsTakenBackThanTheRingsRemember) {
-    const SmallModel small(gemma4_tiny(), 4);
-    ReferenceSequence sequence(small.weights, small_options());
-    sequence.prefill(Ids(100, 1), 8, {});
-    EXPECT_EQ(sequence.max_back(), kMaxRewind - 1);
-    EXPECT_TRUE(testkit::refuses([&] { sequence.take_back(64); }, {"take back 64", "at most 63"}));
-    (void)written(sequence, 5, {});
-    EXPECT_EQ(sequence.max_back(), kMaxRewind) << "the last one has not been through the model";
-    sequence.take_back(64);
-    EXPECT_EQ(sequence.held().size(), 41U);
-    EXPECT_EQ(sequence.max_back(), 1) << "counted from the farthest that the sequence has been";
-    sequence.prefill(Ids(64, 1), 8, {});
-    EXPECT_TRUE(testkit::refuses([&] { (void)written(sequence, 96, {}); }, {"96 tokens after 105", "200"}));
-    EXPECT_EQ(written(sequence, 95, {}).size(), 95U);
-    EXPECT_EQ(sequence.n_free(), 0);
-  }
+TEST(Sequence, NoMoreIsTakenBackThanTheRingsRemember) {
+  const SmallModel small(gemma4_tiny(), 4);
+  ReferenceSequence sequence(small.weights, small_options());
+  sequence.prefill(Ids(100, 1), 8, {});
+  EXPECT_EQ(sequence.max_back(), kMaxRewind - 1);
+  EXPECT_TRUE(testkit::refuses([&] { sequence.take_back(64); }, {"take back 64", "at most 63"}));
+  (void)written(sequence, 5, {});
+  EXPECT_EQ(sequence.max_back(), kMaxRewind) << "the last one has not been through the model";
+  sequence.take_back(64);
+  EXPECT_EQ(sequence.held().size(), 41U);
+  EXPECT_EQ(sequence.max_back(), 1) << "counted from the farthest that the sequence has been";
+  sequence.prefill(Ids(64, 1), 8, {});
+  EXPECT_TRUE(testkit::refuses([&] { (void)written(sequence, 96, {}); }, {"96 tokens after 105", "200"}));
+  EXPECT_EQ(written(sequence, 95, {}).size(), 95U);
+  EXPECT_EQ(sequence.n_free(), 0);
+}
 
 }  // namespace
