@@ -239,8 +239,8 @@ class SequenceStore {
   }
 
   void settle(std::int64_t to) {
-    model_.rewind(model_.position() - to);
-    backend().set_position(to, model_.farthest());
+    // Rings that still hold all tokens from the first on can go back to each of them.
+    resume(passes_until(to), to, ring_first(backend().stored_layers()));
     forget_after(to);
   }
 
