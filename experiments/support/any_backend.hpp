@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -14,7 +13,6 @@
 #include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
-#include "gemma4/session/stored_part.hpp"
 
 namespace gemma4::experiment {
 
@@ -44,19 +42,12 @@ class AnyBackend {
   /// As allocated.
   [[nodiscard]] virtual CacheBytes cache_bytes() = 0;
   virtual void reset() = 0;
-  [[nodiscard]] virtual CacheSpec cache() const = 0;
-  [[nodiscard]] virtual RingSpec ring() const = 0;
-  [[nodiscard]] virtual std::vector<StoredLayer> stored_layers() = 0;
-  virtual void copy_stored(const std::byte* from, std::span<std::byte> to) = 0;
-  virtual void set_stored(std::byte* to, std::span<const std::byte> from) = 0;
-  virtual void set_position(std::int64_t position, std::int64_t farthest) = 0;
-  virtual void set_logits(std::span<const float> logits) = 0;
   /// How a decode step and the longest chunk run.
   [[nodiscard]] virtual std::vector<StepPlan> step_plans() const = 0;
   /// The drivers that profile do not come through here.
   [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }
 };
-static_assert(WatchedBackend<AnyBackend> && StoringBackend<AnyBackend>);
+static_assert(WatchedBackend<AnyBackend>);
 
 /// Holds a `TBackend` made in place from `arguments`.
 template <class TBackend>
@@ -91,17 +82,7 @@ class HeldBackend final : public AnyBackend {
   [[nodiscard]] std::optional<NotFinite> first_not_finite() const override { return backend_.first_not_finite(); }
   [[nodiscard]] CacheBytes cache_bytes() override { return backend_.cache_bytes(); }
   void reset() override { backend_.reset(); }
-  [[nodiscard]] CacheSpec cache() const override { return backend_.cache(); }
-  [[nodiscard]] RingSpec ring() const override { return backend_.ring(); }
-  [[nodiscard]] std::vector<StoredLayer> stored_layers() override { return backend_.stored_layers(); }
-  void copy_stored(const std::byte* from, std::span<std::byte> to) override { backend_.copy_stored(from, to); }
-  void set_stored(std::byte* to, std::span<const std::byte> from) override { backend_.set_stored(to, from); }
-  void set_position(std::int64_t position, std::int64_t farthest) override {
-    backend_.set_position(position, farthest);
-  }
-  void set_logits(std::span<const float> logits) override { backend_.set_logits(logits); }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }
-  [[nodiscard]] const TBackend& held() const { return backend_; }
 
  private:
   TBackend backend_;

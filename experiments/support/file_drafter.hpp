@@ -4,10 +4,8 @@
 #include <cstdint>
 #include <filesystem>
 
-#include "experiments/support/any_backend.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/draft/drafter.hpp"
-#include "gemma4/error.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
 #include "gemma4/model/assistant_weights.hpp"
@@ -30,12 +28,6 @@ class FileDrafter {
 
   void propose(const reference::Backend<float>& target, const draft::Request& request, draft::Proposal& proposal) {
     drafter_.propose(target, request, proposal);
-  }
-  /// @throws std::invalid_argument for a backend on a device
-  void propose(const AnyBackend& target, const draft::Request& request, draft::Proposal& proposal) {
-    const auto* const held = dynamic_cast<const HeldBackend<reference::Backend<float>>*>(&target);
-    require(held != nullptr, "drafter: one that is a model runs on the processor alone yet");
-    propose(held->held(), request, proposal);
   }
   void keep(std::int64_t n_token) { drafter_.keep(n_token); }
 
