@@ -5,6 +5,7 @@
 #include <signal.h>
 
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <iostream>
 #include <sstream>
@@ -56,6 +57,8 @@ class Scripted final : public Sequence {
   [[nodiscard]] std::int64_t max_back() const override { return 0; }
   void take_back(std::int64_t /*n_token*/) override {}
   void reset() override {}
+  void save(const std::filesystem::path& /*path*/, SessionInfo /*info*/) override {}
+  SessionInfo restore(const SessionFile& /*file*/, std::uint64_t /*model_hash*/) override { return {}; }
   [[nodiscard]] std::int64_t context() const override { return context_; }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return {}; }
   [[nodiscard]] std::vector<ComponentTime> profile(const std::function<void()>& /*work*/) override { return {}; }
