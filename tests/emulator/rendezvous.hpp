@@ -22,12 +22,11 @@ struct Warp {
   int waiting[kLanes];
 };
 
-/// Every lane brings `in`; the last one computes what each takes: `compute(const TIn (&)[32], TOut (&)[32])` by
-/// pointers.
+/// Every lane brings `in`; for the last one compute(const TIn*, TOut*) makes of all 32 what each of them takes.
 template <class TOut, class TIn, class TCompute>
 TOut warp_operation(const char* name, const TIn& in, const TCompute& compute) {
   static_assert(sizeof(TIn) <= kLaneBytes && sizeof(TOut) <= kLaneBytes);
-  static const char kOperation = 0;  // an address for each place in the code
+  static const char kOperation = 0;  // an address for each operation on each type
   Warp& warp = *running.warp;
   const int lane = running.lane;
   if (warp.n_arrived == 0) {

@@ -3,7 +3,8 @@
 
 #include <cstring>
 
-/// Dynamic shared memory by every name that a kernel has for it (`extern __shared__`): a new name belongs here.
+/// Dynamic shared memory by every name that a kernel of this namespace has for it (`extern __shared__`): a new name
+/// belongs here.
 namespace gemma4::cuda::detail {
 constexpr std::size_t kRoomBytes = 240 * 1024;
 alignas(1024) thread_local unsigned char smem[kRoomBytes];
