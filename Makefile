@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Thin: each target calls a preset of CMakePresets.json. `make demo` and `make test` need nothing prepared.
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap configure build test demo plots pages asan sanitize fuzz mutants check format clean
+.PHONY: help bootstrap configure build test demo plots pages asan sanitize emulate fuzz mutants check format clean
 
 JOBS ?= $(shell nproc)
 
@@ -39,6 +39,9 @@ sanitize: bootstrap ## every GPU test under memcheck, racecheck and synccheck (c
 	cmake --preset gpu
 	cmake --build --preset gpu -j $(JOBS)
 	.ci/sanitize build-gpu $(JOBS)
+
+emulate: bootstrap ## GPU tests without a GPU: TESTS="draft_step rms_norm"
+	JOBS=$(JOBS) .ci/emulate $(TESTS)
 
 fuzz: ## every fuzz target for FUZZ_SECONDS (60)
 	@.ci/bootstrap fuzz

@@ -128,6 +128,16 @@ put include/gemma4/a.hpp '#pragma once' '/// Mirror: cuda/gone.cuh'; finds 'Mirr
 put reference/a.hpp '#pragma once';                     finds "reference/a.hpp: no 'Mirror: cuda/a.cuh'"
 put cuda/a.cuh '#pragma once' '#include "cuda/a/part.cuh"'; finds "cuda/a.cuh: no 'Mirror: reference/a.hpp'"
 
+# The emulator's twins.
+instruction() { put "$1" '#pragma once' "__device__ __forceinline__ void $2(int) {" '  asm("");' '}'; }
+twin=tests/emulator/twins/cuda/ptx/b.cuh
+instruction cuda/ptx/b.cuh add;                         passes 'instructions where there is no emulator'
+instruction cuda/ptx/b.cuh add; instruction $twin add;  passes 'a twin with the same function'
+instruction cuda/ptx/b.cuh add; instruction $twin sub;  finds "$twin: no add()"
+instruction cuda/ptx/b.cuh add; instruction $twin sub;  finds "$twin: sub() is not in cuda/ptx/b.cuh"
+instruction cuda/ptx/b.cuh add; mkdir -p "$tree/tests/emulator/twins"; finds "cuda/ptx/b.cuh: no $twin"
+put tests/emulator/twins/cuda/ptx/gone.cuh '#pragma once'; finds 'there is no cuda/ptx/gone.cuh'
+
 rm -rf "$scratch"
 echo "check-rooms: $n_passed passed, $n_failed failed"
 [ $n_failed = 0 ]
