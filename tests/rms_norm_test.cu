@@ -62,7 +62,9 @@ RC_GTEST_PROP(RmsNormGpu, AgreesWithTheReferenceInDouble, ()) {
   const Expected exact(x, n_row, width, weight, 1e-6f, 0x1p-8), fine(x, n_row, width, weight, 1e-6f, 0);
   rc_require(close(on_device<Bf16, Bf16>(x, n_row, width, weight, 1e-6f), exact.values, exact.bounds));
   rc_require(close(on_device<float, float>(x, n_row, width, weight, 1e-6f), fine.values, fine.bounds));
-  if (!weight.empty()) RC_ASSERT(!close(on_device<Bf16, Bf16>(x, n_row, width, {}, 1e-6f), exact.values, exact.bounds));
+  // (One weight alone may lie near 1.)
+  if (!weight.empty() && width > 1)
+    RC_ASSERT(!close(on_device<Bf16, Bf16>(x, n_row, width, {}, 1e-6f), exact.values, exact.bounds));
 }
 
 TEST(RmsNormGpu, ZerosStayZeros) {
