@@ -199,7 +199,7 @@ TEST(Sequence, DraftsAreCountedAndDrafterAndCacheChecked) {
   EXPECT_NO_THROW(made("lookup", "sim-int8"));
   EXPECT_TRUE(testkit::refuses([&] { made("lookup", "sim-int8-tail16"); }, {"--drafter lookup", "sim-int8-tail16"}));
   EXPECT_NO_THROW(made("none", "sim-int8-tail16"));
-  EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); }, {"--drafter drafter.gguf", "lookup or none"}));
+  EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); }, {"--drafter drafter.gguf", "lookup, none or the GGUF file"}));
   EXPECT_EQ(parse_n_draft("auto"), std::nullopt);
   EXPECT_EQ(parse_n_draft("7"), 7);
   for (const char* bad : {"0", "8", "3x", "", "-1"}) {
