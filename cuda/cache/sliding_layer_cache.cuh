@@ -23,6 +23,7 @@
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/ring_format.hpp"
+#include "gemma4/session/stored_part.hpp"
 
 /// The bf16 rings of the sliding layers, or in them what a simulated format would read back. Mirror:
 /// reference/cache/sliding_layer_cache.hpp
