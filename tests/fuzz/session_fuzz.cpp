@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// libFuzzer target: any bytes are refused, or are a session that a backend takes, holds and goes on from without leaving
-// what it has. Bytes are tried as they are, and with their checksums set right, which chance does not come by. Build it
-// with the `fuzz` preset; a seed is in tests/fuzz/session_seeds/.
+// libFuzzer target: any bytes are refused, or are a session that a backend takes, holds and goes on from without
+// leaving what it has. Bytes are tried as they are, and with their checksums set right, which chance does not come by.
+// Build it with the `fuzz` preset; a seed is in tests/fuzz/session_seeds/.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
