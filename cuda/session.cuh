@@ -53,7 +53,7 @@ struct DecodeResult {
   std::vector<std::int32_t> tokens;  ///< also the one that ended it
   bool stopped = false;              ///< by on_token, not by the count
   Timing timing;                     ///< of all steps, those taken back included
-  draft::Counts drafts;              ///< of the steps that drafted
+  draft::Counts drafts;              ///< of all steps, where drafts are on
 };
 
 /// Tokens may be appended by prefill() and decode() in any order; one after another they give what one call would.
@@ -328,8 +328,10 @@ class Session {
       const DraftOutcome outcome = backend().drafting().outcome(backend().drafting().n_step() - n_later);
       n_accepted = outcome.n_accepted;
       counts.add(outcome.n_proposed, outcome.n_accepted);
+    } else if (options_.n_draft > 0) {
+      counts.add(0, 0);  // the rule, or the end of the text, wanted none
     }
-    if (rule_) rule_->saw(n_draft, n_accepted);
+    if (rule_) rule_->saw(n_draft, n_accepted);  // what was verified was paid for, proposed or not
     way.known += n_accepted + 1;
     way.drafts.pop_front();
   }

@@ -71,7 +71,7 @@ class CudaSession {
                          const std::function<bool(std::int32_t)>& on_token) = 0;
   /// From the next step on, max_draft at most.
   virtual void set_drafts(std::int64_t n_draft, bool is_auto) = 0;
-  /// Of all steps so far that drafted.
+  /// Of all steps so far while drafts were on.
   [[nodiscard]] virtual const draft::Counts& draft_counts() const = 0;
   [[nodiscard]] virtual std::int64_t position() const = 0;
   /// The last tokens, max_rewind() at most, never were.
