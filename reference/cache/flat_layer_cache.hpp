@@ -29,6 +29,14 @@ template <class Scalar, class TStorage>
   return out;
 }
 
+/// Where its K and V are.
+template <class TStorage>
+[[nodiscard]] StoredLayer stored_flat_cache(FlatCache<TStorage>& cache) {
+  const CacheShape& shape = cache.shape();
+  return {.parts = {stored_part("k", cache.k_storage(), shape.n_head_kv, shape.buffer_len),
+                    stored_part("v", cache.v_storage(), shape.n_head_kv, shape.buffer_len)}};
+}
+
 }  // namespace detail
 
 /// Full attention over an uncompressed flat cache.
@@ -52,11 +60,7 @@ class FlatLayerCache {
     return detail::attend_flat_cache(q, head_dim_, cache_, kv_len);
   }
 
-  [[nodiscard]] StoredLayer stored() {
-    const CacheShape& shape = cache_.shape();
-    return {.parts = {detail::stored_part("k", cache_.k_storage(), shape.n_head_kv, shape.buffer_len),
-                      detail::stored_part("v", cache_.v_storage(), shape.n_head_kv, shape.buffer_len)}};
-  }
+  [[nodiscard]] StoredLayer stored() { return detail::stored_flat_cache(cache_); }
 
  private:
   std::int64_t head_dim_;

@@ -119,10 +119,9 @@ class KvarnLayerCache {
   }
 
   [[nodiscard]] StoredLayer stored() {
-    const CacheShape& shape = cache_.shape();
-    return {.parts = {detail::stored_part("k", cache_.k_storage(), shape.n_head_kv, shape.buffer_len),
-                      detail::stored_part("v", cache_.v_storage(), shape.n_head_kv, shape.buffer_len)},
-            .tile = KvarnFormat::kTileTokens};
+    StoredLayer layer = detail::stored_flat_cache(cache_);
+    layer.tile = KvarnFormat::kTileTokens;
+    return layer;
   }
 
  private:

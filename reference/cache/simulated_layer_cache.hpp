@@ -52,10 +52,9 @@ class SimulatedLayerCache {
   }
 
   [[nodiscard]] StoredLayer stored() {
-    const CacheShape& shape = cache_.shape();
-    return {.parts = {detail::stored_part("k", cache_.k_storage(), shape.n_head_kv, shape.buffer_len),
-                      detail::stored_part("v", cache_.v_storage(), shape.n_head_kv, shape.buffer_len)},
-            .tail = codec_->format().tail};
+    StoredLayer layer = detail::stored_flat_cache(cache_);
+    layer.tail = codec_->format().tail;
+    return layer;
   }
 
  private:
