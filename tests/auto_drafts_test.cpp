@@ -3,7 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <random>
 #include <vector>
 
@@ -42,6 +45,31 @@ double fixed(const StepCosts& costs, double share, std::int64_t n_draft) {
   double expected = 1, chain = 1;
   for (std::int64_t i = 0; i < n_draft; ++i) expected += chain *= share;
   return costs.of(n_draft) / expected;
+}
+
+/// Steps of which `n_ahead` are begun before the outcome of the first is known; stretches that go well change with
+/// such in which nothing is accepted. @return the least that the budget was
+double least_budget(std::size_t n_ahead, bool knows_what_is_at_stake) {
+  AutoDrafts rule;
+  std::deque<std::int64_t> under_way;
+  double least = 0;
+  for (int step = 0; step < 400; ++step) {
+    while (under_way.size() < n_ahead) {
+      double at_stake = 0;
+      for (const std::int64_t n_draft : under_way) at_stake += rule.stake(n_draft);
+      under_way.push_back(rule.next(knows_what_is_at_stake ? at_stake : 0));
+    }
+    const std::int64_t n_draft = under_way.front();
+    under_way.pop_front();
+    rule.saw(n_draft, step % 100 < 30 ? n_draft : 0);
+    least = std::min(least, rule.budget());
+  }
+  return least;
+}
+
+TEST(AutoDrafts, StepsUnderWayShareOneBudget) {
+  for (const std::size_t n_ahead : {1, 2, 5, 7}) EXPECT_GE(least_budget(n_ahead, true), -1e-9) << n_ahead;
+  EXPECT_LT(least_budget(5, false), -0.01) << "the control: each step takes the budget for itself";
 }
 
 RC_GTEST_PROP(AutoDrafts, NeverLosesMoreThanItMay, ()) {  // whatever is accepted, after every step

@@ -118,6 +118,9 @@ struct Run {
   PlanTarget target;
   std::string cache;
   std::int64_t context, chunk, rows;
+  std::int64_t max_draft = 0;
+  /// A step of drafts has logits for each of them and for the token in front.
+  [[nodiscard]] std::int64_t logit_rows() const { return std::max(rows, max_draft + 1); }
 };
 
 /// Bytes of a K or V vector in the flat cache: 4 bits a value and a bf16 norm with tq4.
@@ -174,8 +177,9 @@ Bytes device_bytes_of(const Shapes& s, const Run& run) {
   std::int64_t largest = c.hidden * c.ffn_hidden;
   for (const LayerShape& layer : s.layers) largest = std::max(largest, c.hidden * layer.q);
   bytes["scratch"] = 2 * std::max(largest, is_tq4 && has_full ? 2 * context * c.full.head_dim : 0);
-  bytes["logits"] = run.rows * c.vocab * 4;
-  bytes["logit_rows"] = run.rows * c.hidden * 2;
+  bytes["logits"] = run.logit_rows() * c.vocab * 4;
+  bytes["logit_rows"] = run.logit_rows() * c.hidden * 2;
+  if (run.max_draft > 0) bytes["draft"] = 4096 + run.context * 4;  // the state of a step, and the text
   bytes["decode_activations"] = decode_bytes(s, run.chunk);
   bytes["tokens"] = 2 * up256(run.chunk * 4) + 256 + run.context;
   if (run.cache == "tq4-haar" && has_full) bytes["rotation"] = 2 * c.full.head_dim * c.full.head_dim * 4;
@@ -209,11 +213,11 @@ Bytes reference_bytes_of(const Shapes& s, const Run& run) {
   }
   add_caches(s, run, run.context, up(c.window + 64, 64), bytes);
   const std::int64_t q = s.widest(&LayerShape::q), kv = s.widest(&LayerShape::kv);
-  bytes["residual"] = 3 * run.chunk * c.hidden * 4;  // the stream, normalised, pending
-  bytes["qkv"] = 2 * run.chunk * (q + 2 * kv) * 4;   // old and new
-  bytes["attended"] = 4 * run.chunk * q * 4;         // q rotated, its result, old and new
-  bytes["mlp"] = 2 * run.chunk * c.ffn_hidden * 4;   // old and new
-  bytes["logits"] = 2 * run.rows * c.vocab * 4;      // raw and capped
+  bytes["residual"] = 3 * run.chunk * c.hidden * 4;      // the stream, normalised, pending
+  bytes["qkv"] = 2 * run.chunk * (q + 2 * kv) * 4;       // old and new
+  bytes["attended"] = 4 * run.chunk * q * 4;             // q rotated, its result, old and new
+  bytes["mlp"] = 2 * run.chunk * c.ffn_hidden * 4;       // old and new
+  bytes["logits"] = 2 * run.logit_rows() * c.vocab * 4;  // raw and capped
   bytes["weight_tiles"] = kThreads * 2 * 128 * (widest + run.chunk) * 4;
   const std::int64_t head_dim = std::max(c.sliding.head_dim, c.full.head_dim);  // whether there are such layers or not
   bytes["attention_tiles"] = kThreads * (5 * 256 * head_dim + 256 * 256) * 4;
@@ -235,6 +239,7 @@ void expect_every_buffer(const Shapes& s, const Run& run) {
                                        .chunk = run.chunk,
                                        .cache = parse_cache_spec(run.cache),
                                        .n_logit_row = run.rows,
+                                       .max_draft = run.max_draft,
                                        .n_thread = kThreads});
   Bytes actual;
   std::int64_t sum = 0;
@@ -258,6 +263,7 @@ TEST(MemoryPlanBuffers, EveryOneIsOfItsShapes) {
         for (const std::int64_t context : {1, 100, 131072}) {
           for (const std::int64_t chunk : {1, 7, 8, 9, 2048}) {
             for (const std::int64_t rows : {1, 5}) expect_every_buffer(s, {target, cache, context, chunk, rows});
+            expect_every_buffer(s, {target, cache, context, chunk, 2, 3});
           }
         }
       }
