@@ -250,20 +250,28 @@ struct alignas(16) Int8Steps {
   }
 };
 
+/// A row of a format with one step a group, behind the codes, and nothing else.
+/// @tparam kCodeBytes of a group
+/// @tparam kTimes     codes are so many times their value
+template <int kCodeBytes, int kTimes = 1>
+struct Int8SteppedRow {
+  Int8Place at;
+  Int8Steps steps;
+  __device__ __forceinline__ explicit Int8SteppedRow(const Int8Place& place)
+      : at(place), steps(Int8Steps::at(at.chunk + kCodeBytes * at.groups + 2 * at.first)) {}
+  [[nodiscard]] __device__ __forceinline__ float term(int j, const Int8Sums& sums, const Int8Tail& tail) const {
+    return __fmaf_rn(__fmul_rn(steps.of(j) * (1.0f / kTimes), tail.scale), Int8Sum<0>::value(sums.low), 0.0f);
+  }
+};
+
 template <>
 struct Int8Format<TensorType::kQ8_0> : Int8Traits {
   using Sum = Int8Sum<0>;
-  struct Row {
-    Int8Place at;
-    Int8Steps steps;
-    __device__ __forceinline__ explicit Row(const Int8Place& place)
-        : at(place), steps(Int8Steps::at(at.chunk + 32 * at.groups + 2 * at.first)) {}
+  struct Row : Int8SteppedRow<32> {
+    using Int8SteppedRow<32>::Int8SteppedRow;
     __device__ __forceinline__ void fragments(int half, std::uint32_t (&low)[4], std::uint32_t (&high)[4]) const {
       load_words(at, 0, half, low);
       load_words(at, 16 * at.groups, half, high);
-    }
-    [[nodiscard]] __device__ __forceinline__ float term(int j, const Int8Sums& sums, const Int8Tail& tail) const {
-      return __fmaf_rn(__fmul_rn(steps.of(j), tail.scale), Sum::value(sums.low), 0.0f);
     }
   };
 };

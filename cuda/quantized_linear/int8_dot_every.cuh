@@ -32,11 +32,8 @@ struct Int8StepsAndOffsets {
 template <>
 struct Int8Format<TensorType::kQ4_0> : Int8Traits {
   using Sum = Int8Sum<0>;
-  struct Row {
-    Int8Place at;
-    Int8Steps steps;
-    __device__ __forceinline__ explicit Row(const Int8Place& place)
-        : at(place), steps(Int8Steps::at(at.chunk + 16 * at.groups + 2 * at.first)) {}
+  struct Row : Int8SteppedRow<16, 16> {
+    using Int8SteppedRow<16, 16>::Int8SteppedRow;
     /// 16 (q - 8)
     __device__ __forceinline__ void fragments(int half, std::uint32_t (&low)[4], std::uint32_t (&high)[4]) const {
       load_words(at, 0, half, high);
@@ -44,9 +41,6 @@ struct Int8Format<TensorType::kQ4_0> : Int8Traits {
       for (int i = 0; i < 4; ++i) {
         low[i] = ((high[i] << 4) & 0xF0F0F0F0u) ^ 0x80808080u, high[i] = (high[i] & 0xF0F0F0F0u) ^ 0x80808080u;
       }
-    }
-    [[nodiscard]] __device__ __forceinline__ float term(int j, const Int8Sums& sums, const Int8Tail& tail) const {
-      return __fmaf_rn(__fmul_rn(steps.of(j) * 0x1p-4f, tail.scale), Sum::value(sums.low), 0.0f);
     }
   };
 };
@@ -128,16 +122,10 @@ __device__ __forceinline__ void table_fragments(const Int8Place& at, int half, s
 template <>
 struct Int8Format<TensorType::kIq4Nl> : Int8Traits {
   using Sum = Int8Sum<0>;
-  struct Row {
-    Int8Place at;
-    Int8Steps steps;
-    __device__ __forceinline__ explicit Row(const Int8Place& place)
-        : at(place), steps(Int8Steps::at(at.chunk + 16 * at.groups + 2 * at.first)) {}
+  struct Row : Int8SteppedRow<16> {
+    using Int8SteppedRow<16>::Int8SteppedRow;
     __device__ __forceinline__ void fragments(int half, std::uint32_t (&low)[4], std::uint32_t (&high)[4]) const {
       table_fragments(at, half, low, high);
-    }
-    [[nodiscard]] __device__ __forceinline__ float term(int j, const Int8Sums& sums, const Int8Tail& tail) const {
-      return __fmaf_rn(__fmul_rn(steps.of(j), tail.scale), Sum::value(sums.low), 0.0f);
     }
   };
 };
