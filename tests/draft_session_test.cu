@@ -15,7 +15,9 @@
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
+#include "tests/support/session_case.cuh"
 #include "tests/support/small_model.hpp"
+#include "tests/support/temp_dir.hpp"
 
 /// Steps that draft on the device: the text, the logits and the caches are those of plain steps, bit for bit, whatever
 /// is drafted.
@@ -23,26 +25,15 @@ namespace {
 
 using namespace gemma4;
 using testkit::any_config;
+using testkit::any_settings;
 using testkit::any_tokens;
+using testkit::next_logits;
 using testkit::SmallModel;
 
 const std::filesystem::path kData = GEMMA4_TEST_DATA;
 
 cuda::BackendOptions options_with(const std::string& cache, std::int64_t max_draft, std::int64_t context = 256) {
   return {.cache = parse_cache_spec(cache), .context = context, .max_chunk = 64, .max_draft = max_draft};
-}
-
-SamplerSettings any_settings() {
-  return {.temperature = *rc::gen::element(0.0f, 0.7f, 1.5f),
-          .top_k = *rc::gen::element(0, 20),
-          .top_p = *rc::gen::element(1.0f, 0.9f),
-          .seed = *rc::gen::inRange<std::uint64_t>(0, 1000)};
-}
-
-std::vector<float> next_logits(const cuda::Session& session) {
-  std::vector<float> logits(static_cast<std::size_t>(session.backend().config().vocab));
-  session.backend().copy_logits(0, logits);
-  return logits;
 }
 
 /// Whether two sequences have the same tokens, and the same bits of what would be next.
@@ -190,6 +181,28 @@ TEST(DraftSession, WorksUpToTheLastPositionOfTheContext) {
     EXPECT_EQ(session->position(), 96);
   }
   EXPECT_TRUE(same(drafting, plain));
+}
+
+/// The text is right whatever is drafted: that lookup walks through all of it shows in what is accepted.
+TEST(DraftSession, ARestoredTextIsLookedThrough) {
+  const SmallModel small(gemma4_tiny(), 4);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  cuda::Backend backend(packed, options_with("tq4", 3)), other(packed, options_with("tq4", 3));
+  cuda::Session session(backend, {.lag = 1, .n_draft = 3}), restored(other, {.lag = 1, .n_draft = 3});
+  std::vector<std::int32_t> prompt;
+  for (std::int32_t i = 0; i < 60; ++i) prompt.push_back(static_cast<std::int32_t>(i % 20));
+  const testkit::TempDir folder;
+  session.prefill(prompt, 64);
+  session.save(folder.file("s"), {.model_hash = 5});
+  const draft::Counts expected = session.decode(60, {}).drafts;
+  restored.prefill(std::vector<std::int32_t>(50, 900), 64);  // another text lies there
+  restored.restore(SessionFile::open(folder.file("s")), 5);
+  const draft::Counts found = restored.decode(60, {}).drafts;
+  EXPECT_TRUE(same(restored, session));
+  EXPECT_GT(expected.drafted[0], 0) << "the control: something is proposed";
+  EXPECT_EQ(found.n_step, expected.n_step);
+  EXPECT_EQ(found.drafted, expected.drafted);
+  EXPECT_EQ(found.accepted, expected.accepted);
 }
 
 TEST(DraftSession, RefusesMoreThanTheBackendKeepsRoomFor) {

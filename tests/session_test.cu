@@ -19,6 +19,7 @@
 #include "reference/backend.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
+#include "tests/support/session_case.cuh"
 #include "tests/support/small_model.hpp"
 #include "tests/support/temp_dir.hpp"
 
@@ -28,28 +29,15 @@ namespace {
 
 using namespace gemma4;
 using testkit::any_config;
+using testkit::any_settings;
 using testkit::any_tokens;
+using testkit::next_logits;
 using testkit::SmallModel;
 
 const std::filesystem::path kData = GEMMA4_TEST_DATA;
 
 cuda::BackendOptions small_options(const std::string& cache, std::int64_t context = 256) {
   return {.cache = parse_cache_spec(cache), .context = context, .max_chunk = 64, .n_logit_row = 1};
-}
-
-SamplerSettings any_settings() {
-  SamplerSettings settings;
-  settings.temperature = *rc::gen::element(0.0f, 0.7f, 1.5f);
-  settings.top_k = *rc::gen::element(0, 20);
-  settings.top_p = *rc::gen::element(1.0f, 0.9f);
-  settings.seed = *rc::gen::inRange<std::uint64_t>(0, 1000);
-  return settings;
-}
-
-std::vector<float> next_logits(const cuda::Session& session) {
-  std::vector<float> logits(static_cast<std::size_t>(session.backend().config().vocab));
-  session.backend().copy_logits(0, logits);
-  return logits;
 }
 
 /// What a sequence comes to: its tokens, and the bits of what would be next.
