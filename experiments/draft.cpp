@@ -29,7 +29,7 @@ struct Options : DriverOptions {
   std::vector<std::string> n_drafts = {"1", "3", "7", "auto"};
   std::vector<std::int64_t> depths = {512, 2048, 8192};
   std::int64_t chunk = 512;
-  std::int64_t window = 48;
+  std::int64_t window = 32;
   std::int64_t sites = 8;
   std::int64_t stride = 64;
 };
@@ -48,6 +48,10 @@ using Ids = std::vector<std::int32_t>;
 
 /// Tokens that are written before a window.
 constexpr std::int64_t kBefore = 3;
+
+/// Steps that are under way while the host looks at one: what they give beyond a window has to be taken back with it.
+constexpr std::int64_t kLag = 1;
+constexpr std::int64_t kBeyond = (kLag + 1) * (draft::kMaxDrafts + 1) + draft::kMaxDrafts;
 
 [[nodiscard]] std::int64_t context_of(const Options& options) {
   return options.depths.back() + options.sites * options.stride + kBefore + options.window;
@@ -147,7 +151,8 @@ class Source {
             .context = context_of(options_),
             .max_chunk = std::max(options_.chunk, kDecodeChunk),
             .policy = options_.policy(),
-            .max_draft = draft::kMaxDrafts};
+            .max_draft = draft::kMaxDrafts,
+            .lag = kLag};
   }
 
   const Options& options_;
@@ -176,6 +181,7 @@ class Run {
       std::vector<Case> cases = make_cases();
       for (std::int64_t site = 0; site < options_.sites; ++site) {
         read_to(depth + site * options_.stride, progress);
+        settle(cases.front());
         visit(cases);
       }
       for (std::size_t i = 1; i < cases.size(); ++i) write(depth, cases.front(), cases[i]);
@@ -202,6 +208,14 @@ class Run {
     if (end <= begin) return;
     const auto part = std::span(ids_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
     (void)sequence().prefill(part, options_.chunk, [&](std::int64_t done) { progress.update(begin + done); });
+  }
+
+  /// What is taken back leaves the last token of the prompt to a decode step, whose bits are not those of a chunk: so
+  /// it is once before anything is compared.
+  void settle(const Case& plain) {
+    writer_->use(plain);
+    (void)sequence().decode(1, {}, [](std::int32_t) { return true; });
+    sequence().take_back(1);
   }
 
   /// A window by each. The tokens before it are not counted: with them a drafter reads what it has not seen.
@@ -277,7 +291,7 @@ void add_options(CLI::App& app, Options& options) {
   add_tokens(app, "--depths", options.depths, "Depths at which text is written, increasing")->delimiter(',');
   add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
   add_whole(app, "--window", options.window, "Tokens written at a site; the caches can take back so many",
-            {1, kMaxRewind - draft::kMaxDrafts - kBefore - 1});
+            {1, kMaxRewind - 1 - kBeyond - kBefore});
   add_whole(app, "--sites", options.sites, "Places at a depth from which text is written", {1, 100000});
   add_whole(app, "--stride", options.stride, "Tokens of the text from one site to the next", {kMaxRewind, 1 << 20});
   add_policy(app, options);

@@ -45,6 +45,7 @@ class Session final : public CudaSession {
   Session(const cuda::PackedModel& model, const CudaSettings& settings)
       : backend_(model, backend_options(settings)),
         session_(backend_, {.use_graph = settings.policy.graph,
+                            .lag = settings.lag,
                             .n_draft = settings.max_draft,
                             .auto_drafts = settings.auto_drafts,
                             .checkpoint_interval = settings.checkpoint_interval}) {}

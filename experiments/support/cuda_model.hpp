@@ -54,6 +54,7 @@ struct CudaSettings {
   std::int64_t checkpoint_interval = 0;
   std::int64_t max_draft = 0;  ///< tokens that a step of a session drafts by lookup, at most; 0: none
   bool auto_drafts = false;    ///< how many of them, draft::AutoDrafts decides
+  std::int64_t lag = 4;        ///< steps of a session that are under way while the host looks at a token
 };
 
 /// A sequence on the device.

@@ -166,11 +166,12 @@ class Model {
     throw NotFiniteError(noticed->layer ? *noticed : locate(tokens, noticed->position), backend_.config().n_layer());
   }
 
-  /// In which layer `position` stopped being finite: the tokens go through the backend again, from the first, in the
-  /// chunks that they came in, and behind each layer the residual stream is looked at.
+  /// Where it began: the tokens go through the backend again, from the first, in the chunks that they came in, and
+  /// behind each layer the residual streams of the chunk of `position` are looked at. The first layer behind which one
+  /// of them is not finite counts, and of its positions the first: attention that multiplies a masked value by zero
+  /// takes a NaN to positions in front of it, but never to a layer in front.
   [[nodiscard]] NotFinite locate(std::span<const std::int32_t> tokens,
                                  std::int64_t position) requires WatchedBackend<TBackend> {
-    const auto hidden = static_cast<std::size_t>(backend_.config().hidden);
     NotFinite where{.position = position};
     backend_.reset();
     std::int64_t first = 0;
@@ -178,12 +179,9 @@ class Model {
       const auto chunk = tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
       const std::array<std::int64_t, 1> row = {position - first};
       const bool is_here = row[0] < count;
-      std::vector<float> values(is_here ? chunk.size() * hidden : 0);
       const auto look = [&](std::int64_t layer) {
         if (!is_here || where.layer) return;
-        backend_.copy_residual(values);
-        const auto at = std::span(values).subspan(static_cast<std::size_t>(row[0]) * hidden, hidden);
-        if (!all_finite(at)) where.layer = layer;
+        if (const auto bad = first_row_not_finite(count)) where = {.position = first + *bad, .layer = layer};
       };
       const auto embed = [&] {
         backend_.embed(chunk, first);
@@ -192,9 +190,9 @@ class Model {
       run_graph(embed, std::span<const std::int64_t>(row).first(is_here ? 1 : 0), look);
       first += count;
       if (!is_here) continue;
-      values.resize(static_cast<std::size_t>(backend_.config().vocab));
-      backend_.copy_logits(0, values);
-      if (!where.layer && !all_finite(values)) where.layer = backend_.config().n_layer();
+      std::vector<float> logits(static_cast<std::size_t>(backend_.config().vocab));
+      backend_.copy_logits(0, logits);
+      if (!where.layer && !all_finite(logits)) where.layer = backend_.config().n_layer();
       break;
     }
     return where;
@@ -281,6 +279,17 @@ class Model {
  private:
   static constexpr std::array<std::int64_t, 1> kFirstRow = {0};
   static void nothing(std::int64_t /*layer*/) {}
+
+  /// Of the `n_row` rows of the residual stream.
+  [[nodiscard]] std::optional<std::int64_t> first_row_not_finite(std::int64_t n_row) const {
+    const auto hidden = static_cast<std::size_t>(backend_.config().hidden);
+    std::vector<float> values(static_cast<std::size_t>(n_row) * hidden);
+    backend_.copy_residual(values);
+    for (std::int64_t row = 0; row < n_row; ++row) {
+      if (!all_finite(std::span(values).subspan(static_cast<std::size_t>(row) * hidden, hidden))) return row;
+    }
+    return std::nullopt;
+  }
 
   /// The steps of a forward pass, whoever knows its tokens.
   template <class TEmbed, class TOnLayer>
