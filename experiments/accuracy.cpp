@@ -315,9 +315,10 @@ void add_options(CLI::App& app, Options& options) {
       ->delimiter(',')
       ->check(CLI::Validator(check_case_name, "CASE"))
       ->capture_default_str();
-  app.add_flag("--shelf", options.is_shelf,
-               "The cases of gemma4/model/accuracy_case.hpp in place of --cache; at 131072 tokens in chunks of 2048 "
-               "unless --contexts and --chunk say otherwise; rows go to results/shelf/");
+  app.add_flag(
+      "--shelf", options.is_shelf,
+      "The cases of gemma4/model/accuracy_case.hpp, or of them those of --cache; at 131072 tokens in chunks of "
+      "2048 unless --contexts and --chunk say otherwise; rows go to results/shelf/");
   app.add_option("--base", options.base, "Cache that the others are compared with")
       ->check(CLI::Validator(check_cache_name, "CACHE"))
       ->capture_default_str();
@@ -344,7 +345,7 @@ void add_options(CLI::App& app, Options& options) {
 /// --shelf stands for these.
 void take_shelf(const CLI::App& app, Options& options) {
   const ShelfCases shelf = shelf_cases(options.backend == "cuda");
-  options.caches = shelf.cases;
+  if (app.count("--cache") == 0) options.caches = shelf.cases;
   if (app.count("--contexts") == 0) options.contexts = {131072};
   if (app.count("--chunk") == 0) options.chunk = 2048;
   if (shelf.unknown.empty()) return;
