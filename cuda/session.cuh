@@ -37,7 +37,8 @@ struct SessionOptions {
   std::int64_t lag = 4;
   /// Drafts of a step, at most BackendOptions::max_draft; 0: none. Text and logits are the same with any number.
   std::int64_t n_draft = 0;
-  bool auto_drafts = false;  ///< n_draft is the most; how many of them, draft::AutoDrafts decides
+  /// n_draft is the most; how many of them, draft::AutoDrafts decides, by what was accepted and by what steps took.
+  bool auto_drafts = false;
   /// Tokens between copies of the rings on the host, from which rewind() can go back anywhere; 0: none.
   std::int64_t checkpoint_interval = 0;
 };
@@ -66,7 +67,7 @@ class Session {
       : model_(backend),
         store_(model_, options.checkpoint_interval),
         options_(options),
-        done_(static_cast<std::size_t>(options.lag + 1)) {
+        done_(static_cast<std::size_t>(options.lag + 2)) {
     require(options.lag >= 1 && options.lag < kMaxRewind, "session: lag ", options.lag, ", need 1 to ", kMaxRewind - 1);
     set_drafts(options.n_draft, options.auto_drafts);
     reset();
@@ -96,6 +97,7 @@ class Session {
     options_.n_draft = n_draft;
     options_.auto_drafts = is_auto;
     rule_.reset();
+    clock_ = {};
     if (is_auto && n_draft > 0) rule_.emplace(draft::StepCosts{}, n_draft);
   }
 
@@ -299,6 +301,7 @@ class Session {
 
   [[nodiscard]] std::int64_t n_draft_of_next(const UnderWay& way) const {
     if (!rule_) return options_.n_draft;
+    if (!clock_.knows_plain()) return 0;
     double at_stake = 0;
     for (const std::int64_t n_draft : way.drafts) at_stake += rule_->stake(n_draft);
     return rule_->next(at_stake);
@@ -331,7 +334,11 @@ class Session {
     } else if (options_.n_draft > 0) {
       counts.add(0, 0);  // the rule, or the end of the text, wanted none
     }
-    if (rule_) rule_->saw(n_draft, n_accepted);  // what was verified was paid for, proposed or not
+    if (rule_) {
+      if (step > 0) clock_.saw(n_draft, done(step).us_since(done(step - 1)));
+      rule_->set_costs(clock_.costs());
+      rule_->saw(n_draft, n_accepted);  // what was verified was paid for, proposed or not
+    }
     way.known += n_accepted + 1;
     way.drafts.pop_front();
   }
@@ -383,10 +390,11 @@ class Session {
   SessionOptions options_;
   std::array<std::optional<Step>, draft::kMaxDrafts + 1> steps_;  ///< by the number of drafts
   std::optional<draft::AutoDrafts> rule_;
+  draft::StepClock clock_;  ///< of the rule
   std::vector<std::int32_t> tokens_;
   bool has_logits_ = false;
   Event begin_, end_;
-  std::vector<Event> done_;
+  std::vector<Event> done_;  ///< of the steps under way, and the one before them
 };
 
 }  // namespace gemma4::cuda

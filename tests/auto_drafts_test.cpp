@@ -135,6 +135,54 @@ TEST(AutoDrafts, DearDraftsAreFewer) {
   EXPECT_LE(run(short_rule, {}, 1, 1000, random).n_drafted, 2000);
 }
 
+TEST(StepClock, CostsAreWhatStepsTook) {
+  StepClock clock;
+  EXPECT_EQ(clock.costs().verify, StepCosts{}.verify) << "nothing is known";
+  const auto see = [&](std::int64_t n_draft, double us, int n = 40) {
+    for (int i = 0; i < n; ++i) clock.saw(n_draft, us);
+  };
+  see(3, 200);
+  EXPECT_EQ(clock.costs().verify, StepCosts{}.verify) << "in what unit?";
+  clock.saw(0, 5000);  // recorded, too
+  see(0, 100);
+  const StepCosts costs = clock.costs();
+  for (std::int64_t k = 0; k <= kMaxDrafts; ++k) EXPECT_NEAR(costs.of(k), 1 + static_cast<double>(k) / 3, 1e-6) << k;
+  see(1, 110);
+  EXPECT_NEAR(clock.costs().of(1), 1.1, 1e-6);
+  EXPECT_NEAR(clock.costs().of(2), 1.55, 1e-6) << "between those that are known";
+  see(7, 90);  // measured badly: never less than fewer drafts
+  EXPECT_NEAR(clock.costs().of(7), 2, 1e-6);
+  EXPECT_NO_THROW((void)AutoDrafts(clock.costs()));
+  clock.saw(0, 1e9);  // somebody stopped the process
+  EXPECT_GT(clock.costs().of(3), 1.7);
+}
+
+/// Steps that take much more than the defaults say: with them alone the rule would lose.
+TEST(AutoDrafts, WhatIsMeasuredCounts) {
+  const auto lost = [](bool is_measured) {
+    StepClock clock;
+    AutoDrafts rule;
+    double us = 0;
+    std::int64_t n_token = 0;
+    std::mt19937 random(5);
+    std::bernoulli_distribution stays(0.3);
+    for (int step = 0; step < 4000; ++step) {
+      const std::int64_t n_draft = clock.knows_plain() ? rule.next() : 0;
+      std::int64_t n_accepted = 0;
+      while (n_accepted < n_draft && stays(random)) ++n_accepted;
+      const double took = 100 * (1 + 0.5 * static_cast<double>(n_draft));
+      clock.saw(n_draft, took);
+      if (is_measured) rule.set_costs(clock.costs());
+      rule.saw(n_draft, n_accepted);
+      us += took;
+      n_token += n_accepted + 1;
+    }
+    return us / (100 * static_cast<double>(n_token)) - 1;
+  };
+  EXPECT_LE(lost(true), 0.03);
+  EXPECT_GT(lost(false), 0.06) << "the control";
+}
+
 TEST(AutoDrafts, RefusesWhatCannotBe) {
   AutoDrafts rule;
   EXPECT_TRUE(testkit::refuses([&] { rule.saw(2, 3); }, {"3 accepted of 2"}));

@@ -14,8 +14,7 @@ namespace gemma4::draft {
 
 /// What a step takes, in plain steps of one token. The defaults are the bounds that a step on a device must keep
 /// (products of the weights 1.05, 1.10 and 1.25 for 2, 4 and 8 rows, linear between), and no cost of a draft, as lookup
-/// has none. They are numbers of a model, not measured at run time: which tokens are drafted must not depend on a
-/// clock.
+/// has none; a device measures its own (StepClock).
 struct StepCosts {
   std::array<double, kMaxDrafts + 1> verify = {1, 1.05, 1.075, 1.10, 1.1375, 1.175, 1.2125, 1.25};  ///< [drafts]
   double draft = 0;                                                                                 ///< of one token
@@ -23,6 +22,61 @@ struct StepCosts {
   [[nodiscard]] double of(std::int64_t n_draft) const {
     return verify[static_cast<std::size_t>(n_draft)] + static_cast<double>(n_draft) * draft;
   }
+};
+
+/// What steps took on a device, and so what they cost. How many tokens are drafted then depends on a clock; the text
+/// never does.
+class StepClock {
+ public:
+  static constexpr double kMemory = 8;
+
+  /// A step that was under way while the one before ended. The first of each number is recorded while it runs, and does
+  /// not count; what takes more than twice as long as those before was held up, and counts as twice.
+  void saw(std::int64_t n_draft, double us) {
+    Steps& steps = steps_[static_cast<std::size_t>(n_draft)];
+    if (steps.n_seen++ == 0) return;
+    if (steps.n_seen == 2) {
+      steps.us = us;
+    } else {
+      steps.us += (std::min(us, 2 * steps.us) - steps.us) / kMemory;
+    }
+  }
+
+  /// Whether a plain step has been timed; until then steps are plain ones.
+  [[nodiscard]] bool knows_plain() const { return is_known(0); }
+
+  /// Numbers of drafts that have not been seen lie on the line between those that have, or through the plain step and
+  /// the most that has; nothing is known before a plain step and another: the defaults. Never less for more drafts.
+  [[nodiscard]] StepCosts costs() const {
+    StepCosts costs;
+    std::int64_t known = 0;
+    if (!knows_plain()) return costs;
+    for (std::int64_t k = 1; k <= kMaxDrafts; ++k) {
+      if (!is_known(k)) continue;
+      const double low = costs.of(known), high = std::max(low, us(k) / us(0));
+      for (std::int64_t i = known + 1; i <= k; ++i) {
+        costs.verify[static_cast<std::size_t>(i)] =
+            low + (high - low) * static_cast<double>(i - known) / static_cast<double>(k - known);
+      }
+      known = k;
+    }
+    if (known == 0) return costs;
+    const double slope = (costs.of(known) - 1) / static_cast<double>(known);
+    for (std::int64_t i = known + 1; i <= kMaxDrafts; ++i) {
+      costs.verify[static_cast<std::size_t>(i)] = 1 + slope * static_cast<double>(i);
+    }
+    return costs;
+  }
+
+ private:
+  struct Steps {
+    std::int64_t n_seen = 0;
+    double us = 0;
+  };
+  [[nodiscard]] bool is_known(std::int64_t k) const { return steps_[static_cast<std::size_t>(k)].n_seen >= 2; }
+  [[nodiscard]] double us(std::int64_t k) const { return steps_[static_cast<std::size_t>(k)].us; }
+
+  std::array<Steps, kMaxDrafts + 1> steps_;
 };
 
 /// The rule of `--draft auto`:
@@ -44,13 +98,19 @@ class AutoDrafts {
   static constexpr std::int64_t kProbe = 16;
 
   /// @param limit drafts of a step, at most
-  explicit AutoDrafts(const StepCosts& costs = {}, std::int64_t limit = kMaxDrafts) : costs_(costs), limit_(limit) {
+  explicit AutoDrafts(const StepCosts& costs = {}, std::int64_t limit = kMaxDrafts) : limit_(limit) {
+    set_costs(costs);
+    require(limit >= 1 && limit <= kMaxDrafts, "draft: auto with up to ", limit, " drafts, need 1 to ", kMaxDrafts);
+    share_.fill(kFirstShare);
+  }
+
+  /// From the next step on.
+  void set_costs(const StepCosts& costs) {
     for (std::int64_t k = 1; k <= kMaxDrafts; ++k) {
       require(costs.of(k) >= costs.of(k - 1), "draft: a step of ", k, " drafts costs ", costs.of(k),
               ", less than one of fewer, ", costs.of(k - 1));
     }
-    require(limit >= 1 && limit <= kMaxDrafts, "draft: auto with up to ", limit, " drafts, need 1 to ", kMaxDrafts);
-    share_.fill(kFirstShare);
+    costs_ = costs;
   }
 
   /// Drafts of the next step.
