@@ -12,6 +12,7 @@
 #include "cuda/device/device_info.cuh"
 #include "cuda/kv_attention/decode_launch.cuh"
 #include "cuda/kv_attention/prefill.cuh"
+#include "cuda/kv_attention/rows.cuh"
 #include "cuda/kv_cache.cuh"
 #include "cuda/tq4_attention.cuh"
 #include "gemma4/attention.hpp"
