@@ -26,6 +26,7 @@ struct KvDecodeTile {
   int row_tiles;       ///< of eight query rows of a KV head, which share a decoded record
   bool by_product;     ///< decoded tiles are turned by products with the identity, else by movmatrix
   int batch = 1;       ///< records that a team takes at a time; more than one: cuda/kv_attention/decode_batches.cuh
+  int parts = 1;       ///< that a batch is taken in: one's decoded records are held at a time
   bool operator==(const KvDecodeTile&) const = default;
 
   [[nodiscard]] constexpr bool takes(int v, int r) const {
@@ -52,7 +53,8 @@ struct KvDecodeTile {
   /// A team's, of a batch: for each record and row tile what each warp posts, V's part and R's, and the weights and
   /// references that one of them makes of it. One at a time: two turns of what each warp posts.
   [[nodiscard]] constexpr int team_score_bytes() const {
-    return batch == 1 ? 2 * team_warps * row_tiles * 512 : batch * row_tiles * (512 * (team_warps + r_parts()) + 288);
+    return batch == 1 ? 2 * team_warps * row_tiles * 512
+                      : batch / parts * row_tiles * (512 * (team_warps + r_parts()) + 288);
   }
   [[nodiscard]] constexpr int score_bytes() const { return teams * team_score_bytes(); }
   /// Of the ring's, so many that what follows is aligned to 16 bytes.
@@ -112,8 +114,10 @@ struct KvDecodeTraits {
   static constexpr int kVBits = kTile.v_bits, kRBits = kTile.r_bits;
   static constexpr int kTeamWarps = kTile.team_warps, kRowTiles = kTile.row_tiles;
   static constexpr bool kOfRows = kRows;
-  static constexpr int kTaskRuns = (kTile.batch * kRowTiles + kTeamWarps - 1) / kTeamWarps;  ///< of a batch, by a warp
-  static constexpr int kBatch = kTile.batch, kRShare = kTile.r_share(), kRParts = kTile.r_parts();
+  static constexpr int kBatch = kTile.batch, kHeld = kBatch / kTile.parts;  ///< records of a batch, and of its part
+  static constexpr int kTaskRuns = (kHeld * kRowTiles + kTeamWarps - 1) / kTeamWarps;  ///< of a part, by a warp
+  static constexpr int kOwnTasks = kTile.parts * kTaskRuns;                            ///< of a batch
+  static constexpr int kRShare = kTile.r_share(), kRParts = kTile.r_parts();
   static constexpr int kPairs = kTile.teams;  ///< the name that the machinery of TQ4 decode has for teams
   static constexpr int kThreads = 32 * kTeamWarps * kPairs;
   static constexpr int kValues = kHeadDim / 32;  ///< of a vector in a lane
@@ -137,6 +141,7 @@ struct KvDecodeTraits {
   static_assert(kScaleOffset + 64 * kRowTiles == kSmemBytes && kScaleOffset % 16 == 0);
   using Bytes = std::conditional_t<kVBits == 0, ToldRecordBytes, FixedRecordBytes<kRecordBytes>>;
   static_assert(kStages % kBatch == 0, "the ring holds whole batches");
+  static_assert(kHeld * kTile.parts == kBatch, "a batch has equal parts");
   using Ring = RecordRing<kRecordBytes, kStages / kBatch, 32 * kTeamWarps, Bytes, kBatch>;
 };
 
