@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/kv_attention/decode_meeting.cuh"
 #include "cuda/kv_attention/decode_params.cuh"
 #include "cuda/kv_attention/decode_records.cuh"
 #include "cuda/kv_cache.cuh"
@@ -50,51 +51,6 @@
 /// some 32 us of the tensor cores by warp-level instructions where the bytes take 13, and 33 splits of 64 rows are 17
 /// MB of partials, written and read. 32 rows are half of both.
 namespace gemma4::cuda::detail {
-
-/// Where the warps of a team meet, in shared memory. A task is record * kRowTiles + tile.
-template <class TTraits>
-struct KvBatchMeeting {
-  static constexpr int kTasks = TTraits::kHeld * TTraits::kRowTiles;
-  static constexpr int kParts = TTraits::kTeamWarps + TTraits::kRParts;
-  static_assert(kTasks * (512 * kParts + 288) == TTraits::kTeamScoreBytes);
-  unsigned char* memory;
-
-  /// A lane's scores of V's part number `index`, those of R's behind them. [kTasks, kParts, 32]
-  [[nodiscard]] __device__ __forceinline__ float4* part(int task, int index) const {
-    return reinterpret_cast<float4*>(memory) + (task * kParts + index) * 32;
-  }
-  /// A lane's B fragment of p * norm. [kTasks, 32]
-  [[nodiscard]] __device__ __forceinline__ uint2* weights(int task) const {
-    return reinterpret_cast<uint2*>(memory + kTasks * kParts * 512) + task * 32;
-  }
-  /// Of the weights of each row. [kTasks, kRowTile]
-  [[nodiscard]] __device__ __forceinline__ float* reference(int task) const {
-    return reinterpret_cast<float*>(memory + kTasks * (kParts * 512 + 256)) + task * kRowTile;
-  }
-};
-
-/// What the functions of a batch share.
-template <class TTraits>
-struct KvBatchContext {
-  static constexpr int kRecordBytes = TTraits::kRecordBytes, kNorms = kRecordBytes - 64;
-  const KvDecodeParams& params;
-  const Tq4DecodeThread& at;
-  const unsigned char* smem;
-  KvBatchMeeting<TTraits> meeting;
-  int seen_by_all;
-
-  /// The tile of rows of this warp's tasks.
-  [[nodiscard]] __device__ __forceinline__ int own_tile() const {
-    return TTraits::kRowTiles == 1 ? 0 : at.half % TTraits::kRowTiles;
-  }
-};
-
-/// What a warp knows of one of its tasks' rows 2t and 2t + 1: the reference of the weights and the lane's share of
-/// their sum. A task is the same record of every batch, so that what a tile of rows comes to does not depend on which
-/// warp has the task, nor on how many tiles there are.
-struct KvOwnRows {
-  float reference[2], sum[2];
-};
 
 /// The warp's parts of the scores of kCount records from number `first` of the batch on, posted; its tiles of V,
 /// turned.
@@ -221,7 +177,7 @@ template <class TTraits>
 /// and, where the batch ends and they are of this tile, the warp's own sums. (Before that they stay: what a task makes
 /// of its record must not depend on the parts that a batch is taken in.)
 template <class TTraits, int kCount>
-__device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state, KvOwnRows (&own)[TTraits::kOwnTasks],
+__device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state, KvOwnTasks<TTraits>& own,
                                                   uint2 (&weights)[kCount], int tile, bool ends_batch,
                                                   const KvBatchContext<TTraits>& context) {
   const Tq4DecodeThread& at = context.at;
@@ -248,11 +204,17 @@ __device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state
   for (int c = 0; c < 2; ++c) {
     alpha[c] = exp2_approx(state.row[c].maximum - highest[c]);
     state.row[c].maximum = highest[c];
-    if (!ends_batch || tile != context.own_tile()) continue;
+  }
+  if (ends_batch && tile == context.own_tile()) {
 #pragma unroll
-    for (KvOwnRows& rows : own) {
-      rows.sum[c] *= exp2_approx(rows.reference[c] - highest[c]);
-      rows.reference[c] = highest[c];
+    for (int i = 0; i < TTraits::kOwnTasks; ++i) {
+      KvOwnRows rows = own.get(i);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        rows.sum[c] *= exp2_approx(rows.reference[c] - highest[c]);
+        rows.reference[c] = highest[c];
+      }
+      own.set(i, rows);
     }
   }
 #pragma unroll
@@ -275,7 +237,7 @@ struct KvPart {
 /// @return whether the reference of a task of the batch has risen
 template <class TTraits, int kCount, class TRelease>
 __device__ __forceinline__ bool take_kv_records(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
-                                                KvOwnRows (&own)[TTraits::kOwnTasks], const unsigned char* batch,
+                                                KvOwnTasks<TTraits>& own, const unsigned char* batch,
                                                 const KvPart& part, int key, const KvBatchContext<TTraits>& context,
                                                 const TRelease& release) {
   constexpr int kRowTiles = TTraits::kRowTiles, kThreads = 32 * TTraits::kTeamWarps;
@@ -289,7 +251,9 @@ __device__ __forceinline__ bool take_kv_records(Tq4DecodeState<TTraits> (&state)
     const int task = at.half + run * TTraits::kTeamWarps, record = task / kRowTiles;
     if (task >= kCount * kRowTiles) break;
     const unsigned char* const norms = batch + (part.first + record) * context.kRecordBytes + context.kNorms;
-    const bool here = weigh_kv_task(own[part.own + run], task, norms, key + record * kKvRecordTokens, context);
+    KvOwnRows rows = own.get(part.own + run);
+    const bool here = weigh_kv_task(rows, task, norms, key + record * kKvRecordTokens, context);
+    own.set(part.own + run, rows);
     rises = rises || here;
   }
   const bool any = named_barrier_any<kThreads>(TTraits::kTeamBarrier + at.pair, rises);
@@ -317,7 +281,7 @@ __device__ __forceinline__ bool take_kv_records(Tq4DecodeState<TTraits> (&state)
 /// @param release is called when nothing of the batch is needed any more
 template <class TTraits, class TRelease>
 __device__ __forceinline__ void take_kv_batch(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
-                                              KvOwnRows (&own)[TTraits::kOwnTasks], const unsigned char* batch, int key,
+                                              KvOwnTasks<TTraits>& own, const unsigned char* batch, int key,
                                               const KvBatchContext<TTraits>& context, const TRelease& release) {
   constexpr int kHeld = TTraits::kHeld, kParts = TTraits::kBatch / kHeld;
   bool rose = false;
@@ -334,17 +298,17 @@ __device__ __forceinline__ void take_kv_batch(Tq4DecodeState<TTraits> (&state)[T
 /// Gives each tile's state the sums that its warps have, task by task, all of them in the lanes with g = 0.
 template <class TTraits>
 __device__ __forceinline__ void share_kv_sums(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
-                                              KvOwnRows (&own)[TTraits::kOwnTasks],
-                                              const KvBatchContext<TTraits>& context) {
+                                              KvOwnTasks<TTraits>& own, const KvBatchContext<TTraits>& context) {
   const Tq4DecodeThread& at = context.at;
   constexpr int kTasks = TTraits::kOwnTasks * TTraits::kTeamWarps;
   auto* const sums = reinterpret_cast<float2*>(context.meeting.memory);  // [kTasks, 4]
   static_assert(kTasks * 32 <= TTraits::kTeamScoreBytes);
 #pragma unroll
   for (int i = 0; i < TTraits::kOwnTasks; ++i) {
+    KvOwnRows rows = own.get(i);
 #pragma unroll
-    for (float& sum : own[i].sum) warp_sum_in_place<4, 16>(sum);
-    if (at.g == 0) sums[4 * (at.half + i * TTraits::kTeamWarps) + at.t] = make_float2(own[i].sum[0], own[i].sum[1]);
+    for (float& sum : rows.sum) warp_sum_in_place<4, 16>(sum);
+    if (at.g == 0) sums[4 * (at.half + i * TTraits::kTeamWarps) + at.t] = make_float2(rows.sum[0], rows.sum[1]);
   }
   named_barrier_sync<32 * TTraits::kTeamWarps>(TTraits::kTeamBarrier + at.pair);
 #pragma unroll
@@ -381,9 +345,7 @@ __device__ __forceinline__ void absorb_kv_batches(Tq4DecodeState<TTraits> (&stat
   static_assert(TTraits::kTeamWarps % TTraits::kRowTiles == 0, "all tasks of a warp are of one tile");
   const KvBatchContext<TTraits> context{
       params, at, smem, {smem + TTraits::kScoreOffset + TTraits::kTeamScoreBytes * at.pair}, run.seen_by_all};
-  KvOwnRows own[TTraits::kOwnTasks];
-#pragma unroll
-  for (KvOwnRows& rows : own) rows = {{kFarBelow, kFarBelow}, {0.0f, 0.0f}};
+  KvOwnTasks<TTraits> own(context.meeting, at);
   for (int index = run.begin; index < run.end; index += kBatch) {
     const unsigned char* const batch = ring.wait();
     if (index + kBatch <= run.end) {
