@@ -41,7 +41,7 @@ namespace gemma4::cuda {
 inline constexpr std::array kKvRowsTiles{
     // head_dim, v_bits, r_bits, team_warps, teams, n_stage, row_tiles, by_product, batch, parts
     KvDecodeTile{512, 5, 4, 4, 2, 8, 4, false, 4, 2}, KvDecodeTile{512, 4, 4, 4, 2, 12, 4, false, 4, 2},
-    KvDecodeTile{512, 5, 4, 8, 2, 8, 4, false, 2},    KvDecodeTile{512, 0, 0, 4, 4, 5, 2, true},
+    KvDecodeTile{512, 5, 4, 8, 2, 6, 4, false, 2},    KvDecodeTile{512, 0, 0, 4, 4, 5, 2, true},
     KvDecodeTile{256, 0, 0, 4, 4, 5, 2, true},        KvDecodeTile{128, 0, 0, 4, 4, 6, 4, true},
     KvDecodeTile{64, 0, 0, 2, 4, 6, 4, true},
 };
