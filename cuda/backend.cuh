@@ -4,7 +4,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -98,10 +97,9 @@ class Backend {
   void set_policy(const ExecutionPolicy& policy) {
     options_.policy = policy;
     decode_plan_ = caches_->plan(1, options_.context, policy);
-    row_plan_ = caches_->plan(1, options_.context, policy_of_rows(policy));
-    for (std::int64_t n = 2; n <= std::min(kDecodeChunk, options_.max_chunk); ++n) {
-      (void)caches_->plan(n, options_.context, policy);
-    }
+    for (std::int64_t n = 1; n <= options_.max_draft; ++n) (void)plan_verify(n);
+    const std::int64_t n_short = std::min(kDecodeChunk, options_.max_chunk);
+    for (std::int64_t n = 2; n <= n_short; ++n) (void)caches_->plan(n, options_.context, policy);
     (void)caches_->plan(options_.max_chunk, options_.context, policy);
   }
 
@@ -109,8 +107,16 @@ class Backend {
   [[nodiscard]] StepPlan step_plan(std::int64_t n_token) const {
     return describe_pass(plan_pass({.n_token = n_token}), *few_tokens_, *prefill_, *caches_, model_);
   }
-  /// A decode step and the longest chunk.
-  [[nodiscard]] std::vector<StepPlan> step_plans() const { return {step_plan(1), step_plan(options_.max_chunk)}; }
+  /// How a chunk of a token and n_draft drafts behind it is verified, each row with the bits of a step of its own.
+  [[nodiscard]] StepPlan verify_plan(std::int64_t n_draft) const {
+    return describe_pass(plan_verify(n_draft), *few_tokens_, *prefill_, *caches_, model_);
+  }
+  /// A decode step, the longest chunk, and where steps draft, the longest that is verified.
+  [[nodiscard]] std::vector<StepPlan> step_plans() const {
+    std::vector<StepPlan> plans{step_plan(1), step_plan(options_.max_chunk)};
+    if (options_.max_draft > 0) plans.push_back(verify_plan(options_.max_draft));
+    return plans;
+  }
 
   // ---- the steps of the graph
 
@@ -159,12 +165,11 @@ class Backend {
   // A step that drafts. Its rows have the bits that each would have in a step of its own.
 
   void propose(std::int64_t n_draft) {
-    require(drafting_ && n_draft >= 1 && n_draft <= options_.max_draft, "backend: ", n_draft,
-            " drafts, need 1 to max_draft ", options_.max_draft);
+    require_drafts(n_draft, options_.max_draft);
     drafting_->propose(state_, n_draft, stream_);
   }
   void embed_proposed(std::int64_t n_draft) {
-    pass_ = drafting_->pass(n_draft, row_plan_, overlaps(n_draft + 1), options_.policy.dynamic_rows);
+    pass_ = plan_verify(n_draft);
     embedding<float>({.device = drafting_->state()->tokens, .count = n_draft + 1}, model_.token_embd(),
                      config().embedding_scale(), residual(), stream_);
   }
@@ -224,21 +229,11 @@ class Backend {
     const View<float, 2> x = residual();
     note_not_finite(make_view(static_cast<const float*>(x.data), x.extent[0], x.extent[1]), first_position_, state_,
                     stream_);
-    for (std::size_t i = 0; i < logit_rows.size(); ++i) {
-      const float* const logits = logits_ + static_cast<std::int64_t>(i) * config().vocab;
-      note_not_finite(make_view(logits, std::int64_t{1}, config().vocab), first_position_ + logit_rows[i], state_,
-                      stream_);
-    }
+    note_not_finite_logits(logits_, config().vocab, first_position_, logit_rows, state_, stream_);
   }
 
   /// Of all chunks since reset(); waits for the device, which does not know the layer.
-  [[nodiscard]] std::optional<NotFinite> first_not_finite() const {
-    std::int32_t noted = 0;
-    check(cudaMemcpyAsync(&noted, &state_->not_finite, sizeof(noted), cudaMemcpyDeviceToHost, stream_), "copy to host");
-    stream_.synchronize();
-    if (noted == 0) return std::nullopt;
-    return NotFinite{.position = std::int64_t{INT_MAX} - noted};
-  }
+  [[nodiscard]] std::optional<NotFinite> first_not_finite() const { return noted_not_finite(state_, stream_); }
 
   /// Waits for the device.
   void copy_logits(std::int64_t row, std::span<float> out) const {
@@ -347,6 +342,12 @@ class Backend {
             .overlap = overlaps(chunk.n_token),
             .dynamic_rows = options_.policy.dynamic_rows || chunk.n_token > kDecodeChunk};
   }
+  /// Of a chunk of a token and the drafts behind it.
+  [[nodiscard]] Pass plan_verify(std::int64_t n_draft) const {
+    require_drafts(n_draft, options_.max_draft);
+    const LayerCachePlan rows = caches_->plan_rows(n_draft + 1, policy_of_rows(options_.policy), options_.policy);
+    return drafting_->pass(n_draft, rows, overlaps(n_draft + 1), options_.policy.dynamic_rows);
+  }
   /// Plans the pass: nothing behind this refuses.
   void begin_pass(const ChunkPlace& chunk) { pass_ = plan_pass(chunk); }
   void show_mask() {
@@ -384,14 +385,12 @@ class Backend {
   Profile* profile_ = nullptr;
 
   LayerCachePlan decode_plan_;  ///< of one token, at any position
-  LayerCachePlan row_plan_;     ///< of one token among others that are verified with it
   Pass pass_;
   std::int64_t n_logit_ = 0, first_position_ = 0;
   SequenceState* state_ = nullptr;
   std::int32_t *tokens_ = nullptr, *positions_ = nullptr;
   std::uint8_t* mask_ = nullptr;
-  float* residual_ = nullptr;
-  float* logits_ = nullptr;
+  float *residual_ = nullptr, *logits_ = nullptr;
   Bf16* logit_rows_ = nullptr;
 };
 

@@ -12,6 +12,7 @@
 #include "cuda/device/device_info.cuh"
 #include "cuda/kv_attention/decode_launch.cuh"
 #include "cuda/kv_attention/prefill.cuh"
+#include "cuda/kv_attention/rows.cuh"
 #include "cuda/kv_cache.cuh"
 #include "cuda/tq4_attention.cuh"
 #include "gemma4/attention.hpp"
@@ -90,23 +91,6 @@ inline void require_kv_call(const KvAttentionCall& call, const KvAttentionPlan& 
           " and ", call.cache.r_bits);
 }
 
-[[nodiscard]] inline KvDecodeParams kv_decode_params(const KvAttentionCall& call, const KvAttentionPlan& plan,
-                                                     std::span<std::byte> workspace, unsigned long long* work_count) {
-  const AttentionShape& shape = plan.shape;
-  KvDecodeParams params;
-  params.base = record_decode_params(call, shape, plan.decode, workspace, work_count);
-  params.base.cache = {nullptr, shape.batch, shape.n_head_kv, shape.buffer_len, shape.head_dim};
-  params.base.rotation = call.codec.params().v_rotation;
-  params.base.levels.v_scale = kv_output_scale(call.codec);
-  params.records = call.cache.data;
-  params.v_bits = call.cache.v_bits;
-  params.r_bits = call.cache.r_bits;
-  params.k_weight = call.k_weight;
-  params.r_rotation = call.codec.params().r_rotation;
-  params.levels = kv_decode_levels_of(call.codec);
-  return params;
-}
-
 }  // namespace detail
 
 /// Attention of the last n_query tokens over a cache of one vector for K and V: the contract of gemma4/attention.hpp
@@ -123,7 +107,8 @@ inline void kv_attention(const KvAttentionCall& call, const KvAttentionPlan& pla
   if (plan.path == KvPath::kPrefill) {
     return detail::attend_kv_unpacked(call, plan.prefill, workspace, stream, work_count);
   }
-  detail::launch_kv_decode(plan.decode, detail::kv_decode_params(call, plan, workspace, work_count), stream);
+  detail::launch_kv_decode(plan.decode, detail::kv_decode_params(call, plan.shape, plan.decode, workspace, work_count),
+                           stream);
 }
 
 }  // namespace gemma4::cuda

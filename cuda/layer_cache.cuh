@@ -17,6 +17,7 @@
 #include "cuda/cache/full_layer_cache.cuh"
 #include "cuda/cache/kv_layer_cache.cuh"
 #include "cuda/cache/kvarn_layer_cache.cuh"
+#include "cuda/cache/layer_cache_plan.cuh"
 #include "cuda/cache/simulated_layer_cache.cuh"
 #include "cuda/cache/sliding_layer_cache.cuh"
 #include "cuda/cache/tq4_layer_cache.cuh"
@@ -35,37 +36,6 @@
 
 /// The caches of all layers of one sequence, and the step `attend` on each kind. Mirror: reference/layer_cache.hpp
 namespace gemma4::cuda {
-
-namespace detail {
-
-template <class TList>
-struct FullPlanOfList;
-
-template <class... TFormats>
-struct FullPlanOfList<CacheFormatList<TFormats...>> {
-  using Caches = std::variant<FullLayerCaches<TFormats>...>;
-};
-
-}  // namespace detail
-
-/// The full layers' caches in whatever format: one of every format in the list.
-template <class TList = CacheFormats>
-using AnyFullLayerCaches = typename detail::FullPlanOfList<TList>::Caches;
-
-/// How a chunk goes through the caches, for all layers alike; made before the first kernel of a pass.
-struct LayerCachePlan {
-  std::int64_t n_token = 0;
-  bool fuses_prologue = true;  ///< norms, RoPE and storing in one launch
-  bool masks = false;          ///< a mask over the whole context stands for kv_len
-  bool overlap = true;         ///< programmatic dependent launch
-  bool causal_skip = true;
-  bool needs_positions = false;  ///< ChunkPlace::positions is read
-  SlidingPlan sliding = {};
-  std::variant<std::monostate, FlashPlan, Tq4AttentionPlan, KvAttentionPlan> full =
-      {};  ///< of the type that the format's caches take
-
-  [[nodiscard]] bool commits_after() const { return !sliding.into_ring_at_once; }
-};
 
 /// Rings on the sliding layers, of what `ring` says; on the full layers what `spec` says. All memory is the arena's.
 class LayerCaches {
@@ -121,13 +91,7 @@ class LayerCaches {
       require_partials("attention_sliding", plan.sliding.attention.workspace_bytes);
     }
     if (full_) {
-      const FullPlanWish wish{.n_query = n_token,
-                              .max_kv_len = plan.masks ? context_ : max_kv_len,
-                              .options = full_options(plan),
-                              .device = device_,
-                              .split_k = policy.split_k,
-                              .overlap = plan.overlap,
-                              .scratch_bytes = scratch_bytes_};
+      const FullPlanWish wish = full_wish(plan, max_kv_len, policy);
       std::visit(
           [&]<class TCaches>(const TCaches& caches) {
             const auto full = caches.plan(wish);
@@ -141,8 +105,29 @@ class LayerCaches {
     return plan;
   }
 
+  /// How n_row tokens behind each other go through that each must have the bits of a step of its own.
+  /// @param of_one the policy of a step of one of them among others (policy_of_rows())
+  /// @param policy of what takes all of them at once
+  [[nodiscard]] LayerCachePlan plan_rows(std::int64_t n_row, const ExecutionPolicy& of_one,
+                                         const ExecutionPolicy& policy) const {
+    LayerCachePlan plan = this->plan(1, context_, of_one);
+    plan.rows = {.n_row = n_row, .overlap = device_.compute_capability >= 90 && policy.launch_overlap};
+    if (full_) {
+      FullPlanWish wish = full_wish(plan, context_, policy);
+      wish.n_query = n_row;
+      wish.overlap = plan.rows.overlap;
+      with_full([&]<class TCaches>(const TCaches& caches) {
+        if constexpr (TakesRows<TCaches>) {
+          plan.rows.full = caches.plan_rows(wish, std::get<typename TCaches::Plan>(plan.full), std::ssize(partials_));
+        }
+      });
+    }
+    return plan;
+  }
+
   /// The same for the eye: the prologue, and attention of each kind of layer.
   [[nodiscard]] std::vector<StepPlanRow> rows(const LayerCachePlan& plan) const {
+    if (plan.rows.n_row > 0) return rows_of_rows(plan);
     std::vector<StepPlanRow> rows;
     rows.push_back({.component = "qkv_prologue",
                     .path = plan.fuses_prologue ? "norms, RoPE and cache in one launch" : "a launch each",
@@ -222,18 +207,37 @@ class LayerCaches {
       }
       return sliding_->attend(index(layer), heads.q_out, fresh, chunk, plan.sliding, partials_, work_count_, stream);
     }
-    const FullAttentionCall call{.q = heads.q_out,
-                                 .fresh_k = fresh.k,
-                                 .fresh_v = fresh.v,
-                                 .positions = chunk.positions,
-                                 .options = full_options(plan),
-                                 .kv_len = plan.masks ? DeviceCount{} : chunk.kv_len,
-                                 .partials = partials_,
-                                 .scratch_and_partials = workspace_,
-                                 .k_weight = norms.k,
-                                 .work_count = work_count_};
+    const FullAttentionCall call =
+        full_call(heads, norms, chunk, plan.masks ? DeviceCount{} : chunk.kv_len, full_options(plan));
     with_full([&]<class TCaches>(const TCaches& caches) {
       caches.attend(index(layer), call, std::get<typename TCaches::Plan>(plan.full), stream);
+    });
+  }
+
+  /// Whether attend_rows() takes the rows of a pass at once, and each comes out with the bits of a step of its own.
+  [[nodiscard]] bool attends_rows(std::int64_t layer, const LayerCachePlan& plan) const {
+    if (plan.rows.n_row == 0) return false;
+    return rows_misfit(config_.sliding_layer(layer), plan.rows) == nullptr;
+  }
+  /// As store(), of all rows of the chunk, which stand behind each other; where attends_rows().
+  template <class TIn>
+  void store_rows(std::int64_t layer, const ProjectedHeads<TIn>& heads, const QkNorms& norms, const ChunkPlace& chunk,
+                  const LayerCachePlan& plan, cudaStream_t stream) const {
+    LayerCachePlan together = plan;
+    together.overlap = plan.rows.overlap;
+    store(layer, heads, norms, chunk, together, stream);
+  }
+  /// Attention of each row of the chunk that store_rows() took, over the keys up to its own; where attends_rows().
+  /// @param kv_lens [n_token] on the device, of each row: one more than that of the row before
+  template <class TIn>
+  void attend_rows(std::int64_t layer, const ProjectedHeads<TIn>& heads, const QkNorms& norms, const ChunkPlace& chunk,
+                   const std::int32_t* kv_lens, const LayerCachePlan& plan, cudaStream_t stream) const {
+    require(!config_.sliding_layer(layer), "backend: the ring of layer ", layer, " does not take rows at once");
+    const FullAttentionCall call = full_call(heads, norms, chunk, DeviceCount::on_device(kv_lens), full_options(plan));
+    with_full([&]<class TCaches>(const TCaches& caches) {
+      if constexpr (TakesRows<TCaches>) {
+        caches.attend_rows(index(layer), call, std::get<typename TCaches::RowsPlan>(plan.rows.full), stream);
+      }
     });
   }
 
@@ -271,6 +275,58 @@ class LayerCaches {
   [[nodiscard]] std::int64_t index(std::int64_t layer) const { return index_[static_cast<std::size_t>(layer)]; }
   [[nodiscard]] const RopeParams& rope(std::int64_t layer) const {
     return config_.sliding_layer(layer) ? sliding_rope_ : full_rope_;
+  }
+  [[nodiscard]] FullPlanWish full_wish(const LayerCachePlan& plan, std::int64_t max_kv_len,
+                                       const ExecutionPolicy& policy) const {
+    return {.n_query = plan.n_token,
+            .max_kv_len = plan.masks ? context_ : max_kv_len,
+            .options = full_options(plan),
+            .device = device_,
+            .split_k = policy.split_k,
+            .overlap = plan.overlap,
+            .scratch_bytes = scratch_bytes_};
+  }
+  template <class TIn>
+  [[nodiscard]] FullAttentionCall full_call(const ProjectedHeads<TIn>& heads, const QkNorms& norms,
+                                            const ChunkPlace& chunk, const DeviceCount& kv_len,
+                                            const AttentionOptions& options) const {
+    return {.q = heads.q_out,
+            .fresh_k = heads.k_out,
+            .fresh_v = heads.v_out,
+            .positions = chunk.positions,
+            .options = options,
+            .kv_len = kv_len,
+            .partials = partials_,
+            .scratch_and_partials = workspace_,
+            .k_weight = norms.k,
+            .work_count = work_count_};
+  }
+
+  /// Why the rows of a pass go one by one through a layer of a kind; null: they do not.
+  [[nodiscard]] const char* rows_misfit(bool is_sliding, const LayerRowsPlan& rows) const {
+    if (is_sliding) return rows.sliding_misfit;
+    return std::visit([](const auto& plan) { return plan.misfit; }, rows.full);
+  }
+  /// Of attention, where a plan has rows that must have the bits of steps of one.
+  [[nodiscard]] std::vector<StepPlanRow> rows_of_rows(const LayerCachePlan& plan) const {
+    LayerCachePlan one = plan;
+    one.rows = {};
+    std::vector<StepPlanRow> rows = this->rows(one);
+    for (StepPlanRow& row : rows) {
+      const bool is_sliding = row.component == "attention_sliding";
+      if (!is_sliding && row.component != "attention_full") continue;
+      if (const char* const misfit = rows_misfit(is_sliding, plan.rows)) {
+        row.path = concat(plan.rows.n_row, " rows one by one: ", row.path);
+        row.why += concat(row.why.empty() ? "" : "; ", "not at once: ", misfit);
+        continue;
+      }
+      with_full([&]<class TCaches>(const TCaches& caches) {
+        if constexpr (TakesRows<TCaches>) {
+          row = caches.row_of_rows(std::get<typename TCaches::RowsPlan>(plan.rows.full));
+        }
+      });
+    }
+    return rows;
   }
   [[nodiscard]] AttentionOptions full_options(const LayerCachePlan& plan) const {
     AttentionOptions options{.scale = ModelConfig::kAttentionScale, .causal_skip = plan.causal_skip};

@@ -24,7 +24,8 @@ namespace gemma4::cuda {
 [[nodiscard]] inline StepPlan describe_pass(const Pass& pass, const FewTokensPath& few_tokens,
                                             const PrefillPath& prefill, const LayerCaches& caches,
                                             const PackedModel& model) {
-  StepPlan plan{.name = pass.n_token() == 1 ? "decode" : "prefill", .n_token = pass.n_token()};
+  const bool verifies = pass.row_positions != nullptr;
+  StepPlan plan{.name = verifies ? "verify" : pass.n_token() == 1 ? "decode" : "prefill", .n_token = pass.n_token()};
   plan.rows = pass_is_short(pass) ? few_tokens.rows(pass) : prefill.rows(pass);
   for (StepPlanRow& row : caches.rows(pass.caches)) plan.rows.push_back(std::move(row));
   const LinearOptions products = few_tokens.products(pass);

@@ -15,6 +15,7 @@
 #include "cuda/draft_lookup.cuh"
 #include "cuda/draft_step.cuh"
 #include "cuda/sampler.cuh"
+#include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 #include "gemma4/sampler.hpp"
@@ -22,6 +23,11 @@
 
 /// What a backend that drafts keeps: the state of a step, the text on the device, and the outcomes for the host.
 namespace gemma4::cuda {
+
+/// @throws std::invalid_argument for a step of more drafts than a backend was made for
+inline void require_drafts(std::int64_t n_draft, std::int64_t max_draft) {
+  require(n_draft >= 1 && n_draft <= max_draft, "backend: ", n_draft, " drafts, need 1 to max_draft ", max_draft);
+}
 
 class Drafting {
  public:
@@ -57,13 +63,13 @@ class Drafting {
   }
 
   /// The sampled token and the drafts behind it as one chunk, whose rows have the bits that each would have alone.
-  /// @param of_one plan of the caches for one token, that does not begin before the kernel in front has ended
-  [[nodiscard]] Pass pass(std::int64_t n_draft, const LayerCachePlan& of_one, bool overlap, bool dynamic_rows) const {
+  /// @param rows plan of the caches for them
+  [[nodiscard]] Pass pass(std::int64_t n_draft, const LayerCachePlan& rows, bool overlap, bool dynamic_rows) const {
     return {.chunk = {.n_token = n_draft + 1,
                       .position = DeviceCount::on_device(state_->positions),
                       .kv_len = DeviceCount::on_device(state_->kv_lens + n_draft),
                       .positions = state_->positions},
-            .caches = of_one,
+            .caches = rows,
             .row_positions = state_->positions,
             .row_kv_lens = state_->kv_lens,
             .overlap = overlap,

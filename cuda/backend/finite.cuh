@@ -6,10 +6,15 @@
 #include <cfloat>
 #include <climits>
 #include <cstdint>
+#include <optional>
+#include <span>
 
+#include "cuda/device/check.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/sequence_state.cuh"
+#include "cuda/device/stream.cuh"
 #include "gemma4/float16.hpp"
+#include "gemma4/model/finite.hpp"
 #include "gemma4/view.hpp"
 
 /// Notes on the device which position first had numbers that are not finite. One pass over a chunk's residual stream:
@@ -49,6 +54,24 @@ void note_not_finite(const View<const T, 2>& rows, std::int64_t first, SequenceS
                   static_cast<unsigned>((rows.extent[1] + detail::kFiniteValues - 1) / detail::kFiniteValues));
   detail::Launch{.what = "note_not_finite_kernel", .grid = grid, .block = detail::kFiniteThreads, .stream = stream}(
       detail::note_not_finite_kernel<T>, rows.data, rows.extent[1], static_cast<std::int32_t>(first), state);
+}
+
+/// The same of logits [n, vocab], which belong to the positions first + rows[i].
+inline void note_not_finite_logits(const float* logits, std::int64_t vocab, std::int64_t first,
+                                   std::span<const std::int64_t> rows, SequenceState* state, cudaStream_t stream) {
+  for (const std::int64_t row : rows) {
+    note_not_finite(make_view(logits, std::int64_t{1}, vocab), first + row, state, stream);
+    logits += vocab;
+  }
+}
+
+/// What has been noted; waits for the device.
+[[nodiscard]] inline std::optional<NotFinite> noted_not_finite(const SequenceState* state, const Stream& stream) {
+  std::int32_t noted = 0;
+  check(cudaMemcpyAsync(&noted, &state->not_finite, sizeof(noted), cudaMemcpyDeviceToHost, stream), "copy to host");
+  stream.synchronize();
+  if (noted == 0) return std::nullopt;
+  return NotFinite{.position = std::int64_t{INT_MAX} - noted};
 }
 
 }  // namespace gemma4::cuda

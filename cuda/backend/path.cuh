@@ -35,8 +35,8 @@ struct Pass {
   ChunkPlace chunk = {};
   LayerCachePlan caches = {};
   PendingOutput pending = {};
-  /// Not null: every row goes through attention by itself, as a step of one token would at that position, and `caches`
-  /// is the plan of one. On the device, [n_token]; with them kv_len of each.
+  /// Not null: every row goes through attention as a step of one token would at that position, and `caches` is the plan
+  /// of one, with rows. On the device, [n_token]; with them kv_len of each.
   const std::int32_t* row_positions = nullptr;
   const std::int32_t* row_kv_lens = nullptr;
   bool overlap = true;       ///< programmatic dependent launch of what reads or writes the residual stream
@@ -123,9 +123,13 @@ void attend_row_by_row(const PathContext& context, const Pass& pass, std::int64_
 
 template <class TIn>
 void store_heads(const PathContext& context, const Pass& pass, std::int64_t layer, const ProjectedHeads<TIn>& heads) {
-  if (pass.row_positions != nullptr) return;
-  if (context.caches.stores_in_attend(layer, pass.caches)) return;
+  const bool at_once = context.caches.attends_rows(layer, pass.caches);
+  if (pass.row_positions != nullptr && !at_once) return;
+  if (!at_once && context.caches.stores_in_attend(layer, pass.caches)) return;
   const auto range = context.range("qkv_prologue");
+  if (at_once) {
+    return context.caches.store_rows(layer, heads, context.qk_norms(layer), pass.chunk, pass.caches, context.stream);
+  }
   context.caches.store(layer, heads, context.qk_norms(layer), pass.chunk, pass.caches, context.stream);
 }
 
@@ -133,6 +137,10 @@ template <class TIn>
 void attend_heads(const PathContext& context, const Pass& pass, std::int64_t layer, const ProjectedHeads<TIn>& heads) {
   {
     const auto range = context.range(context.config().sliding_layer(layer) ? "attention_sliding" : "attention_full");
+    if (context.caches.attends_rows(layer, pass.caches)) {
+      return context.caches.attend_rows(layer, heads, context.qk_norms(layer), pass.chunk, pass.row_kv_lens,
+                                        pass.caches, context.stream);
+    }
     if (pass.row_positions != nullptr) return attend_row_by_row(context, pass, layer, heads);
     context.caches.attend(layer, heads, context.qk_norms(layer), pass.chunk, pass.caches, context.stream);
   }

@@ -24,6 +24,13 @@
 ///   static constexpr bool borrows_scratch(const Plan& plan);
 ///   StoredLayer stored(std::int64_t index) const;      // where its bytes are (gemma4/session/stored_part.hpp)
 ///
+/// and, where it takes several rows at once that each must have the bits of a step of their own,
+///
+///   using RowsPlan = ...;                              // with `const char* misfit`: why not; null: they go at once
+///   RowsPlan plan_rows(const FullPlanWish& wish, const Plan& one, std::int64_t partials_bytes) const;  // host code
+///   StepPlanRow row_of_rows(const RowsPlan& plan) const;
+///   void attend_rows(index, call, plan, stream) const;  // call.kv_len is that of the first row; behind store()
+///
 /// `index` counts the full layers. All memory is the caller's, as many bytes as the memory plan has for cache_full.
 namespace gemma4::cuda {
 
@@ -53,6 +60,11 @@ struct FullCacheShape {
             .head_dim = head_dim,
             .buffer_len = context};
   }
+};
+
+/// Several rows where a format has nothing for them: each goes by itself.
+struct RowByRow {
+  const char* misfit = "the format takes one row at a time";
 };
 
 /// What a plan is asked for.

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "cuda/cache/chunk.cuh"
 #include "cuda/cache/full_layer_cache.cuh"
@@ -25,6 +26,7 @@ template <>
 class FullLayerCaches<KvFormat> {
  public:
   using Plan = KvAttentionPlan;
+  using RowsPlan = KvRowsPlan;
   static constexpr bool kSinkStores = KvFormat::kStoredByPrologue;
 
   FullLayerCaches(const KvFormat& format, const FullCacheShape& shape, std::span<std::byte> memory)
@@ -54,13 +56,33 @@ class FullLayerCaches<KvFormat> {
       if (!codec_->has_codes()) row.why = "no decode kernel reads bf16 records";
       return row;
     }
-    const KvDecodeTile& tile = plan.decode.tile;
     return {.component = "attention_full",
             .path = concat(format_.name(), " decode"),
-            .tile = concat("d", tile.head_dim, " warps ", tile.team_warps, " x ", tile.teams, " stages ", tile.n_stage,
-                           tile.v_bits == 0 ? ", any width" : "", plan.decode.overlap ? "" : ", no PDL"),
+            .tile = tile_text(plan.decode.tile, plan.decode.overlap),
             .n_split = plan.decode.n_split,
             .bytes = plan.workspace_bytes};
+  }
+
+  [[nodiscard]] RowsPlan plan_rows(const FullPlanWish& wish, const Plan& one, std::int64_t partials_bytes) const {
+    if (one.path != KvPath::kDecode) return {.misfit = "no decode kernel reads bf16 records"};
+    KvDecodePlan of_one = one.decode;
+    of_one.overlap = wish.overlap;
+    return plan_kv_rows(shape_.attention(wish.n_query), of_one, wish.device, partials_bytes);
+  }
+  [[nodiscard]] StepPlanRow row_of_rows(const RowsPlan& plan) const {
+    return {.component = "attention_full",
+            .path = concat(format_.name(), " decode, ", plan.shape.n_query, " rows at once"),
+            .tile = concat(tile_text(plan.tile, plan.one.overlap), ", row tiles ", plan.tile.row_tiles),
+            .n_split = plan.one.n_split,
+            .bytes = plan.workspace_bytes,
+            .why = plan.rows_a_launch < plan.shape.n_query
+                       ? concat("the workspace holds the split keys of ", plan.rows_a_launch, " rows")
+                       : ""};
+  }
+  void attend_rows(std::int64_t index, const FullAttentionCall& call, const RowsPlan& plan, cudaStream_t stream) const {
+    kv_attention_rows(
+        {with_batch(call.q), call.k_weight, records(index), *codec_, call.options, call.kv_len, with_batch(call.q)},
+        plan, call.partials, stream, call.work_count);
   }
 
   [[nodiscard]] KvKv sink(std::int64_t index, const FreshKv& /*fresh*/) const { return {*codec_, records(index)}; }
@@ -91,6 +113,10 @@ class FullLayerCaches<KvFormat> {
   }
 
  private:
+  [[nodiscard]] static std::string tile_text(const KvDecodeTile& tile, bool overlap) {
+    return concat("d", tile.head_dim, " warps ", tile.team_warps, " x ", tile.teams, " stages ", tile.n_stage,
+                  tile.v_bits == 0 ? ", any width" : "", overlap ? "" : ", no PDL");
+  }
   [[nodiscard]] std::int64_t layer_bytes() const {
     return kv_cache_bytes(1, shape_.n_head_kv, shape_.context, shape_.head_dim, format_.options);
   }

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1)
   wait_for_previous_kernel();
   allow_next_kernel();
   staging.load_queries(base, warp);  // its latency runs beside that of kv_len
-  const Tq4DecodeKeys keys = decode_keys(base);
+  const Tq4DecodeKeys keys = kv_keys<TTraits>(base);
   const auto block = static_cast<int>(blockIdx.x);
   if (block >= keys.n_active) return;  // the whole block; the merge knows
 
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1)
   const int count = share(keys.n_record, block + 1, keys.n_active) - first;
   const int begin = first + share(count, at.pair, TTraits::kPairs);
   int end = first + share(count, at.pair + 1, TTraits::kPairs);
-  if (base.causal_skip) {
+  if (!TTraits::kOfRows && base.causal_skip) {
     const int last = key_limit(base, keys.kv_len, min(unit.row0 + kRowTile * TTraits::kRowTiles - 1, unit.n_row - 1));
     end = max(begin, min(end, (last + kKvRecordTokens - 1) / kKvRecordTokens));
   }
@@ -70,17 +70,20 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1)
     bytes.bytes = static_cast<int>(kv_record_bytes(TTraits::kHeadDim, params.v_bits, params.r_bits));
   }
   typename TTraits::Ring ring;
-  ring.start(smem + at.pair * TTraits::kStages * TTraits::kRecordBytes,
-             smem + TTraits::kBarrierOffset + at.pair * TTraits::kStages * 8,
-             reinterpret_cast<const unsigned char*>(params.records) +
-                 (std::int64_t{unit.batch} * base.n_head_kv + unit.head_kv) * n_record * bytes.get(),
-             begin, end, TTraits::kTeamBarrier + at.pair, bytes);
+  ring.start(
+      smem + at.pair * TTraits::kStages * TTraits::kRecordBytes,
+      smem + TTraits::kBarrierOffset + at.pair * TTraits::kStages * 8,
+      reinterpret_cast<const unsigned char*>(params.records) +
+          (std::int64_t{TTraits::kOfRows ? 0 : unit.batch} * base.n_head_kv + unit.head_kv) * n_record * bytes.get(),
+      begin, end, TTraits::kTeamBarrier + at.pair, bytes);
   staging.stage(params, warp, smem);
   ring.start_rest(begin, end);  // not sooner: what the staging still has to fetch would queue behind the records
   __syncthreads();
 
   // Keys below this are seen by every row; one beyond the last sees nothing, but is not stored either.
-  const int seen_by_all = base.mask != nullptr ? 0 : key_limit(base, keys.kv_len, unit.row0);
+  const int seen_by_all = base.mask != nullptr ? 0
+                          : TTraits::kOfRows   ? keys.kv_len
+                                               : key_limit(base, keys.kv_len, unit.row0);
   Tq4DecodeState<TTraits> state[TTraits::kRowTiles];
 #pragma unroll
   for (auto& tile : state) tile.init();
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1)
 #pragma unroll
   for (int tile = 0; tile < TTraits::kRowTiles; ++tile) {
     const Tq4DecodeUnit rows = kv_unit<TTraits>(base, tile);
-    if (tile > 0 && rows.row0 >= rows.n_row) break;  // of the whole block
+    if ((tile > 0 || TTraits::kOfRows) && !kv_has_tile<TTraits>(base, rows, keys)) continue;  // of the whole block
     merge_pairs<TTraits>(state[tile], base, smem, rows.first + block, live, at);
   }
 }

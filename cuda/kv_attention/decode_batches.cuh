@@ -89,7 +89,9 @@ struct KvBatchContext {
   }
 };
 
-/// What a warp knows of its tasks' rows 2t and 2t + 1: the reference of the weights and the lane's share of their sum.
+/// What a warp knows of one of its tasks' rows 2t and 2t + 1: the reference of the weights and the lane's share of
+/// their sum. A task is the same record of every batch, so that what a tile of rows comes to does not depend on which
+/// warp has the task, nor on how many tiles there are.
 struct KvOwnRows {
   float reference[2], sum[2];
 };
@@ -181,7 +183,7 @@ template <class TTraits>
     v_norm[2 * half] = v_norm[2 * half + 1] = of_v * context.params.levels.v_weight;
   }
   if (key + kKvRecordTokens > context.seen_by_all) {
-    hide_tokens(s, v_norm, context.params.base, kv_unit<TTraits>(context.params.base, tile), key, at);
+    hide_kv_tokens<TTraits>(s, v_norm, context.params.base, tile, key, at);
   }
   bool rises = false;
 #pragma unroll
@@ -218,7 +220,7 @@ template <class TTraits>
 /// Goes over to the highest reference that a task of the tile has posted, and with it the output and, where they are of
 /// this tile, the warp's own sums and the weights of the batch.
 template <class TTraits, int kCount>
-__device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state, KvOwnRows& own,
+__device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state, KvOwnRows (&own)[TTraits::kTaskRuns],
                                                   uint2 (&weights)[kCount], int tile,
                                                   const KvBatchContext<TTraits>& context) {
   const Tq4DecodeThread& at = context.at;
@@ -242,8 +244,11 @@ __device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state
     alpha[c] = exp2_approx(state.row[c].maximum - highest[c]);
     state.row[c].maximum = highest[c];
     if (tile != context.own_tile()) continue;
-    own.sum[c] *= exp2_approx(own.reference[c] - highest[c]);
-    own.reference[c] = highest[c];
+#pragma unroll
+    for (KvOwnRows& rows : own) {
+      rows.sum[c] *= exp2_approx(rows.reference[c] - highest[c]);
+      rows.reference[c] = highest[c];
+    }
   }
 #pragma unroll
   for (auto& o : state.o) {
@@ -255,9 +260,10 @@ __device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state
 /// Takes kCount records from number `first` of the batch on, whose first key is `key`, into the state. Two barriers.
 /// @param release is called when nothing of the batch is needed any more
 template <class TTraits, int kCount, class TRelease>
-__device__ __forceinline__ void take_kv_records(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles], KvOwnRows& own,
-                                                const unsigned char* batch, int first, int key,
-                                                const KvBatchContext<TTraits>& context, const TRelease& release) {
+__device__ __forceinline__ void take_kv_records(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
+                                                KvOwnRows (&own)[TTraits::kTaskRuns], const unsigned char* batch,
+                                                int first, int key, const KvBatchContext<TTraits>& context,
+                                                const TRelease& release) {
   constexpr int kRowTiles = TTraits::kRowTiles, kThreads = 32 * TTraits::kTeamWarps;
   const Tq4DecodeThread& at = context.at;
   KvTile tiles[kCount][TTraits::kVWords];
@@ -268,7 +274,7 @@ __device__ __forceinline__ void take_kv_records(Tq4DecodeState<TTraits> (&state)
   for (int run = 0; run < (kCount * kRowTiles + TTraits::kTeamWarps - 1) / TTraits::kTeamWarps; ++run) {
     const int task = at.half + run * TTraits::kTeamWarps, record = task / kRowTiles;
     if (task >= kCount * kRowTiles) break;
-    const bool here = weigh_kv_task(own, task, batch + (first + record) * context.kRecordBytes + context.kNorms,
+    const bool here = weigh_kv_task(own[run], task, batch + (first + record) * context.kRecordBytes + context.kNorms,
                                     key + record * kKvRecordTokens, context);
     rises = rises || here;
   }
@@ -292,22 +298,30 @@ __device__ __forceinline__ void take_kv_records(Tq4DecodeState<TTraits> (&state)
   }
 }
 
-/// Gives each tile's state the sums that its warps have, all of them in the lanes with g = 0.
+/// Gives each tile's state the sums that its warps have, task by task, all of them in the lanes with g = 0.
 template <class TTraits>
-__device__ __forceinline__ void share_kv_sums(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles], KvOwnRows& own,
+__device__ __forceinline__ void share_kv_sums(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
+                                              KvOwnRows (&own)[TTraits::kTaskRuns],
                                               const KvBatchContext<TTraits>& context) {
   const Tq4DecodeThread& at = context.at;
-  auto* const sums = reinterpret_cast<float2*>(context.meeting.memory);  // [kTeamWarps, 4]
+  constexpr int kTasks = TTraits::kTaskRuns * TTraits::kTeamWarps;
+  auto* const sums = reinterpret_cast<float2*>(context.meeting.memory);  // [kTasks, 4]
+  static_assert(kTasks * 32 <= TTraits::kTeamScoreBytes);
 #pragma unroll
-  for (float& sum : own.sum) warp_sum_in_place<4, 16>(sum);
-  if (at.g == 0) sums[4 * at.half + at.t] = make_float2(own.sum[0], own.sum[1]);
+  for (int run = 0; run < TTraits::kTaskRuns; ++run) {
+#pragma unroll
+    for (float& sum : own[run].sum) warp_sum_in_place<4, 16>(sum);
+    if (at.g == 0) {
+      sums[4 * (at.half + run * TTraits::kTeamWarps) + at.t] = make_float2(own[run].sum[0], own[run].sum[1]);
+    }
+  }
   named_barrier_sync<32 * TTraits::kTeamWarps>(TTraits::kTeamBarrier + at.pair);
 #pragma unroll
   for (int tile = 0; tile < TTraits::kRowTiles; ++tile) {
     float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
-    for (int warp = tile; warp < TTraits::kTeamWarps; warp += TTraits::kRowTiles) {
-      const float2 part = sums[4 * warp + at.t];
+    for (int task = tile; task < kTasks; task += TTraits::kRowTiles) {
+      const float2 part = sums[4 * task + at.t];
       total.x += part.x, total.y += part.y;
     }
     state[tile].row[0].sum = at.g == 0 ? total.x : 0.0f;
@@ -336,7 +350,9 @@ __device__ __forceinline__ void absorb_kv_batches(Tq4DecodeState<TTraits> (&stat
   static_assert(TTraits::kTeamWarps % TTraits::kRowTiles == 0, "all tasks of a warp are of one tile");
   const KvBatchContext<TTraits> context{
       params, at, smem, {smem + TTraits::kScoreOffset + TTraits::kTeamScoreBytes * at.pair}, run.seen_by_all};
-  KvOwnRows own{{kFarBelow, kFarBelow}, {0.0f, 0.0f}};
+  KvOwnRows own[TTraits::kTaskRuns];
+#pragma unroll
+  for (KvOwnRows& rows : own) rows = {{kFarBelow, kFarBelow}, {0.0f, 0.0f}};
   for (int index = run.begin; index < run.end; index += kBatch) {
     const unsigned char* const batch = ring.wait();
     if (index + kBatch <= run.end) {

@@ -4,6 +4,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <span>
 
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/for_listed.cuh"
@@ -87,6 +89,24 @@ inline void launch_kv_decode(const KvDecodePlan& plan, const KvDecodeParams& par
 /// Of the output: the unit of V's levels over v_weight.
 [[nodiscard]] inline float kv_output_scale(const KvCodec& codec) {
   return codec.v_bytes().step * 0x1p73f;
+}
+
+/// What the kernels are told of a KvAttentionCall.
+template <class TCall>
+[[nodiscard]] KvDecodeParams kv_decode_params(const TCall& call, const AttentionShape& shape, const KvDecodePlan& plan,
+                                              std::span<std::byte> workspace, unsigned long long* work_count) {
+  KvDecodeParams params;
+  params.base = record_decode_params(call, shape, plan, workspace, work_count);
+  params.base.cache = {nullptr, shape.batch, shape.n_head_kv, shape.buffer_len, shape.head_dim};
+  params.base.rotation = call.codec.params().v_rotation;
+  params.base.levels.v_scale = kv_output_scale(call.codec);
+  params.records = call.cache.data;
+  params.v_bits = call.cache.v_bits;
+  params.r_bits = call.cache.r_bits;
+  params.k_weight = call.k_weight;
+  params.r_rotation = call.codec.params().r_rotation;
+  params.levels = kv_decode_levels_of(call.codec);
+  return params;
 }
 
 }  // namespace detail

@@ -31,6 +31,12 @@ struct KvDecodeTile {
   [[nodiscard]] constexpr bool takes(int v, int r) const {
     return v <= KvOptions::kMaxBits && (v_bits == 0 || (v_bits == v && r_bits == r));
   }
+  /// Whether a row comes out with the same bits: records and dims are dealt alike, and weights made alike. (Whatever it
+  /// is turned by, a tile comes out as it went in, and who has which tile of rows is nothing to the row.)
+  [[nodiscard]] constexpr bool adds_like(const KvDecodeTile& other) const {
+    return head_dim == other.head_dim && v_bits == other.v_bits && r_bits == other.r_bits &&
+           team_warps == other.team_warps && teams == other.teams && batch == other.batch;
+  }
   /// Of a record's place in the ring.
   [[nodiscard]] constexpr int record_bytes() const {
     constexpr int kMost = KvOptions::kMaxBits;
@@ -98,12 +104,15 @@ struct KvDecodeParams {
 };
 static_assert(std::is_trivially_copyable_v<KvDecodeParams>);
 
-template <KvDecodeTile kTile>
+/// @tparam kRows a call of rows (cuda/kv_attention/rows.cuh)
+template <KvDecodeTile kTile, bool kRows = false>
 struct KvDecodeTraits {
   static constexpr KvDecodeTile kConfiguration = kTile;
   static constexpr int kHeadDim = kTile.head_dim, kRotated = kHeadDim / 4, kStages = kTile.n_stage;
   static constexpr int kVBits = kTile.v_bits, kRBits = kTile.r_bits;
   static constexpr int kTeamWarps = kTile.team_warps, kRowTiles = kTile.row_tiles;
+  static constexpr bool kOfRows = kRows;
+  static constexpr int kTaskRuns = (kTile.batch * kRowTiles + kTeamWarps - 1) / kTeamWarps;  ///< of a batch, by a warp
   static constexpr int kBatch = kTile.batch, kRShare = kTile.r_share(), kRParts = kTile.r_parts();
   static constexpr int kPairs = kTile.teams;  ///< the name that the machinery of TQ4 decode has for teams
   static constexpr int kThreads = 32 * kTeamWarps * kPairs;

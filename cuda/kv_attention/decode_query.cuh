@@ -18,16 +18,60 @@
 /// 16-byte piece 32 U + 4 slot + t holds dims 32 U + 2t + {0, 1, 8, 9, 16, 17, 24, 25}, R's columns behind those of V.
 namespace gemma4::cuda::detail {
 
-/// What a block works on: kRowTiles tiles of eight rows of a KV head. grid: y = KV head, z = batch * groups of tiles.
+/// Of a block of a call of rows: which of its group's tiles is its first, and whether its rows are those that begin a
+/// record more than the call's first (cuda/kv_attention/rows.cuh). grid: z = 2 * groups of tiles.
+template <class TTraits>
+struct KvRowsBlock {
+  int first_tile;
+  bool is_later;
+
+  [[nodiscard]] static __device__ __forceinline__ KvRowsBlock here() {
+    const int z = static_cast<int>(blockIdx.z), n_group = static_cast<int>(gridDim.z) / 2;
+    return {(z < n_group ? z : z - n_group) * TTraits::kRowTiles, z >= n_group};
+  }
+};
+
+/// What a block works on: kRowTiles tiles of eight rows of a KV head. grid: y = KV head, z = batch * groups of tiles,
+/// or as in KvRowsBlock, where tokens stand for the batch.
 /// @param tile of the group; it may lie behind the last one
 template <class TTraits>
 [[nodiscard]] __device__ __forceinline__ Tq4DecodeUnit kv_unit(const Tq4DecodeParams& params, int tile) {
-  if constexpr (TTraits::kRowTiles == 1) return Tq4DecodeUnit::here(params);
   const auto head = static_cast<int>(blockIdx.y), z = static_cast<int>(blockIdx.z);
+  if constexpr (TTraits::kOfRows) {
+    const int index = KvRowsBlock<TTraits>::here().first_tile + tile, token = index / params.n_row_tile;
+    return {token, head, kRowTile * (index - token * params.n_row_tile), token < params.n_token ? params.group : 0,
+            (std::int64_t{index} * params.n_head_kv + head) * params.n_split};
+  }
+  if constexpr (TTraits::kRowTiles == 1) return Tq4DecodeUnit::here(params);
   const int n_group = (params.n_row_tile + TTraits::kRowTiles - 1) / TTraits::kRowTiles, batch = z / n_group;
   const int index = (z - batch * n_group) * TTraits::kRowTiles + tile;
   return {batch, head, kRowTile * index, params.n_query * params.group,
           ((std::int64_t{batch} * params.n_row_tile + index) * params.n_head_kv + head) * params.n_split};
+}
+
+/// The keys of a block. Of a call of rows those of its rows that have equally many records, the call's first or its
+/// last having them; n_active is 0 where it has no such row.
+template <class TTraits>
+[[nodiscard]] __device__ __forceinline__ Tq4DecodeKeys kv_keys(const Tq4DecodeParams& params) {
+  if constexpr (!TTraits::kOfRows) return decode_keys(params);
+  const auto block = KvRowsBlock<TTraits>::here();
+  const int given = given_kv_len(params), last = params.n_token - 1;
+  const Tq4DecodeKeys first_keys = keys_of(params, given), last_keys = keys_of(params, given + last);
+  const int begin = block.first_tile / params.n_row_tile;
+  const int end = min(last, (block.first_tile + TTraits::kRowTiles - 1) / params.n_row_tile);
+  Tq4DecodeKeys keys = block.is_later ? last_keys : first_keys;
+  const bool has_rows = keys_of(params, given + (block.is_later ? end : begin)).n_record == keys.n_record;
+  if (!has_rows || (block.is_later && first_keys.n_record == last_keys.n_record)) keys.n_active = 0;
+  keys.kv_len = keys_of(params, given + begin).kv_len;  // that all of its rows see
+  return keys;
+}
+
+/// Whether a tile's rows are the block's.
+template <class TTraits>
+[[nodiscard]] __device__ __forceinline__ bool kv_has_tile(const Tq4DecodeParams& params, const Tq4DecodeUnit& rows,
+                                                          const Tq4DecodeKeys& keys) {
+  if constexpr (!TTraits::kOfRows) return rows.row0 < rows.n_row;
+  return rows.row0 < rows.n_row && decode_keys(params, rows.batch).n_record == keys.n_record;
 }
 
 /// A row that a block stages, its part of V or of R: one task a warp, the parts of V first.

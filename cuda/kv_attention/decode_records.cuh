@@ -255,6 +255,14 @@ score_kv_record(KvScores<TTraits>& s, KvTile (&tiles)[TTraits::kVWords], const u
   return norm;
 }
 
+/// hide_tokens() for the rows of a tile.
+template <class TTraits>
+__device__ __forceinline__ void hide_kv_tokens(float (&s)[4], float (&v_norm)[4], const Tq4DecodeParams& params,
+                                               int tile, int first, const Tq4DecodeThread& at) {
+  const Tq4DecodeUnit unit = kv_unit<TTraits>(params, tile);
+  hide_tokens(s, v_norm, params, unit, first, at, TTraits::kOfRows ? unit.batch : 0);
+}
+
 /// Takes the records of a team into its state. A team with fewer than `run.most` meets its barrier as often as if it
 /// had that many, as in absorb_records().
 template <class TTraits>
@@ -285,7 +293,7 @@ __device__ __forceinline__ void absorb_kv_records(Tq4DecodeState<TTraits> (&stat
 #pragma unroll
       for (int i = 0; i < 4; ++i) v_norm[i] = norm.v[i >> 1] * params.levels.v_weight;
       if (first + kKvRecordTokens > run.seen_by_all) {
-        hide_tokens(s, v_norm, params.base, kv_unit<TTraits>(params.base, tile), first, at);
+        hide_kv_tokens<TTraits>(s, v_norm, params.base, tile, first, at);
       }
       std::uint32_t weights[2];
       weigh_tokens(state[tile], s, v_norm, weights);

@@ -95,7 +95,8 @@ __device__ __forceinline__ float weigh_partials(const Tq4DecodeParams& params, c
 
 /// Adds the partials of one row in block order, divides, rotates back and stores it. grid: x = row of the unit, y and z
 /// as in Tq4DecodeUnit. Groups of threads take every kGroups-th partial and are added in order.
-template <int kHeadDim>
+/// @tparam kOfRows sequences stand for rows of one, each of which sees one key more than the row before
+template <int kHeadDim, bool kOfRows = false>
 __global__ void __launch_bounds__(kTq4CombineThreads)
     tq4_combine_kernel(const __grid_constant__ Tq4DecodeParams params) {
   constexpr int kColumns = kHeadDim / 4, kGroups = kTq4CombineThreads / kColumns;
@@ -106,7 +107,8 @@ __global__ void __launch_bounds__(kTq4CombineThreads)
   const Tq4DecodeUnit unit = Tq4DecodeUnit::here(params);
   const auto slot = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int row = unit.row0 + slot, lane = thread & 31, group = thread / kColumns, dim = thread % kColumns * 4;
-  const Tq4DecodeKeys keys = decode_keys(params);  // written before the kernel whose end is awaited here
+  // kv_len was written before the kernel whose end is awaited here.
+  const Tq4DecodeKeys keys = decode_keys(params, kOfRows ? unit.batch : 0);
   const int dim_word = min(thread, kHeadDim - 1) / 32;
   std::uint32_t negative = params.rotation.negative[dim_word];  // read ahead, like the parameters of the first kernel
   float scale = params.rotation.scale;

@@ -75,6 +75,7 @@ struct Tq4DecodeParams {
   float* partial_o = nullptr;    ///< [n_unit, n_split, kRowTile, head_dim]
   float2* partial_ml = nullptr;  ///< [n_unit, n_split, kRowTile]: reference (base 2) and sum of the weights
   unsigned long long* record_count = nullptr;  ///< of visited records; tests only
+  int n_token = 1;                             ///< of a call of rows (cuda/kv_attention/rows.cuh): they stand for batch
 };
 static_assert(std::is_trivially_copyable_v<Tq4DecodeParams>);
 

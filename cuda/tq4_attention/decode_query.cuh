@@ -56,11 +56,19 @@ struct Tq4DecodeKeys {
   int n_active;  ///< blocks that have records
 };
 
-[[nodiscard]] __device__ __forceinline__ Tq4DecodeKeys decode_keys(const Tq4DecodeParams& params) {
-  const int given = params.kv_len != nullptr ? *params.kv_len : params.kv_len_host;
+[[nodiscard]] __device__ __forceinline__ int given_kv_len(const Tq4DecodeParams& params) {
+  return params.kv_len != nullptr ? *params.kv_len : params.kv_len_host;
+}
+
+[[nodiscard]] __device__ __forceinline__ Tq4DecodeKeys keys_of(const Tq4DecodeParams& params, int given) {
   const int kv_len = max(0, min(given, static_cast<int>(params.cache.buffer_len)));
   const int n_record = (kv_len + kTq4RecordTokens - 1) / kTq4RecordTokens;
   return {kv_len, n_record, min(params.n_split, n_record)};
+}
+
+/// @param token of a call of rows, each of which sees one key more than the row before
+[[nodiscard]] __device__ __forceinline__ Tq4DecodeKeys decode_keys(const Tq4DecodeParams& params, int token = 0) {
+  return keys_of(params, given_kv_len(params) + token);
 }
 
 /// One more than the last key that row `row` may see before any mask; 0 for a row beyond the last.

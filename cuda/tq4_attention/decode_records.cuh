@@ -83,9 +83,11 @@ __device__ __forceinline__ void score_record(float (&s)[4], const unsigned char*
 /// Gives the score -inf and the norm zero to keys that a row does not see, whose norms may be NaN: those of the record
 /// that begins at key `first`. Most records are seen whole, so what this needs is worked out here and not kept in
 /// registers.
+/// @param token of a call of rows
 __device__ __forceinline__ void hide_tokens(float (&s)[4], float (&v_norm)[4], const Tq4DecodeParams& params,
-                                            const Tq4DecodeUnit& unit, int first, const Tq4DecodeThread& at) {
-  const int kv_len = decode_keys(params).kv_len;
+                                            const Tq4DecodeUnit& unit, int first, const Tq4DecodeThread& at,
+                                            int token = 0) {
+  const int kv_len = decode_keys(params, token).kv_len;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const int row = unit.row0 + 2 * at.t + c;

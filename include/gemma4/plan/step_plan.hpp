@@ -27,7 +27,7 @@ struct StepPlanRow {
 };
 
 struct StepPlan {
-  std::string name;  ///< "decode" or "prefill"
+  std::string name;  ///< "decode", "verify" or "prefill"
   std::int64_t n_token = 0;
   std::vector<StepPlanRow> rows = {};
   bool operator==(const StepPlan&) const = default;

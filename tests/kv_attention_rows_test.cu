@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/device/device_buffer.cuh"
+#include "cuda/kv_attention.cuh"
+#include "tests/support/attention_case.hpp"
+#include "tests/support/bf16_values.hpp"
+#include "tests/support/kv_device.cuh"
+#include "tests/support/property.hpp"
+#include "tests/support/refuses.hpp"
+
+// Rows at once against rows one by one, bit for bit.
+namespace gemma4::cuda {
+namespace {
+
+using namespace gemma4::testkit;
+using reference::KvCacheBuffer;
+
+struct RowsCase {
+  std::int64_t n_row = 1, n_head = 8, n_head_kv = 1, head_dim = 512, kv_len = 1;  ///< kv_len of the first row
+  KvOptions format;
+  float scale = 1.0f;  ///< of the scores: how often references rise
+  std::uint64_t seed = 1;
+
+  [[nodiscard]] std::int64_t buffer_len() const { return kv_len + n_row + 5; }
+  [[nodiscard]] AttentionShape shape(std::int64_t n_query) const {
+    return {.batch = 1,
+            .n_query = n_query,
+            .n_head = n_head,
+            .n_head_kv = n_head_kv,
+            .head_dim = head_dim,
+            .buffer_len = buffer_len()};
+  }
+};
+
+std::string name_of(const KvDecodeTile& tile) {
+  return concat("d", tile.head_dim, " of ", tile.v_bits, "/", tile.r_bits, " bits, warps ", tile.team_warps, " x ",
+                tile.teams, ", stages ", tile.n_stage, ", row tiles ", tile.row_tiles, ", ", tile.batch, " at a time");
+}
+
+/// Random records of one sequence and rows to attend over them.
+class Rows {
+ public:
+  explicit Rows(const RowsCase& c)
+      : case_(c),
+        codec_(kv_codec_of<KvCodec>(c.head_dim, c.format)),
+        q_(narrow(draw(c.seed, c.n_row * c.n_head * c.head_dim))),
+        weight_(draw_k_weight(c.head_dim)) {}
+
+  /// All rows at once: the keys of the later ones are there already, and behind the last is poison.
+  [[nodiscard]] std::vector<Bf16> at_once(const KvRowsPlan& plan) const {
+    const DeviceBuffer<std::byte> memory = records(case_.kv_len + case_.n_row - 1);
+    DeviceBuffer<Bf16> out(std::ssize(q_));
+    out.fill_bytes(0xFF);  // NaN: every element must be written
+    DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
+    workspace.fill_bytes(0xFF);
+    std::vector<std::int32_t> lengths;
+    for (std::int64_t row = 0; row < case_.n_row; ++row) {
+      lengths.push_back(static_cast<std::int32_t>(case_.kv_len + row));
+    }
+    const DeviceBuffer<std::int32_t> on_device(lengths);
+    const DeviceBuffer<Bf16> q(q_);
+    kv_attention_rows(call(q, out, memory, 0, case_.n_row, DeviceCount::on_device(on_device.data())), plan,
+                      {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
+    return out.to_host();
+  }
+
+  /// One row as a call of its own, which finds poison where later rows have their keys.
+  /// @param more keys than the row has
+  [[nodiscard]] std::vector<Bf16> alone(std::int64_t row, const KvDecodeChoice& choice, std::int64_t more = 0) const {
+    const std::int64_t kv_len = case_.kv_len + row;
+    const DeviceBuffer<std::byte> memory = records(kv_len + std::max<std::int64_t>(more, 0));
+    const KvAttentionPlan plan = plan_kv_attention(case_.shape(1), case_.format, options(), current_device(),
+                                                   {.path = KvPath::kDecode, .decode = choice});
+    DeviceBuffer<Bf16> out(case_.n_head * case_.head_dim);
+    out.fill_bytes(0xFF);
+    DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
+    workspace.fill_bytes(0xFF);
+    const DeviceBuffer<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(kv_len + more)});
+    const DeviceBuffer<Bf16> q(q_);
+    kv_attention(call(q, out, memory, row, 1, DeviceCount::on_device(length.data())), plan,
+                 {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
+    return out.to_host();
+  }
+
+  /// The values of a row in what at_once() returns.
+  [[nodiscard]] std::vector<Bf16> row_of(const std::vector<Bf16>& out, std::int64_t row) const {
+    const auto size = case_.n_head * case_.head_dim;
+    return {out.begin() + row * size, out.begin() + (row + 1) * size};
+  }
+
+  [[nodiscard]] const RowsCase& what() const { return case_; }
+
+ private:
+  [[nodiscard]] AttentionOptions options() const { return {.scale = case_.scale}; }
+  /// @param n_valid behind these, norms are no numbers and codes others
+  [[nodiscard]] DeviceBuffer<std::byte> records(std::int64_t n_valid) const {
+    KvCacheBuffer host(1, case_.n_head_kv, case_.buffer_len(), kv_code_bytes(case_.head_dim, case_.format.v_bits),
+                       kv_code_bytes(kv_rotated_size(case_.head_dim), case_.format.r_bits));
+    std::mt19937_64 random(case_.seed);
+    for (std::uint8_t& byte : host.v_codes()) byte = static_cast<std::uint8_t>(random());
+    for (std::uint8_t& byte : host.r_codes()) byte = static_cast<std::uint8_t>(random());
+    for (KvNorm& norm : host.v_norm()) norm = to_f16(0.1f + static_cast<float>(random() & 1023) * 1e-4f);
+    for (KvNorm& norm : host.r_norm()) norm = to_f16(0.05f + static_cast<float>(random() & 1023) * 1e-4f);
+    const KvCacheView view = host.view();
+    for (std::int64_t head = 0; head < case_.n_head_kv; ++head) {
+      for (std::int64_t key = n_valid; key < case_.buffer_len(); ++key) {
+        view.v_norm(0, head, key) = view.r_norm(0, head, key) = to_f16(std::numeric_limits<float>::quiet_NaN());
+        for (std::int64_t i = 0; i < view.v_codes.extent[3]; ++i) view.v_codes(0, head, key, i) ^= 0x5A;
+        for (std::int64_t i = 0; i < view.r_codes.extent[3]; ++i) view.r_codes(0, head, key, i) ^= 0xF0;
+      }
+    }
+    return kv_records_of(host, case_.head_dim, case_.format);
+  }
+  [[nodiscard]] KvAttentionCall call(const DeviceBuffer<Bf16>& q, DeviceBuffer<Bf16>& out,
+                                     const DeviceBuffer<std::byte>& memory, std::int64_t row, std::int64_t n_query,
+                                     const DeviceCount& kv_len) const {
+    const std::int64_t size = case_.n_head * case_.head_dim;
+    return {.q = make_view(q.data() + row * size, std::int64_t{1}, n_query, case_.n_head, case_.head_dim),
+            .k_weight = weight_.data(),
+            .cache = {memory.data(), 1, case_.n_head_kv, case_.buffer_len(), case_.head_dim, case_.format.v_bits,
+                      case_.format.r_bits},
+            .codec = codec_,
+            .options = options(),
+            .kv_len = kv_len,
+            .out = make_view(out.data(), std::int64_t{1}, n_query, case_.n_head, case_.head_dim)};
+  }
+
+  RowsCase case_;
+  const KvCodec& codec_;
+  std::vector<Bf16> q_;
+  DeviceBuffer<float> weight_;
+};
+
+/// How many values differ in their bits, and where the first is.
+testing::AssertionResult same_bits(const std::vector<Bf16>& found, const std::vector<Bf16>& expected) {
+  std::int64_t n_different = 0, first = -1;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    if (found[i].bits == expected[i].bits) continue;
+    if (n_different++ == 0) first = static_cast<std::int64_t>(i);
+  }
+  if (n_different == 0) return testing::AssertionSuccess();
+  const auto at = static_cast<std::size_t>(first);
+  return testing::AssertionFailure() << n_different << " of " << expected.size() << " values differ, the first, "
+                                     << first << ", is " << to_float(found[at]) << " instead of "
+                                     << to_float(expected[at]);
+}
+
+/// The configurations of one row that add like one of several, and fit.
+std::vector<KvDecodeTile> ones_for(const KvDecodeTile& rows) {
+  std::vector<KvDecodeTile> ones;
+  for (const KvDecodeTile& tile : kKvDecodeTiles) {
+    const bool fits = tile.smem_bytes() <= current_device().smem_limit_bytes;
+    if (tile.row_tiles == 1 && fits && rows.adds_like(tile)) ones.push_back(tile);
+  }
+  return ones;
+}
+
+KvOptions format_of(const KvDecodeTile& tile) {
+  if (tile.v_bits != 0) return {.v_bits = tile.v_bits, .r_bits = tile.r_bits};
+  return {.v_bits = *rc::gen::inRange(3, 7), .r_bits = *rc::gen::inRange(3, 7)};
+}
+
+/// Half of the time a record ends among the rows.
+std::int64_t draw_kv_len(std::int64_t n_row) {
+  const std::int64_t record = *rc::gen::inRange<std::int64_t>(1, 24) * kKvRecordTokens;
+  if (*rc::gen::arbitrary<bool>()) return std::max<std::int64_t>(1, record - *rc::gen::inRange<std::int64_t>(0, n_row));
+  return record - *rc::gen::inRange<std::int64_t>(0, kKvRecordTokens);
+}
+
+/// Every configuration in turn. Controls: a row that saw one key more or fewer would differ.
+RC_GTEST_PROP(KvRowsGpu, EachRowHasTheBitsOfACallOfItsOwn, ()) {
+  for (const KvDecodeTile& tile : kKvRowsTiles) {
+    if (tile.smem_bytes() > current_device().smem_limit_bytes) continue;
+    RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, KvRowsPlan::kMostRows + 1), .head_dim = tile.head_dim};
+    c.n_head_kv = *rc::gen::inRange<std::int64_t>(1, 3);
+    c.n_head = c.n_head_kv * *rc::gen::element<std::int64_t>(1, 2, 6, 8, 8, 8, 16);
+    c.kv_len = draw_kv_len(c.n_row);
+    c.format = format_of(tile);
+    c.scale = *rc::gen::element(0.5f, 6.0f, 40.0f);
+    c.seed = *rc::gen::inRange<std::uint64_t>(1, 1000);
+    const Rows rows(c);
+    for (const KvDecodeTile& one : ones_for(tile)) {
+      KvDecodeChoice choice{.tile = one, .n_split = *rc::gen::inRange(1, 5)};
+      const KvDecodePlan of_one = plan_kv_decode("test", c.shape(1), c.format, current_device(), choice);
+      const KvRowsPlan plan =
+          plan_kv_rows(c.shape(c.n_row), of_one, current_device(), std::nullopt,
+                       {.tile = tile, .rows_a_launch = *rc::gen::inRange<std::int64_t>(2, KvRowsPlan::kMostRows + 1)});
+      RC_ASSERT(plan.misfit == nullptr);
+      RC_LOG() << name_of(tile) << " against " << name_of(one) << ": " << c.n_row << " rows of " << c.n_head << "/"
+               << c.n_head_kv << " heads from kv_len " << c.kv_len << " on, kv" << c.format.v_bits << "r"
+               << c.format.r_bits << ", scale " << c.scale << ", " << *choice.n_split << " splits\n";
+      const std::vector<Bf16> out = rows.at_once(plan);
+      for (std::int64_t row = 0; row < c.n_row; ++row) {
+        rc_require(same_bits(rows.row_of(out, row), rows.alone(row, choice)), concat("row ", row));
+      }
+      if (c.scale > 1.0f) continue;  // one key may have all of a head's weight
+      const std::int64_t some = *rc::gen::inRange<std::int64_t>(0, c.n_row);
+      RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, choice, 1)));
+      if (c.kv_len + some > 1) RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, choice, -1)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gemma4::cuda
