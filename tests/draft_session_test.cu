@@ -32,8 +32,13 @@ using testkit::SmallModel;
 
 const std::filesystem::path kData = GEMMA4_TEST_DATA;
 
-cuda::BackendOptions options_with(const std::string& cache, std::int64_t max_draft, std::int64_t context = 256) {
-  return {.cache = parse_cache_spec(cache), .context = context, .max_chunk = 64, .max_draft = max_draft};
+cuda::BackendOptions options_with(const std::string& cache, std::int64_t max_draft, std::int64_t context = 256,
+                                  bool sliding_rows = true) {
+  return {.cache = parse_cache_spec(cache),
+          .context = context,
+          .max_chunk = 64,
+          .max_draft = max_draft,
+          .sliding_rows = sliding_rows};
 }
 
 /// Whether two sequences have the same tokens, and the same bits of what would be next.
@@ -87,7 +92,9 @@ RC_GTEST_PROP(DraftSession, TheTextIsThatOfPlainStepsWhateverIsDrafted, ()) {
   const cuda::PackedModel packed = cuda::load_model(*small.file);
   const std::string cache = *rc::gen::element<std::string>("tq4", "bf16");
   const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
-  cuda::Backend plain_backend(packed, options_with(cache, 0)), backend(packed, options_with(cache, n_draft));
+  cuda::Backend plain_backend(packed, options_with(cache, 0));
+  cuda::Backend backend(packed,
+                        options_with(cache, n_draft, 256, *rc::gen::weightedElement<bool>({{3, true}, {1, false}})));
   cuda::Session plain(plain_backend);
   cuda::Session drafting(
       backend,

@@ -54,6 +54,7 @@ struct CudaSettings {
   std::int64_t checkpoint_interval = 0;
   std::int64_t max_draft = 0;  ///< tokens that a step of a session drafts by lookup, at most; 0: none
   bool auto_drafts = false;    ///< how many of them, draft::AutoDrafts decides
+  bool sliding_rows = false;   ///< the rows of such a step go through a sliding layer at once
 };
 
 /// A sequence on the device.
