@@ -51,6 +51,7 @@ struct SlidingDecodePlan {
 namespace detail {
 
 inline constexpr std::int64_t kRowsOfLaunch = SlidingRowsTraits<64>::kRows;
+static_assert(2 * kRowsOfLaunch >= kDecodeChunk, "rows go in at most two launches");
 
 /// body(head_dim as a constant), of a layer that fits.
 template <class TBody>
@@ -230,29 +231,31 @@ inline void sliding_decode(const SlidingDecodeCall& call, const SlidingDecodePla
   });
 }
 
-/// The same for n_row neighbouring tokens, in launches of up to four rows: row r of q, k, v and out stands at the
-/// position of the first plus r. Each row has the bits of a launch of its own behind those of the rows before it, and
-/// so has the ring (cuda/sliding_decode/rows_kernel.cuh says why). A layer's keys and values are read once a launch.
+/// The same for n_row neighbouring tokens, in one launch or two of up to four rows: row r of q, k, v and out stands at
+/// the position of the first plus r. Each row has the bits of a launch of its own behind those of the rows before it,
+/// and so has the ring (cuda/sliding_decode/rows_kernel.cuh says why). A launch reads the layer's keys and values once.
 /// @param call     q, k, v and out [n_row, ...]; a position on the device is the first of n_row that increase by one
-/// @param overlap  of the first launch; the next one reads what it stores
+/// @param overlap  as there; the second launch asks for no key before the first has ended
 /// @throws as sliding_decode()
 inline void sliding_decode_rows(const SlidingDecodeCall& call, const SlidingRowsPlan& plan, cudaStream_t stream,
                                 bool overlap = false) {
   constexpr const char* kWho = "sliding_decode_rows";
   require(plan.fits(), kWho, ": the plan does not fit: ", plan.fits() ? "" : plan.misfit,
           "; use sliding_decode() for each row");
-  detail::SlidingRowsParams params{.one = detail::sliding_decode_params(kWho, call, plan.one),
-                                   .n_row = static_cast<std::int32_t>(plan.n_row)};
-  detail::require_sliding_decode(kWho, params.one, plan.one, call.scale, plan.n_row);
-  for (std::int64_t first = 0; first < plan.n_row; first += detail::kRowsOfLaunch) {
-    const std::int64_t n_row = std::min(plan.n_row - first, detail::kRowsOfLaunch);
-    const bool overlaps = overlap && first == 0;
-    params.one = detail::sliding_decode_params(kWho, detail::rows_of(call, first, n_row), plan.one);
-    params.n_row = static_cast<std::int32_t>(n_row);
-    detail::Launch launch = detail::sliding_decode_launch("sliding_rows_kernel", plan.one, stream, overlaps);
+  detail::require_sliding_decode(kWho, detail::sliding_decode_params(kWho, call, plan.one), plan.one, call.scale,
+                                 plan.n_row);
+  detail::Launch launch = detail::sliding_decode_launch("sliding_rows_kernel", plan.one, stream, overlap);
+  launch.smem_bytes = plan.smem_bytes;
+  const bool is_one = plan.n_row <= detail::kRowsOfLaunch;
+  const std::int64_t n_first = is_one ? plan.n_row : (plan.n_row + 1) / 2;
+  for (std::int64_t first = 0; first < plan.n_row; first += n_first) {
+    const std::int64_t n_row = std::min(plan.n_row - first, n_first);
+    const detail::SlidingRowsParams params{
+        .one = detail::sliding_decode_params(kWho, detail::rows_of(call, first, n_row), plan.one),
+        .n_row = static_cast<std::int32_t>(n_row),
+        .ring_rests = first == 0,
+        .read_again = first + n_row < plan.n_row};
     detail::for_sliding_head_dim(plan.one.shape.head_dim, [&](auto head_dim) {
-      if (n_row == 1) return launch(detail::sliding_decode_kernel<detail::SlidingDecodeTraits<head_dim>>, params.one);
-      launch.smem_bytes = plan.smem_bytes;
       launch(detail::sliding_rows_kernel<detail::SlidingRowsTraits<head_dim>>, params);
     });
   }

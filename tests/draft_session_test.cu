@@ -212,6 +212,22 @@ TEST(DraftSession, ARestoredTextIsLookedThrough) {
   EXPECT_EQ(found.accepted, expected.accepted);
 }
 
+/// What the tests above have run by.
+TEST(DraftSession, ThePlanOfAVerifiedChunkSaysHowItsRowsGoThroughRings) {
+  const SmallModel small(gemma4_tiny(), 4);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  for (const bool at_once : {true, false}) {
+    const cuda::Backend backend(packed, options_with("tq4", 3, 256, at_once));
+    const bool takes = at_once && cuda::current_device().compute_capability >= 90;
+    const StepPlan plan = backend.verify_plan(3);
+    const auto row = std::ranges::find(plan.rows, "attention_sliding", &StepPlanRow::component);
+    ASSERT_NE(row, plan.rows.end());
+    EXPECT_EQ(row->path.find("4 rows at once") != std::string::npos, takes) << row->path;
+    EXPECT_EQ(row->path.find("4 rows one by one") != std::string::npos, !takes) << row->path;
+    EXPECT_EQ(row->why.empty(), takes) << row->why;
+  }
+}
+
 TEST(DraftSession, RefusesMoreThanTheBackendKeepsRoomFor) {
   const SmallModel small(gemma4_tiny(), 4);
   const cuda::PackedModel packed = cuda::load_model(*small.file);

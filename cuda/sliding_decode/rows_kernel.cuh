@@ -65,38 +65,44 @@ __device__ __forceinline__ void prepare_rows_early(const SlidingRowsParams& para
   }
 }
 
-/// Normalises and turns the query heads of all rows and the new keys and values that the block needs. The last split
-/// needs all of these and stores them in the ring; no block reads those slots.
+/// Normalises and turns the query heads of all rows and the new keys and values that the block needs, up to two vectors
+/// a warp. The last split needs all of these and stores them in the ring; no block reads those slots.
 template <class T>
 __device__ __forceinline__ void prepare_rows(const SlidingRowsParams& params, const SlidingRowsShare& share,
                                              SlidingRowsSmem<T>& smem) {
-  constexpr int kValues = T::kValues;
+  constexpr int kValues = T::kValues, kEach = 2;
+  static_assert(T::kRows * (T::kHeads + 2) <= kEach * T::kWarps);
   const int n_fresh = share.n_fresh(), n_q = share.n_row * T::kHeads, n_vector = n_q + 2 * n_fresh;
-  const int lane_first = (static_cast<int>(threadIdx.x) & 31) * kValues;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane_first = (static_cast<int>(threadIdx.x) & 31) * kValues;
   const int front = share.front.position, head_kv = share.front.head_kv;
-  for (int i = static_cast<int>(threadIdx.x) / 32; i < n_vector; i += T::kWarps) {
-    const bool is_q = i < n_q, is_k = i < n_q + n_fresh;
-    const int row = is_q ? i / T::kHeads : (i - n_q) % n_fresh;
+  const auto row_of = [&](int i) { return i < n_q ? i / T::kHeads : i < n_q + n_fresh ? i - n_q : i - n_q - n_fresh; };
+  RawValues<kValues, float> raw[kEach];  // both on their way at once
+#pragma unroll
+  for (int each = 0; each < kEach; ++each) {
+    const int i = warp + each * T::kWarps, row = row_of(i);
+    if (i >= n_vector) break;
+    raw[each].load(i < n_q             ? &params.one.q(row, share.front.head(params.one, i % T::kHeads), lane_first)
+                   : i < n_q + n_fresh ? &params.one.k(row, head_kv, lane_first)
+                                       : &params.one.v(row, head_kv, lane_first));
+  }
+#pragma unroll
+  for (int each = 0; each < kEach; ++each) {
+    const int i = warp + each * T::kWarps, row = row_of(i);
+    const bool is_q = i < n_q, is_v = i >= n_q + n_fresh;
+    if (i >= n_vector) break;
     float x[kValues];
-    load_values(is_q   ? &params.one.q(row, share.front.head(params.one, i % T::kHeads), lane_first)
-                : is_k ? &params.one.k(row, head_kv, lane_first)
-                       : &params.one.v(row, head_kv, lane_first),
-                x);
+    raw[each].widen(x);
     rms_norm_warp<T::kHeadDim>(x,
                                is_q   ? params.one.norms.q
-                               : is_k ? params.one.norms.k
-                                      : nullptr,
+                               : is_v ? nullptr
+                                      : params.one.norms.k,
                                params.one.norms.epsilon);
-    if (is_k) rope_warp<T::kHeadDim>(smem.cos_sin[row], params.one.rope.n_pair, x);
-    if (is_q) {
-      store_values(smem.q[row][i % T::kHeads] + lane_first, x);
-      continue;
-    }
-    store_values(smem.fresh[is_k ? 0 : 1][row] + lane_first, x);
-    if (!share.front.has_newest || share.front.pair != 0 || front + row < 0) continue;
+    if (!is_v) rope_warp<T::kHeadDim>(smem.cos_sin[row], params.one.rope.n_pair, x);
+    store_values((is_q ? smem.q[row][i % T::kHeads] : smem.fresh[is_v ? 1 : 0][row]) + lane_first, x);
+    if (is_q || !share.front.has_newest || share.front.pair != 0 || front + row < 0) continue;
     const auto slot =
         ring_slot(static_cast<std::uint32_t>(front + row), static_cast<std::uint32_t>(params.one.ring_len));
-    store_values(&(is_k ? params.one.ring_k : params.one.ring_v)(head_kv, slot, lane_first), x);
+    store_values(&(is_v ? params.one.ring_v : params.one.ring_k)(head_kv, slot, lane_first), x);
   }
 }
 
@@ -349,7 +355,7 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   wait_for_previous_kernel();
   allow_next_kernel();
   if (copies) {
-    fetch_chunks_of_rows<T>(params, share, smem, T::kChunks, T::kChunks + 2);
+    fetch_rest_of_rows<T>(params, share, smem);
   } else {
     prepare_rows<T>(params, share, smem);
   }

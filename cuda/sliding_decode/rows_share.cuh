@@ -39,6 +39,8 @@ struct SlidingRowsTraits : SlidingDecodeTraits<kDim> {
 struct SlidingRowsParams {
   SlidingDecodeParams one;  ///< of the first row; q, k, v and out have n_row rows
   std::int32_t n_row;
+  bool ring_rests;  ///< the kernel in front does not write the ring: old keys may be asked for before it has ended
+  bool read_again;  ///< the next launch reads the same keys
 };
 static_assert(std::is_trivially_copyable_v<SlidingRowsParams>);
 
@@ -132,14 +134,15 @@ __device__ __forceinline__ void fetch_chunk_of_rows(const SlidingRowsParams& par
   const int n_row = min(share.n_old, (in_kind + 1) * T::kChunkKeys + T::kAhead) - begin;
   const std::uint32_t barrier = shared_address(smem.full + chunk);
   if (n_row <= 0) return mbarrier_arrive(barrier);
-  const std::uint64_t policy = evict_first_policy();  // a ring is not read again before all weights have been
   const auto slot = static_cast<int>(ring_slot(static_cast<std::uint32_t>(share.front.first + begin),
                                                static_cast<std::uint32_t>(params.one.ring_len)));
   const int n_before_end = min(n_row, params.one.ring_len - slot), place = is_key ? begin : place_of_value<T>(begin);
   const View<Bf16, 3>& ring = is_key ? params.one.ring_k : params.one.ring_v;
   const auto copy = [&](int to_row, int from_row, int count) {
-    bulk_load(shared_address(smem.place[to_row]), &ring(share.front.head_kv, from_row, 0), count * T::kRowBytes,
-              barrier, policy);
+    const std::uint32_t to = shared_address(smem.place[to_row]);
+    const Bf16* const from = &ring(share.front.head_kv, from_row, 0);
+    if (params.read_again) return bulk_load(to, from, count * T::kRowBytes, barrier);
+    bulk_load(to, from, count * T::kRowBytes, barrier, evict_first_policy());  // not before all weights have been
   };
   mbarrier_expect(barrier, n_row * T::kRowBytes);
   copy(place, slot, n_before_end);
@@ -165,7 +168,14 @@ __device__ __forceinline__ void fetch_early_of_rows(const SlidingRowsParams& par
     mbarrier_init_fence();
   }
   __syncwarp();
-  fetch_chunks_of_rows<T>(params, share, smem, 0, T::kEarly);
+  if (params.ring_rests) fetch_chunks_of_rows<T>(params, share, smem, 0, T::kChunks);
+}
+
+/// And after: the other half of what there is room for.
+template <class T>
+__device__ __forceinline__ void fetch_rest_of_rows(const SlidingRowsParams& params, const SlidingRowsShare& share,
+                                                   SlidingRowsSmem<T>& smem) {
+  fetch_chunks_of_rows<T>(params, share, smem, params.ring_rests ? T::kChunks : 0, T::kChunks + 2);
 }
 
 #endif
