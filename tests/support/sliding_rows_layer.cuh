@@ -29,9 +29,9 @@ struct SlidingRowsCase {
   std::int64_t n_head_kv = 1, group = 2, head_dim = 64, window = 40, ring_len = 48, position = 100, n_row = 4;
   float scale = 0.25f;
   std::uint64_t seed = 1;
-  /// Values of tokens 64 apart are opposite, and keys have a large part that they share: sums are small beside what is
-  /// added, scores large beside their differences. An order of additions then shows in bf16, where it would else show
-  /// in one value of ten thousand.
+  /// Values of tokens 64 apart are opposite; keys have a large part that they share, and others of many exponents: sums
+  /// are small beside what is added, and scores large beside their differences, which are rounded. An order of
+  /// additions then shows in bf16, where it would else show in one value of ten thousand.
   bool cancels = true;
 
   [[nodiscard]] std::int64_t n_head() const { return n_head_kv * group; }
@@ -180,7 +180,8 @@ class SlidingRowsLayer {
         const auto row = static_cast<std::size_t>((head * c_.ring_len + ring_slot(p, c_.ring_len)) * c_.head_dim);
         for (std::int64_t dim = 0; dim < c_.head_dim; ++dim) {
           const auto i = row + static_cast<std::size_t>(dim);
-          const float shared = (dim % 2 == 0 ? 40.0f : -40.0f) + 0.2f * values[i];
+          const float shared =
+              dim % 4 == 0 ? (dim % 8 == 0 ? 60.0f : -60.0f) : values[i] / static_cast<float>(1 << dim % 8);
           ring[i] = to_bf16(!c_.cancels ? values[i] : is_v ? opposite(p, dim) : shared);
         }
       }
