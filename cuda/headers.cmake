@@ -55,6 +55,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/kv_attention/decode.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/kv_attention/decode_batches.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/kv_attention/decode_launch.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/kv_attention/decode_meeting.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/kv_attention/decode_params.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/kv_attention/decode_query.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/kv_attention/decode_records.cuh"

@@ -7,6 +7,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/device/device_buffer.cuh"
@@ -164,50 +165,188 @@ std::vector<KvDecodeTile> ones_for(const KvDecodeTile& rows) {
   return ones;
 }
 
-KvOptions format_of(const KvDecodeTile& tile) {
-  if (tile.v_bits != 0) return {.v_bits = tile.v_bits, .r_bits = tile.r_bits};
-  return {.v_bits = *rc::gen::inRange(3, 7), .r_bits = *rc::gen::inRange(3, 7)};
+/// The configurations of rows that fit.
+std::vector<KvDecodeTile> rows_tiles() {
+  std::vector<KvDecodeTile> tiles;
+  for (const KvDecodeTile& tile : kKvRowsTiles) {
+    if (tile.smem_bytes() <= current_device().smem_limit_bytes) tiles.push_back(tile);
+  }
+  return tiles;
 }
 
-/// Half of the time a record ends among the rows.
+/// Half of the time a record ends among the rows; half of the time there are fewer records than splits and teams.
 std::int64_t draw_kv_len(std::int64_t n_row) {
-  const std::int64_t record = *rc::gen::inRange<std::int64_t>(1, 24) * kKvRecordTokens;
+  const std::int64_t most = *rc::gen::element<std::int64_t>(5, 24);
+  const std::int64_t record = *rc::gen::inRange<std::int64_t>(1, most) * kKvRecordTokens;
   if (*rc::gen::arbitrary<bool>()) return std::max<std::int64_t>(1, record - *rc::gen::inRange<std::int64_t>(0, n_row));
   return record - *rc::gen::inRange<std::int64_t>(0, kKvRecordTokens);
 }
 
-/// Every configuration in turn. Controls: a row that saw one key more or fewer would differ.
+RowsCase draw_case(const KvDecodeTile& tile) {
+  RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, KvRowsPlan::kMostRows + 1), .head_dim = tile.head_dim};
+  c.n_head_kv = *rc::gen::inRange<std::int64_t>(1, 3);
+  c.n_head = c.n_head_kv * *rc::gen::element<std::int64_t>(1, 2, 6, 8, 8, 8, 16);
+  c.kv_len = draw_kv_len(c.n_row);
+  c.format = {.v_bits = tile.v_bits, .r_bits = tile.r_bits};
+  if (tile.v_bits == 0) c.format = {.v_bits = *rc::gen::inRange(3, 7), .r_bits = *rc::gen::inRange(3, 7)};
+  c.scale = *rc::gen::element(0.5f, 6.0f, 40.0f);
+  c.seed = *rc::gen::inRange<std::uint64_t>(1, 1000);
+  return c;
+}
+
+std::string name_of(const RowsCase& c) {
+  return concat(c.n_row, " rows of ", c.n_head, "/", c.n_head_kv, " heads from kv_len ", c.kv_len, " on, kv",
+                c.format.v_bits, "r", c.format.r_bits, ", scale ", c.scale);
+}
+
+/// Controls: a row that saw one key more or fewer would differ.
 RC_GTEST_PROP(KvRowsGpu, EachRowHasTheBitsOfACallOfItsOwn, ()) {
-  for (const KvDecodeTile& tile : kKvRowsTiles) {
-    if (tile.smem_bytes() > current_device().smem_limit_bytes) continue;
-    RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, KvRowsPlan::kMostRows + 1), .head_dim = tile.head_dim};
-    c.n_head_kv = *rc::gen::inRange<std::int64_t>(1, 3);
-    c.n_head = c.n_head_kv * *rc::gen::element<std::int64_t>(1, 2, 6, 8, 8, 8, 16);
-    c.kv_len = draw_kv_len(c.n_row);
-    c.format = format_of(tile);
-    c.scale = *rc::gen::element(0.5f, 6.0f, 40.0f);
-    c.seed = *rc::gen::inRange<std::uint64_t>(1, 1000);
-    const Rows rows(c);
-    for (const KvDecodeTile& one : ones_for(tile)) {
-      KvDecodeChoice choice{.tile = one, .n_split = *rc::gen::inRange(1, 5)};
-      const KvDecodePlan of_one = plan_kv_decode("test", c.shape(1), c.format, current_device(), choice);
-      const KvRowsPlan plan =
-          plan_kv_rows(c.shape(c.n_row), of_one, current_device(), std::nullopt,
-                       {.tile = tile, .rows_a_launch = *rc::gen::inRange<std::int64_t>(2, KvRowsPlan::kMostRows + 1)});
-      RC_ASSERT(plan.misfit == nullptr);
-      RC_LOG() << name_of(tile) << " against " << name_of(one) << ": " << c.n_row << " rows of " << c.n_head << "/"
-               << c.n_head_kv << " heads from kv_len " << c.kv_len << " on, kv" << c.format.v_bits << "r"
-               << c.format.r_bits << ", scale " << c.scale << ", " << *choice.n_split << " splits\n";
-      const std::vector<Bf16> out = rows.at_once(plan);
-      for (std::int64_t row = 0; row < c.n_row; ++row) {
-        rc_require(same_bits(rows.row_of(out, row), rows.alone(row, choice)), concat("row ", row));
+  const std::vector<KvDecodeTile> tiles = rows_tiles();
+  RC_PRE(!tiles.empty());
+  const KvDecodeTile tile = *rc::gen::elementOf(tiles);
+  const RowsCase c = draw_case(tile);
+  const Rows rows(c);
+  for (const KvDecodeTile& one : ones_for(tile)) {
+    const KvDecodeChoice choice{.tile = one, .n_split = *rc::gen::inRange(1, 5)};
+    const KvDecodePlan of_one = plan_kv_decode("test", c.shape(1), c.format, current_device(), choice);
+    const KvRowsPlan plan =
+        plan_kv_rows(c.shape(c.n_row), of_one, current_device(), std::nullopt,
+                     {.tile = tile, .rows_a_launch = *rc::gen::inRange<std::int64_t>(2, KvRowsPlan::kMostRows + 1)});
+    RC_ASSERT(plan.misfit == nullptr);
+    RC_LOG() << name_of(tile) << " against " << name_of(one) << ": " << name_of(c) << ", " << *choice.n_split
+             << " splits, " << plan.rows_a_launch << " a launch\n";
+    const std::vector<Bf16> out = rows.at_once(plan);
+    for (std::int64_t row = 0; row < c.n_row; ++row) {
+      rc_require(same_bits(rows.row_of(out, row), rows.alone(row, choice)), concat("row ", row));
+    }
+    if (c.scale > 1.0f) continue;  // one key may have all of a head's weight
+    const std::int64_t some = *rc::gen::inRange<std::int64_t>(0, c.n_row);
+    RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, choice, 1)));
+    if (c.kv_len + some > 1) RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, choice, -1)));
+  }
+}
+
+/// A record that ends among the rows: those behind it divide their records anew. Every configuration, with scores that
+/// leave the reference of the weights behind again and again. Control: a row that kept the division of the row before
+/// would differ, which one of other shares does.
+TEST(KvRowsGpu, RowsBeyondARecordHaveTheSharesOfTheirOwnLength) {
+  for (const KvDecodeTile& tile : rows_tiles()) {
+    for (const auto& [kv_len, scale] : {std::pair<std::int64_t, float>{605, 2.0f}, {605, 40.0f}, {30, 2.0f}}) {
+      RowsCase c{.n_row = 6, .n_head = 16, .n_head_kv = 2, .head_dim = tile.head_dim, .kv_len = kv_len};
+      if (tile.v_bits != 0) c.format = {.v_bits = tile.v_bits, .r_bits = tile.r_bits};
+      c.scale = scale;
+      const Rows rows(c);
+      for (const KvDecodeTile& one : ones_for(tile)) {
+        KvDecodeChoice choice{.tile = one, .n_split = 3};
+        const KvDecodePlan of_one = plan_kv_decode("test", c.shape(1), c.format, current_device(), choice);
+        const KvRowsPlan plan = plan_kv_rows(c.shape(c.n_row), of_one, current_device(), std::nullopt, {.tile = tile});
+        ASSERT_EQ(plan.misfit, nullptr);
+        const std::vector<Bf16> out = rows.at_once(plan);
+        for (std::int64_t row = 0; row < c.n_row; ++row) {  // 605 to 610: 38 records, from 609 on 39; 30 to 35: 2 and 3
+          const std::string what = concat(name_of(tile), ": ", name_of(c), ", row ", row);
+          EXPECT_TRUE(same_bits(rows.row_of(out, row), rows.alone(row, choice))) << what;
+          if (scale > 2.0f || kv_len < 100 || row > 0) continue;
+          choice.n_split = 2;
+          EXPECT_FALSE(same_bits(rows.row_of(out, row), rows.alone(row, choice))) << "control, other shares: " << what;
+          choice.n_split = 3;
+        }
       }
-      if (c.scale > 1.0f) continue;  // one key may have all of a head's weight
-      const std::int64_t some = *rc::gen::inRange<std::int64_t>(0, c.n_row);
-      RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, choice, 1)));
-      if (c.kv_len + some > 1) RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, choice, -1)));
     }
   }
+}
+
+/// What a launch takes at a time is nothing to a row.
+TEST(KvRowsGpu, AnyNumberOfRowsALaunchGivesTheSameBits) {
+  const RowsCase c{.n_row = 7, .n_head = 6, .n_head_kv = 1, .head_dim = 128, .kv_len = 90};
+  const Rows rows(c);
+  const DeviceInfo device = current_device();
+  const KvDecodePlan one = plan_kv_decode("test", c.shape(1), c.format, device, {.n_split = 2});
+  const KvRowsPlan whole = plan_kv_rows(c.shape(c.n_row), one, device, std::nullopt);
+  ASSERT_EQ(whole.misfit, nullptr);
+  EXPECT_EQ(whole.rows_a_launch, 7);
+  EXPECT_EQ(whole.workspace_bytes, 7 * one.workspace_bytes);
+  const std::vector<Bf16> out = rows.at_once(whole);
+  for (const std::int64_t n : {2, 3, 4, 6}) {
+    const KvRowsPlan some = plan_kv_rows(c.shape(c.n_row), one, device, n * one.workspace_bytes);
+    ASSERT_EQ(some.misfit, nullptr);
+    EXPECT_EQ(some.rows_a_launch, n > 4 ? 4 : n) << "whole blocks of four tiles of rows, where there are more";
+    EXPECT_TRUE(same_bits(rows.at_once(some), out)) << n << " rows a launch";
+  }
+}
+
+constexpr AttentionShape kReal{
+    .batch = 1, .n_query = 4, .n_head = 32, .n_head_kv = 4, .head_dim = 512, .buffer_len = 131072};
+constexpr DeviceInfo kLarge{.sm_count = 132, .compute_capability = 90, .smem_limit_bytes = 232448};
+
+KvDecodePlan plan_of_one(AttentionShape shape, const KvOptions& format, const DeviceInfo& device) {
+  shape.n_query = 1;
+  return plan_kv_decode("test", shape, format, device);
+}
+
+TEST(KvRowsPlan, TheModelsFormatsTakeFourRowsInOnePass) {
+  for (const KvOptions& format : {KvOptions{}, KvOptions{.v_bits = 4}}) {
+    const KvDecodePlan one = plan_of_one(kReal, format, kLarge);
+    const KvRowsPlan plan = plan_kv_rows(kReal, one, kLarge, std::nullopt);
+    ASSERT_EQ(plan.misfit, nullptr);
+    EXPECT_TRUE(plan.tile.adds_like(one.tile));
+    EXPECT_EQ(plan.tile.row_tiles, 4);
+    const KvDecodePlan some = detail::plan_of_rows(plan, 4);
+    EXPECT_EQ(some.n_split, one.n_split) << "the shares of records are those of one row";
+    EXPECT_EQ(some.grid.x, one.grid.x);
+    EXPECT_EQ(some.grid.z, 2u) << "the rows with as many records as the first, and those with one more";
+    EXPECT_EQ(some.combine_grid.z, 4u);
+  }
+}
+
+/// Every configuration of rows is one that some plan of one row comes to: none is compiled for nothing.
+TEST(KvRowsPlan, EveryConfigurationAddsLikeOneOfOneRowAndFitsItsDevices) {
+  for (const KvDecodeTile& tile : kKvRowsTiles) {
+    EXPECT_LE(tile.smem_bytes(), kLarge.smem_limit_bytes) << name_of(tile);
+    EXPECT_TRUE(std::ranges::any_of(kKvDecodeTiles, [&](const KvDecodeTile& one) {
+      return one.row_tiles == 1 && tile.adds_like(one);
+    })) << name_of(tile);
+  }
+  KvDecodeTile other = kKvRowsTiles.front();
+  EXPECT_TRUE(other.adds_like(kKvRowsTiles.front()));
+  other.teams += 1;
+  EXPECT_FALSE(other.adds_like(kKvRowsTiles.front())) << "control: another number of teams divides records otherwise";
+}
+
+TEST(KvRowsPlan, WhatDoesNotFitIsSaidAndMisuseRefused) {
+  const KvDecodePlan one = plan_of_one(kReal, {}, kLarge);
+  const KvRowsPlan no_room = plan_kv_rows(kReal, one, kLarge, one.workspace_bytes);
+  EXPECT_STREQ(no_room.misfit, "the workspace has room for what one row leaves of split keys");
+  DeviceInfo small = kLarge;
+  small.smem_limit_bytes = 99 * 1024;
+  const KvRowsPlan no_tile = plan_kv_rows(kReal, plan_of_one(kReal, {}, small), small, std::nullopt);
+  EXPECT_STREQ(no_tile.misfit, "no compiled configuration of several rows adds like the one of a row that fits");
+  const auto plan = [&](auto break_it) {
+    return [=] {
+      AttentionShape shape = kReal;
+      break_it(shape);
+      (void)plan_kv_rows(shape, one, kLarge, std::nullopt);
+    };
+  };
+  EXPECT_TRUE(refuses(plan([](AttentionShape& s) { s.n_query = 9; }), {"9 rows", "1 to 8"}));
+  EXPECT_TRUE(refuses(plan([](AttentionShape& s) { s.batch = 2; }), {"batch 2", "need 1"}));
+  KvRowsChoice choice{.tile = kKvRowsTiles.back()};
+  EXPECT_TRUE(refuses([&] { (void)plan_kv_rows(kReal, one, kLarge, std::nullopt, choice); }, {"adds otherwise"}));
+
+  const RowsCase c{.n_row = 3, .head_dim = 64, .kv_len = 20};
+  const Rows rows(c);
+  const auto good =
+      plan_kv_rows(c.shape(3), plan_of_one(c.shape(3), {}, current_device()), current_device(), std::nullopt);
+  const auto call = [&](auto break_it) {
+    return [&, break_it] {
+      KvRowsPlan broken = good;
+      break_it(broken);
+      (void)rows.at_once(broken);
+    };
+  };
+  EXPECT_NO_THROW(call([](auto&) {})());
+  EXPECT_TRUE(refuses(call([](KvRowsPlan& p) { p.misfit = "it is Sunday"; }), {"takes no rows at once", "Sunday"}));
+  EXPECT_TRUE(refuses(call([](KvRowsPlan& p) { p.shape.n_query = 2; }), {"another shape", "plan_kv_rows()"}));
+  EXPECT_TRUE(refuses(call([](KvRowsPlan& p) { p.tile.v_bits = 3, p.tile.r_bits = 3; }), {"3 and 3 bits", "5 and 4"}));
 }
 
 }  // namespace

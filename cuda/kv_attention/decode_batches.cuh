@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/kv_attention/decode_meeting.cuh"
 #include "cuda/kv_attention/decode_params.cuh"
 #include "cuda/kv_attention/decode_records.cuh"
 #include "cuda/kv_cache.cuh"
@@ -36,7 +37,8 @@
 ///
 /// Warp instructions of a record, of all warps of a team, counted in the loop's machine code for sm_90a at head_dim 512
 /// (without the paths that raise a reference or hide tokens), and what issuing them takes for 131072 tokens of 4 heads
-/// on 132 multiprocessors of four schedulers at 1.6 GHz, beside the bytes at 4.0 TB/s. Nothing here has been timed yet.
+/// on 132 multiprocessors of four schedulers at 1.6 GHz, beside the bytes at 4.0 TB/s. What an H100 took is at
+/// kKvDecodeTiles.
 ///
 ///                                 5 bits            4 bits
 ///   one at a time, 4 teams        1500   58 us      1396   54 us
@@ -50,51 +52,6 @@
 /// some 32 us of the tensor cores by warp-level instructions where the bytes take 13, and 33 splits of 64 rows are 17
 /// MB of partials, written and read. 32 rows are half of both.
 namespace gemma4::cuda::detail {
-
-/// Where the warps of a team meet, in shared memory. A task is record * kRowTiles + tile.
-template <class TTraits>
-struct KvBatchMeeting {
-  static constexpr int kTasks = TTraits::kBatch * TTraits::kRowTiles;
-  static constexpr int kParts = TTraits::kTeamWarps + TTraits::kRParts;
-  static_assert(kTasks * (512 * kParts + 288) == TTraits::kTeamScoreBytes);
-  unsigned char* memory;
-
-  /// A lane's scores of V's part number `index`, those of R's behind them. [kTasks, kParts, 32]
-  [[nodiscard]] __device__ __forceinline__ float4* part(int task, int index) const {
-    return reinterpret_cast<float4*>(memory) + (task * kParts + index) * 32;
-  }
-  /// A lane's B fragment of p * norm. [kTasks, 32]
-  [[nodiscard]] __device__ __forceinline__ uint2* weights(int task) const {
-    return reinterpret_cast<uint2*>(memory + kTasks * kParts * 512) + task * 32;
-  }
-  /// Of the weights of each row. [kTasks, kRowTile]
-  [[nodiscard]] __device__ __forceinline__ float* reference(int task) const {
-    return reinterpret_cast<float*>(memory + kTasks * (kParts * 512 + 256)) + task * kRowTile;
-  }
-};
-
-/// What the functions of a batch share.
-template <class TTraits>
-struct KvBatchContext {
-  static constexpr int kRecordBytes = TTraits::kRecordBytes, kNorms = kRecordBytes - 64;
-  const KvDecodeParams& params;
-  const Tq4DecodeThread& at;
-  const unsigned char* smem;
-  KvBatchMeeting<TTraits> meeting;
-  int seen_by_all;
-
-  /// The tile of rows of this warp's tasks.
-  [[nodiscard]] __device__ __forceinline__ int own_tile() const {
-    return TTraits::kRowTiles == 1 ? 0 : at.half % TTraits::kRowTiles;
-  }
-};
-
-/// What a warp knows of one of its tasks' rows 2t and 2t + 1: the reference of the weights and the lane's share of
-/// their sum. A task is the same record of every batch, so that what a tile of rows comes to does not depend on which
-/// warp has the task, nor on how many tiles there are.
-struct KvOwnRows {
-  float reference[2], sum[2];
-};
 
 /// The warp's parts of the scores of kCount records from number `first` of the batch on, posted; its tiles of V,
 /// turned.
@@ -217,14 +174,19 @@ template <class TTraits>
   return pack_bf16(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xFFFF0000u) * factor);
 }
 
-/// Goes over to the highest reference that a task of the tile has posted, and with it the output and, where they are of
-/// this tile, the warp's own sums and the weights of the batch.
+/// Goes over to the highest reference that the tile has or a task of it has posted, and with it the output, the weights
+/// and, where the batch ends and they are of this tile, the warp's own sums. (Before that they stay: what a task makes
+/// of its record must not depend on the parts that a batch is taken in.)
 template <class TTraits, int kCount>
-__device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state, KvOwnRows (&own)[TTraits::kTaskRuns],
-                                                  uint2 (&weights)[kCount], int tile,
+__device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state, KvOwnTasks<TTraits>& own,
+                                                  uint2 (&weights)[kCount], int tile, bool ends_batch,
                                                   const KvBatchContext<TTraits>& context) {
   const Tq4DecodeThread& at = context.at;
   float highest[2] = {state.row[0].maximum, state.row[1].maximum}, of_column = -INFINITY;
+  if constexpr (TTraits::kHeld < TTraits::kBatch) {  // a part before may have risen above all of these
+    const float even = __shfl_sync(~0u, highest[0], at.g >> 1), odd = __shfl_sync(~0u, highest[1], at.g >> 1);
+    of_column = (at.g & 1) != 0 ? odd : even;
+  }
 #pragma unroll
   for (int record = 0; record < kCount; ++record) {
     const float* const posted = context.meeting.reference(record * TTraits::kRowTiles + tile);
@@ -243,11 +205,17 @@ __device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state
   for (int c = 0; c < 2; ++c) {
     alpha[c] = exp2_approx(state.row[c].maximum - highest[c]);
     state.row[c].maximum = highest[c];
-    if (tile != context.own_tile()) continue;
+  }
+  if (ends_batch && tile == context.own_tile()) {
 #pragma unroll
-    for (KvOwnRows& rows : own) {
-      rows.sum[c] *= exp2_approx(rows.reference[c] - highest[c]);
-      rows.reference[c] = highest[c];
+    for (int i = 0; i < TTraits::kOwnTasks; ++i) {
+      KvOwnRows rows = own.get(i);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        rows.sum[c] *= exp2_approx(rows.reference[c] - highest[c]);
+        rows.reference[c] = highest[c];
+      }
+      own.set(i, rows);
     }
   }
 #pragma unroll
@@ -257,25 +225,36 @@ __device__ __forceinline__ void follow_references(Tq4DecodeState<TTraits>& state
   }
 }
 
-/// Takes kCount records from number `first` of the batch on, whose first key is `key`, into the state. Two barriers.
-/// @param release is called when nothing of the batch is needed any more
+/// Where a part stands in a batch. One that is taken alone is the first of its own.
+struct KvPart {
+  int first;  ///< record of the batch
+  int own;    ///< of a warp's tasks of the batch, the first of the part
+  bool ends_batch;
+  bool rose;  ///< whether the reference of a task of the batch has risen already
+};
+
+/// Takes kCount records of a batch, the first of whose keys is `key`, into the state. Two barriers.
+/// @param release is called when nothing of the part is needed any more
+/// @return whether the reference of a task of the batch has risen
 template <class TTraits, int kCount, class TRelease>
-__device__ __forceinline__ void take_kv_records(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
-                                                KvOwnRows (&own)[TTraits::kTaskRuns], const unsigned char* batch,
-                                                int first, int key, const KvBatchContext<TTraits>& context,
+__device__ __forceinline__ bool take_kv_records(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
+                                                KvOwnTasks<TTraits>& own, const unsigned char* batch,
+                                                const KvPart& part, int key, const KvBatchContext<TTraits>& context,
                                                 const TRelease& release) {
   constexpr int kRowTiles = TTraits::kRowTiles, kThreads = 32 * TTraits::kTeamWarps;
   const Tq4DecodeThread& at = context.at;
   KvTile tiles[kCount][TTraits::kVWords];
-  score_kv_batch<TTraits, kCount>(tiles, batch, first, context);
+  score_kv_batch<TTraits, kCount>(tiles, batch, part.first, context);
   named_barrier_sync<kThreads>(TTraits::kTeamBarrier + at.pair);
-  bool rises = false;
+  bool rises = part.rose;
 #pragma unroll
   for (int run = 0; run < (kCount * kRowTiles + TTraits::kTeamWarps - 1) / TTraits::kTeamWarps; ++run) {
     const int task = at.half + run * TTraits::kTeamWarps, record = task / kRowTiles;
     if (task >= kCount * kRowTiles) break;
-    const bool here = weigh_kv_task(own[run], task, batch + (first + record) * context.kRecordBytes + context.kNorms,
-                                    key + record * kKvRecordTokens, context);
+    const unsigned char* const norms = batch + (part.first + record) * context.kRecordBytes + context.kNorms;
+    KvOwnRows rows = own.get(part.own + run);
+    const bool here = weigh_kv_task(rows, task, norms, key + record * kKvRecordTokens, context);
+    own.set(part.own + run, rows);
     rises = rises || here;
   }
   const bool any = named_barrier_any<kThreads>(TTraits::kTeamBarrier + at.pair, rises);
@@ -287,7 +266,7 @@ __device__ __forceinline__ void take_kv_records(Tq4DecodeState<TTraits> (&state)
     for (int record = 0; record < kCount; ++record) {
       weights[record] = context.meeting.weights(record * kRowTiles + tile)[at.lane];
     }
-    if (any) follow_references<TTraits, kCount>(state[tile], own, weights, tile, context);
+    if (any) follow_references<TTraits, kCount>(state[tile], own, weights, tile, part.ends_batch, context);
 #pragma unroll
     for (int record = 0; record < kCount; ++record) {
 #pragma unroll
@@ -296,24 +275,41 @@ __device__ __forceinline__ void take_kv_records(Tq4DecodeState<TTraits> (&state)
       }
     }
   }
+  return any;
+}
+
+/// A whole batch, part by part.
+/// @param release is called when nothing of the batch is needed any more
+template <class TTraits, class TRelease>
+__device__ __forceinline__ void take_kv_batch(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
+                                              KvOwnTasks<TTraits>& own, const unsigned char* batch, int key,
+                                              const KvBatchContext<TTraits>& context, const TRelease& release) {
+  constexpr int kHeld = TTraits::kHeld, kParts = TTraits::kBatch / kHeld;
+  bool rose = false;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    const KvPart part{i * kHeld, i * TTraits::kTaskRuns, i == kParts - 1, rose};
+    const auto done = [&] {
+      if (part.ends_batch) release();
+    };
+    rose = take_kv_records<TTraits, kHeld>(state, own, batch, part, key + part.first * kKvRecordTokens, context, done);
+  }
 }
 
 /// Gives each tile's state the sums that its warps have, task by task, all of them in the lanes with g = 0.
 template <class TTraits>
 __device__ __forceinline__ void share_kv_sums(Tq4DecodeState<TTraits> (&state)[TTraits::kRowTiles],
-                                              KvOwnRows (&own)[TTraits::kTaskRuns],
-                                              const KvBatchContext<TTraits>& context) {
+                                              KvOwnTasks<TTraits>& own, const KvBatchContext<TTraits>& context) {
   const Tq4DecodeThread& at = context.at;
-  constexpr int kTasks = TTraits::kTaskRuns * TTraits::kTeamWarps;
+  constexpr int kTasks = TTraits::kOwnTasks * TTraits::kTeamWarps;
   auto* const sums = reinterpret_cast<float2*>(context.meeting.memory);  // [kTasks, 4]
   static_assert(kTasks * 32 <= TTraits::kTeamScoreBytes);
 #pragma unroll
-  for (int run = 0; run < TTraits::kTaskRuns; ++run) {
+  for (int i = 0; i < TTraits::kOwnTasks; ++i) {
+    KvOwnRows rows = own.get(i);
 #pragma unroll
-    for (float& sum : own[run].sum) warp_sum_in_place<4, 16>(sum);
-    if (at.g == 0) {
-      sums[4 * (at.half + run * TTraits::kTeamWarps) + at.t] = make_float2(own[run].sum[0], own[run].sum[1]);
-    }
+    for (float& sum : rows.sum) warp_sum_in_place<4, 16>(sum);
+    if (at.g == 0) sums[4 * (at.half + i * TTraits::kTeamWarps) + at.t] = make_float2(rows.sum[0], rows.sum[1]);
   }
   named_barrier_sync<32 * TTraits::kTeamWarps>(TTraits::kTeamBarrier + at.pair);
 #pragma unroll
@@ -334,7 +330,7 @@ template <class TTraits>
 [[nodiscard]] __device__ __forceinline__ int kv_batch_barriers(int count, bool or_less, int of_wait) {
   constexpr int kBatch = TTraits::kBatch;
   const int whole = count / kBatch, rest = or_less && whole > 0 ? kBatch - 1 : count % kBatch;
-  return 2 * (whole + rest) + of_wait * ((count + kBatch - 1) / kBatch);
+  return 2 * (whole * (kBatch / TTraits::kHeld) + rest) + of_wait * ((count + kBatch - 1) / kBatch);
 }
 
 /// Takes the records of a team into its state, and meets its barrier as often as any team of the block might, as
@@ -350,18 +346,17 @@ __device__ __forceinline__ void absorb_kv_batches(Tq4DecodeState<TTraits> (&stat
   static_assert(TTraits::kTeamWarps % TTraits::kRowTiles == 0, "all tasks of a warp are of one tile");
   const KvBatchContext<TTraits> context{
       params, at, smem, {smem + TTraits::kScoreOffset + TTraits::kTeamScoreBytes * at.pair}, run.seen_by_all};
-  KvOwnRows own[TTraits::kTaskRuns];
-#pragma unroll
-  for (KvOwnRows& rows : own) rows = {{kFarBelow, kFarBelow}, {0.0f, 0.0f}};
+  KvOwnTasks<TTraits> own(context.meeting, at);
   for (int index = run.begin; index < run.end; index += kBatch) {
     const unsigned char* const batch = ring.wait();
     if (index + kBatch <= run.end) {
       const auto release = [&] { ring.release_last(index, run.end); };
-      take_kv_records<TTraits, kBatch>(state, own, batch, 0, index * kKvRecordTokens, context, release);
+      take_kv_batch<TTraits>(state, own, batch, index * kKvRecordTokens, context, release);
     } else {  // the last of the run: its place stays
 #pragma unroll 1
       for (int i = 0; i < run.end - index; ++i) {
-        take_kv_records<TTraits, 1>(state, own, batch, i, (index + i) * kKvRecordTokens, context, [] {});
+        take_kv_records<TTraits, 1>(state, own, batch, {i, 0, true, false}, (index + i) * kKvRecordTokens, context,
+                                    [] {});
       }
     }
   }

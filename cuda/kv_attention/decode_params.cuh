@@ -26,6 +26,7 @@ struct KvDecodeTile {
   int row_tiles;       ///< of eight query rows of a KV head, which share a decoded record
   bool by_product;     ///< decoded tiles are turned by products with the identity, else by movmatrix
   int batch = 1;       ///< records that a team takes at a time; more than one: cuda/kv_attention/decode_batches.cuh
+  int parts = 1;       ///< that a batch is taken in: one's decoded records are held at a time
   bool operator==(const KvDecodeTile&) const = default;
 
   [[nodiscard]] constexpr bool takes(int v, int r) const {
@@ -49,16 +50,23 @@ struct KvDecodeTile {
   /// Columns of 32 dims of R that a warp takes of a batch, all of one record, and how many warps share a record's.
   [[nodiscard]] constexpr int r_share() const { return std::max(1, batch * (head_dim / 128) / team_warps); }
   [[nodiscard]] constexpr int r_parts() const { return head_dim / 128 / r_share(); }
-  /// A team's, of a batch: for each record and row tile what each warp posts, V's part and R's, and the weights and
-  /// references that one of them makes of it. One at a time: two turns of what each warp posts.
+  /// Tasks of a warp of a batch: each record's weights of each tile of rows are one warp's.
+  [[nodiscard]] constexpr int own_tasks() const {
+    return parts * ((batch / parts * row_tiles + team_warps - 1) / team_warps);
+  }
+  /// A team's, of a part of a batch: for each record and row tile what each warp posts, V's part and R's, and the
+  /// weights and references that one of them makes of it; and what is known of several tasks. One at a time: two turns
+  /// of what each warp posts.
   [[nodiscard]] constexpr int team_score_bytes() const {
-    return batch == 1 ? 2 * team_warps * row_tiles * 512 : batch * row_tiles * (512 * (team_warps + r_parts()) + 288);
+    if (batch == 1) return 2 * team_warps * row_tiles * 512;
+    const int own = own_tasks() > 1 ? own_tasks() * team_warps * 512 : 0;
+    return batch / parts * row_tiles * (512 * (team_warps + r_parts()) + 288) + own;
   }
   [[nodiscard]] constexpr int score_bytes() const { return teams * team_score_bytes(); }
   /// Of the ring's, so many that what follows is aligned to 16 bytes.
   [[nodiscard]] constexpr int barrier_bytes() const { return (teams * n_stage + 1) / 2 * 16; }
   /// Whether a plan takes it unasked: not before it has been timed.
-  [[nodiscard]] constexpr bool is_measured() const { return batch == 1; }
+  [[nodiscard]] constexpr bool is_measured() const { return team_warps <= 4; }
   /// Ring, q, scores, barriers, (m, l) of every team and row, two scales of every row.
   [[nodiscard]] constexpr int smem_bytes() const {
     return ring_bytes() + row_tiles * (q_tile_bytes() + 64) + score_bytes() + barrier_bytes() + 64 * teams;
@@ -67,19 +75,22 @@ struct KvDecodeTile {
 
 /// For each head_dim and width the first that takes it and fits is taken, among those of one row tile for up to eight
 /// rows of a KV head, of several for more; without one of those, one of the others. The last of each head_dim needs at
-/// most 99 KB. Of five bits movmatrix is the faster way to turn a tile; three teams, and teams of two warps, were
-/// slower than four of four (`attention --one-vector-tile` times those that are here). Those of several records at a
-/// time come last and are for a choice alone, until they have been timed.
+/// most 99 KB. `attention --one-vector-tile` times those that are here. What lost is not; on an H100, 32 / 4 heads, in
+/// us of one query at 512, 32768 and 131072 keys:
+///   warps x teams, records at a time     kv5r4                  kv4r4
+///   4 x 2, four                          11.2   36.4    97.2    10.8   32.2    85.5
+///   4 x 3, two                           11.2   37.8   102.1    10.9   32.7    88.6
+///   4 x 4, one                           11.6   36.1   103.4    11.8   33.3    95.5
+/// Four queries of kv5r4 at 32768 keys, four row tiles a block: 4 x 2 teams, two records at a time 75.5, one 86.0; eight
+/// row tiles, 8 x 1, 124.9. Of five bits movmatrix is the faster way to turn a tile. Teams of eight warps come last and
+/// are for a choice alone, until they have been timed.
 inline constexpr std::array kKvDecodeTiles{
     // head_dim, v_bits, r_bits, team_warps, teams, n_stage, row_tiles, by_product, batch
-    KvDecodeTile{512, 5, 4, 4, 4, 8, 1, false},     KvDecodeTile{512, 4, 4, 4, 4, 9, 1, true},
-    KvDecodeTile{512, 5, 4, 4, 2, 12, 4, true},     KvDecodeTile{512, 4, 4, 4, 2, 14, 4, true},
-    KvDecodeTile{512, 5, 4, 4, 4, 8, 1, true},      KvDecodeTile{512, 0, 0, 4, 4, 6, 1, true},
-    KvDecodeTile{512, 0, 0, 4, 3, 3, 1, true},      KvDecodeTile{256, 0, 0, 4, 4, 5, 1, true},
-    KvDecodeTile{128, 0, 0, 4, 4, 6, 1, true},      KvDecodeTile{64, 0, 0, 2, 4, 6, 1, true},
     KvDecodeTile{512, 5, 4, 4, 2, 12, 1, false, 4}, KvDecodeTile{512, 4, 4, 4, 2, 12, 1, false, 4},
-    KvDecodeTile{512, 5, 4, 4, 3, 10, 1, false, 2}, KvDecodeTile{512, 4, 4, 4, 3, 10, 1, false, 2},
-    KvDecodeTile{512, 5, 4, 4, 2, 8, 4, false, 2},  KvDecodeTile{512, 5, 4, 8, 1, 6, 8, false, 2},
+    KvDecodeTile{512, 5, 4, 4, 2, 8, 4, false, 2},  KvDecodeTile{512, 4, 4, 4, 2, 14, 4, true},
+    KvDecodeTile{512, 0, 0, 4, 4, 6, 1, true},      KvDecodeTile{512, 0, 0, 4, 3, 3, 1, true},
+    KvDecodeTile{256, 0, 0, 4, 4, 5, 1, true},      KvDecodeTile{128, 0, 0, 4, 4, 6, 1, true},
+    KvDecodeTile{64, 0, 0, 2, 4, 6, 1, true},       KvDecodeTile{512, 5, 4, 8, 2, 12, 1, false, 2},
 };
 
 namespace detail {
@@ -112,8 +123,10 @@ struct KvDecodeTraits {
   static constexpr int kVBits = kTile.v_bits, kRBits = kTile.r_bits;
   static constexpr int kTeamWarps = kTile.team_warps, kRowTiles = kTile.row_tiles;
   static constexpr bool kOfRows = kRows;
-  static constexpr int kTaskRuns = (kTile.batch * kRowTiles + kTeamWarps - 1) / kTeamWarps;  ///< of a batch, by a warp
-  static constexpr int kBatch = kTile.batch, kRShare = kTile.r_share(), kRParts = kTile.r_parts();
+  static constexpr int kBatch = kTile.batch, kHeld = kBatch / kTile.parts;  ///< records of a batch, and of its part
+  static constexpr int kOwnTasks = kTile.own_tasks();                       ///< of a batch, by a warp
+  static constexpr int kTaskRuns = kOwnTasks / kTile.parts;
+  static constexpr int kRShare = kTile.r_share(), kRParts = kTile.r_parts();
   static constexpr int kPairs = kTile.teams;  ///< the name that the machinery of TQ4 decode has for teams
   static constexpr int kThreads = 32 * kTeamWarps * kPairs;
   static constexpr int kValues = kHeadDim / 32;  ///< of a vector in a lane
@@ -137,6 +150,7 @@ struct KvDecodeTraits {
   static_assert(kScaleOffset + 64 * kRowTiles == kSmemBytes && kScaleOffset % 16 == 0);
   using Bytes = std::conditional_t<kVBits == 0, ToldRecordBytes, FixedRecordBytes<kRecordBytes>>;
   static_assert(kStages % kBatch == 0, "the ring holds whole batches");
+  static_assert(kHeld * kTile.parts == kBatch, "a batch has equal parts");
   using Ring = RecordRing<kRecordBytes, kStages / kBatch, 32 * kTeamWarps, Bytes, kBatch>;
 };
 

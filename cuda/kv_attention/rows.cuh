@@ -39,10 +39,11 @@ namespace gemma4::cuda {
 /// The compiled configurations of rows. Which of them serves a plan of one row is decided by that plan's own
 /// configuration (kKvDecodeTiles): those that add like it, and of these the one that decodes least often.
 inline constexpr std::array kKvRowsTiles{
-    // head_dim, v_bits, r_bits, team_warps, teams, n_stage, row_tiles, by_product, batch
-    KvDecodeTile{512, 5, 4, 4, 4, 7, 2, false}, KvDecodeTile{512, 4, 4, 4, 4, 8, 2, false},
-    KvDecodeTile{512, 0, 0, 4, 4, 5, 2, true},  KvDecodeTile{256, 0, 0, 4, 4, 5, 2, true},
-    KvDecodeTile{128, 0, 0, 4, 4, 6, 4, true},  KvDecodeTile{64, 0, 0, 2, 4, 6, 4, true},
+    // head_dim, v_bits, r_bits, team_warps, teams, n_stage, row_tiles, by_product, batch, parts
+    KvDecodeTile{512, 5, 4, 4, 2, 8, 4, false, 4, 2}, KvDecodeTile{512, 4, 4, 4, 2, 12, 4, false, 4, 2},
+    KvDecodeTile{512, 5, 4, 8, 2, 6, 4, false, 2},    KvDecodeTile{512, 0, 0, 4, 4, 5, 2, true},
+    KvDecodeTile{256, 0, 0, 4, 4, 5, 2, true},        KvDecodeTile{128, 0, 0, 4, 4, 6, 4, true},
+    KvDecodeTile{64, 0, 0, 2, 4, 6, 4, true},
 };
 
 /// How rows go through attention at once, or why they do not.
