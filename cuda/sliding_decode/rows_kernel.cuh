@@ -226,7 +226,7 @@ __device__ __forceinline__ void add_sliding_values(const SlidingRowsShare& share
                                                    SumsOfRows<T>& sum) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll 1
-  for (int chunk = 0; chunk < T::kChunks; ++chunk) {
+  for (int chunk = 0; chunk * T::kChunkKeys < share.front.n_key; ++chunk) {
     mbarrier_wait(shared_address(smem.full + T::kChunks + chunk), 0);
 #pragma unroll
     for (int i = 0; i < T::kWarpKeys + kRows - 1; ++i) {

@@ -50,15 +50,15 @@ struct SlidingRowsShare {
   int n_row;
   int n_key;    ///< of all rows
   int n_old;    ///< of these, before the first row's position
-  bool slides;  ///< every row sees 128 keys, one further than the row before: the window is full
+  bool slides;  ///< every row sees as many keys, one further than the row before, in whole chunks: the window is full
 
   __device__ __forceinline__ explicit SlidingRowsShare(const SlidingRowsParams& params)
       : front(params.one), n_row(params.n_row) {
     const SlidingDecodeShare back(params.one, front.position + n_row - 1);
     n_key = back.first + back.n_key - front.first;
     n_old = min(max(front.position, 0) - front.first, n_key);
-    slides =
-        back.first - front.first == n_row - 1 && front.n_key == kSlidingDecodeKeys && back.n_key == kSlidingDecodeKeys;
+    slides = back.first - front.first == n_row - 1 && back.n_key == front.n_key &&
+             front.n_key % SlidingDecodeTraits<64>::kChunkKeys == 0;
   }
   [[nodiscard]] __device__ __forceinline__ int n_fresh() const { return n_key - n_old; }
 };
