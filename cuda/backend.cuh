@@ -345,7 +345,8 @@ class Backend {
   /// Of a chunk of a token and the drafts behind it.
   [[nodiscard]] Pass plan_verify(std::int64_t n_draft) const {
     require_drafts(n_draft, options_.max_draft);
-    const LayerCachePlan rows = caches_->plan_rows(n_draft + 1, policy_of_rows(options_.policy), options_.policy);
+    const LayerCachePlan rows =
+        caches_->plan_rows(n_draft + 1, policy_of_rows(options_.policy), options_.policy, options_.sliding_rows);
     return drafting_->pass(n_draft, rows, overlaps(n_draft + 1), options_.policy.dynamic_rows);
   }
   /// Plans the pass: nothing behind this refuses.

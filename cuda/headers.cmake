@@ -119,6 +119,8 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/sliding_attention.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_decode.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_decode/kernel.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/sliding_decode/rows_kernel.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/sliding_decode/rows_share.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/sliding_decode/share.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/softmax_state.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention.cuh"

@@ -108,10 +108,13 @@ class LayerCaches {
   /// How n_row tokens behind each other go through that each must have the bits of a step of its own.
   /// @param of_one the policy of a step of one of them among others (policy_of_rows())
   /// @param policy of what takes all of them at once
+  /// @param rings_at_once whether sliding layers do, where they can
   [[nodiscard]] LayerCachePlan plan_rows(std::int64_t n_row, const ExecutionPolicy& of_one,
-                                         const ExecutionPolicy& policy) const {
+                                         const ExecutionPolicy& policy, bool rings_at_once) const {
     LayerCachePlan plan = this->plan(1, context_, of_one);
     plan.rows = {.n_row = n_row, .overlap = device_.compute_capability >= 90 && policy.launch_overlap};
+    plan.rows.sliding = plan_sliding_rows(plan.sliding.step, n_row, device_);
+    if (!rings_at_once && plan.rows.sliding.fits()) plan.rows.sliding.misfit = "it is switched off";
     if (full_) {
       FullPlanWish wish = full_wish(plan, context_, policy);
       wish.n_query = n_row;
@@ -232,7 +235,13 @@ class LayerCaches {
   template <class TIn>
   void attend_rows(std::int64_t layer, const ProjectedHeads<TIn>& heads, const QkNorms& norms, const ChunkPlace& chunk,
                    const std::int32_t* kv_lens, const LayerCachePlan& plan, cudaStream_t stream) const {
-    require(!config_.sliding_layer(layer), "backend: the ring of layer ", layer, " does not take rows at once");
+    if (config_.sliding_layer(layer)) {
+      if constexpr (std::is_same_v<TIn, float>) {  // the type of few tokens
+        return sliding_->step_rows(index(layer), heads, norms, sliding_rope_, chunk, plan.rows.sliding, stream,
+                                   plan.rows.overlap);
+      }
+      require(false, "backend: rows of a long chunk do not go through layer ", layer, " at once");
+    }
     const FullAttentionCall call = full_call(heads, norms, chunk, DeviceCount::on_device(kv_lens), full_options(plan));
     with_full([&]<class TCaches>(const TCaches& caches) {
       if constexpr (TakesRows<TCaches>) {
@@ -304,7 +313,7 @@ class LayerCaches {
 
   /// Why the rows of a pass go one by one through a layer of a kind; null: they do not.
   [[nodiscard]] const char* rows_misfit(bool is_sliding, const LayerRowsPlan& rows) const {
-    if (is_sliding) return rows.sliding_misfit;
+    if (is_sliding) return rows.sliding.misfit;
     return std::visit([](const auto& plan) { return plan.misfit; }, rows.full);
   }
   /// Of attention, where a plan has rows that must have the bits of steps of one.
@@ -318,6 +327,10 @@ class LayerCaches {
       if (const char* const misfit = rows_misfit(is_sliding, plan.rows)) {
         row.path = concat(plan.rows.n_row, " rows one by one: ", row.path);
         row.why += concat(row.why.empty() ? "" : "; ", "not at once: ", misfit);
+        continue;
+      }
+      if (is_sliding) {
+        row = sliding_->row_of_rows(plan.rows.sliding, plan.rows.overlap);
         continue;
       }
       with_full([&]<class TCaches>(const TCaches& caches) {

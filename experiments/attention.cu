@@ -16,6 +16,7 @@
 #include "experiments/support/sliding_measure.cuh"
 #include "gemma4/config.hpp"
 #include "gemma4/plan/memory_plan.hpp"
+#include "gemma4/step_limits.hpp"
 
 namespace gemma4::experiment {
 namespace {
@@ -74,10 +75,12 @@ std::vector<Case> cases_of(const Options& options) {
     const AttentionShape ring{
         .batch = 1, .n_query = n_query, .n_head = 32, .n_head_kv = 16, .head_dim = 256, .buffer_len = 1024};
     cases.push_back({"sliding", n_query <= cuda::kTq4DecodeQueries ? "decode" : "prefill", ring, 5000 + n_query});
-    if (n_query > 1) continue;
+    if (n_query > kDecodeChunk) continue;
     AttentionShape step = ring;
     step.buffer_len = ring_slots(gemma4_31b().window);
-    cases.push_back({"sliding", "step", step, 5001});
+    for (const char* phase : {"step", "rows", "rows_apart"}) {
+      if ((n_query == 1) == (phase == std::string("step"))) cases.push_back({"sliding", phase, step, 5000 + n_query});
+    }
   }
   return cases;
 }
@@ -135,6 +138,7 @@ void measure(const Options& options, ResultTable& table) {
   Progress bar("attention", static_cast<std::int64_t>(cases.size()), progress_options(options.driver, "case"));
   const auto measure_case = [&](const Case& c) {
     if (c.phase == "step") return measure_sliding_step(c, seed, stream);
+    if (c.phase.starts_with("rows")) return measure_sliding_rows(c, c.phase == "rows", seed, stream);
     if (c.kind == "sliding") return measure_sliding_attention(c, seed, stream);
     if (c.kind == "tq4") return measure_full(c, tq4, seed, stream);
     if (c.kind != "bf16") return measure_one_vector(c, one_vector.at(c.kind), seed, stream);

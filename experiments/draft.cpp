@@ -32,6 +32,7 @@ struct Options : DriverOptions {
   std::int64_t window = 32;
   std::int64_t sites = 8;
   std::int64_t stride = 64;
+  bool sliding_rows = false;
 };
 
 const std::vector<std::string> kParameters = {"model",   "model_desc", "text",   "backend", "context",
@@ -152,7 +153,8 @@ class Source {
             .max_chunk = std::max(options_.chunk, kDecodeChunk),
             .policy = options_.policy(),
             .max_draft = draft::kMaxDrafts,
-            .lag = kLag};
+            .lag = kLag,
+            .sliding_rows = options_.sliding_rows};
   }
 
   const Options& options_;
@@ -295,6 +297,8 @@ void add_options(CLI::App& app, Options& options) {
   add_whole(app, "--sites", options.sites, "Places at a depth from which text is written", {1, 100000});
   add_whole(app, "--stride", options.stride, "Tokens of the text from one site to the next", {kMaxRewind, 1 << 20});
   add_policy(app, options);
+  app.add_flag("--sliding-rows", options.sliding_rows,
+               "The rows of a step go through a sliding layer in launches of up to four, not one by one; on a device");
   add_ids(app, options);
   add_seed(app, options);
   add_out(app, options);

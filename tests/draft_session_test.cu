@@ -32,8 +32,13 @@ using testkit::SmallModel;
 
 const std::filesystem::path kData = GEMMA4_TEST_DATA;
 
-cuda::BackendOptions options_with(const std::string& cache, std::int64_t max_draft, std::int64_t context = 256) {
-  return {.cache = parse_cache_spec(cache), .context = context, .max_chunk = 64, .max_draft = max_draft};
+cuda::BackendOptions options_with(const std::string& cache, std::int64_t max_draft, std::int64_t context = 256,
+                                  bool sliding_rows = true) {
+  return {.cache = parse_cache_spec(cache),
+          .context = context,
+          .max_chunk = 64,
+          .max_draft = max_draft,
+          .sliding_rows = sliding_rows};
 }
 
 /// Whether two sequences have the same tokens, and the same bits of what would be next.
@@ -87,7 +92,9 @@ RC_GTEST_PROP(DraftSession, TheTextIsThatOfPlainStepsWhateverIsDrafted, ()) {
   const cuda::PackedModel packed = cuda::load_model(*small.file);
   const std::string cache = *rc::gen::element<std::string>("tq4", "bf16");
   const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
-  cuda::Backend plain_backend(packed, options_with(cache, 0)), backend(packed, options_with(cache, n_draft));
+  cuda::Backend plain_backend(packed, options_with(cache, 0));
+  cuda::Backend backend(packed,
+                        options_with(cache, n_draft, 256, *rc::gen::weightedElement<bool>({{3, true}, {1, false}})));
   cuda::Session plain(plain_backend);
   cuda::Session drafting(
       backend,
@@ -203,6 +210,22 @@ TEST(DraftSession, ARestoredTextIsLookedThrough) {
   EXPECT_EQ(found.n_step, expected.n_step);
   EXPECT_EQ(found.drafted, expected.drafted);
   EXPECT_EQ(found.accepted, expected.accepted);
+}
+
+/// What the tests above have run by.
+TEST(DraftSession, ThePlanOfAVerifiedChunkSaysHowItsRowsGoThroughRings) {
+  const SmallModel small(gemma4_tiny(), 4);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  for (const bool at_once : {true, false}) {
+    const cuda::Backend backend(packed, options_with("tq4", 3, 256, at_once));
+    const bool takes = at_once && cuda::current_device().compute_capability >= 90;
+    const StepPlan plan = backend.verify_plan(3);
+    const auto row = std::ranges::find(plan.rows, "attention_sliding", &StepPlanRow::component);
+    ASSERT_NE(row, plan.rows.end());
+    EXPECT_EQ(row->path.find("4 rows at once") != std::string::npos, takes) << row->path;
+    EXPECT_EQ(row->path.find("4 rows one by one") != std::string::npos, !takes) << row->path;
+    EXPECT_EQ(row->why.empty(), takes) << row->why;
+  }
 }
 
 TEST(DraftSession, RefusesMoreThanTheBackendKeepsRoomFor) {

@@ -33,6 +33,9 @@ struct BackendOptions {
   /// The whole plan must stay within it: weights, context and all. 0: what the device has free.
   std::int64_t memory_limit_bytes = 0;
   RingSpec ring = {};  ///< of the sliding layers
+  /// The rows of a step that drafts go through a sliding layer in launches of up to four, where they fit. The bits are
+  /// the same.
+  bool sliding_rows = false;
 };
 
 /// @param sm_count multiprocessors of the device

@@ -42,7 +42,7 @@ struct LayerRowsPlan {
   std::int64_t n_row = 0;  ///< 0: the pass has none
   bool overlap = false;    ///< programmatic dependent launch of what takes all of them
   std::variant<RowByRow, KvRowsPlan> full = {};
-  const char* sliding_misfit = "a ring takes one row at a time";
+  SlidingRowsPlan sliding = {};
 };
 
 /// How a chunk goes through the caches, for all layers alike; made before the first kernel of a pass.

@@ -91,6 +91,14 @@ class SlidingLayerCaches {
     return row;
   }
 
+  [[nodiscard]] StepPlanRow row_of_rows(const SlidingRowsPlan& plan, bool overlap) const {
+    return {.component = "attention_sliding",
+            .path = concat("prologue, ring and attention, ", plan.n_row, " rows at once"),
+            .tile = concat("cluster of ", plan.one.n_split, ", ", detail::kRowsOfLaunch, " rows a launch",
+                           overlap ? "" : ", no PDL"),
+            .n_split = plan.one.n_split};
+  }
+
   /// Where the prologue writes: fresh K and V for the attention, and the ring where that loses nothing.
   template <class TLaunch>
   void with_sink(std::int64_t index, const FreshKv& fresh, const SlidingPlan& plan, TLaunch&& launch) const {
@@ -117,6 +125,14 @@ class SlidingLayerCaches {
     sliding_decode({heads.q, heads.k, heads.v, norms, chunk.position, rope, k(index), v(index),
                     ModelConfig::kAttentionScale, heads.q_out},
                    plan.step, stream, plan.overlap);
+  }
+
+  /// Tokens behind each other, each as in a step of its own; where plan.fits().
+  void step_rows(std::int64_t index, const ProjectedHeads<float>& heads, const QkNorms& norms, const RopeParams& rope,
+                 const ChunkPlace& chunk, const SlidingRowsPlan& plan, cudaStream_t stream, bool overlap) const {
+    sliding_decode_rows({heads.q, heads.k, heads.v, norms, chunk.position, rope, k(index), v(index),
+                         ModelConfig::kAttentionScale, heads.q_out},
+                        plan, stream, overlap);
   }
 
   /// @param q [n_token, n_head, head_dim], takes the result

@@ -160,10 +160,11 @@ __device__ __forceinline__ void score_keys_of_warp(const SlidingDecodeParams& pa
   }
 }
 
-/// Softmax over the warp's own keys: leaves (maximum, sum) of each head and the exponentials in shared memory.
-template <class T>
-__device__ __forceinline__ void weigh_keys(const float (&score)[2][2], SlidingDecodeSmem<T>& smem) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) & 31;
+/// Softmax over a warp's own 16 keys, whose scores are in lanes four apart: leaves (maximum, sum) of each head and the
+/// exponentials in shared memory, where the lane `stores`. Four rows at a time may lie in neighbouring lanes.
+/// @param states of the warp's heads @param to [16] both heads' exponentials
+__device__ __forceinline__ void weigh_keys(const float (&score)[2][2], SoftmaxState* states, float2* to, bool stores) {
+  const int g = (static_cast<int>(threadIdx.x) & 31) / 4;
   float weight[2][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -174,14 +175,13 @@ __device__ __forceinline__ void weigh_keys(const float (&score)[2][2], SlidingDe
     weight[1][h] = exp2_approx(score[1][h] - reference);
     float total = weight[0][h] + weight[1][h];
     total = warp_sum<16, 4>(total);
-    if (lane == 0) {
-      smem.states[warp][h] = {maximum, total};
+    if (stores && g == 0) {
+      states[h] = {maximum, total};
     }
   }
-  if (lane % 4 == 0) {
-    float2* const to = reinterpret_cast<float2*>(smem.weights[warp]) + lane / 4;
-    to[0] = make_float2(weight[0][0], weight[0][1]);
-    to[8] = make_float2(weight[1][0], weight[1][1]);
+  if (stores) {
+    to[g] = make_float2(weight[0][0], weight[0][1]);
+    to[g + 8] = make_float2(weight[1][0], weight[1][1]);
   }
   __syncwarp();
 }
@@ -306,7 +306,8 @@ __global__ void __launch_bounds__(T::kThreads, 2)
     named_barrier_sync<T::kTeamBarrier, 32 * T::kWarps>();
     float score[2][2];
     score_keys_of_warp<T>(params, share, smem, score);
-    weigh_keys<T>(score, smem);
+    weigh_keys(score, smem.states[threadIdx.x / 32], reinterpret_cast<float2*>(smem.weights[threadIdx.x / 32]),
+               threadIdx.x % 4 == 0);
     add_values<T>(share, smem);
     named_barrier_sync<T::kTeamBarrier, 32 * T::kWarps>();
   }

@@ -87,12 +87,14 @@ struct SlidingDecodeShare {
   int n_key, n_old;
   bool has_newest;
 
-  __device__ __forceinline__ explicit SlidingDecodeShare(const SlidingDecodeParams& params) {
+  __device__ __forceinline__ explicit SlidingDecodeShare(const SlidingDecodeParams& params)
+      : SlidingDecodeShare(params, params.position != nullptr ? *params.position : params.position_host) {}
+  /// That of a token at another position.
+  __device__ __forceinline__ SlidingDecodeShare(const SlidingDecodeParams& params, int at) : position(at) {
     const int block = static_cast<int>(blockIdx.x);
     split = block % params.n_split;
     pair = block / params.n_split % params.n_pair;
     head_kv = block / params.n_split / params.n_pair;
-    position = params.position != nullptr ? *params.position : params.position_host;
     const int newest = max(position, 0), n_seen = min(newest, params.window - 1) + 1;
     const int begin = n_seen * split / params.n_split;
     first = newest + 1 - n_seen + begin;

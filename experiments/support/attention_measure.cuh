@@ -31,7 +31,8 @@ inline constexpr int kBuffers = 4;  ///< caches that the timed calls take in tur
 /// One line of the table.
 struct Case {
   std::string kind;   ///< tq4, a format of one vector, bf16 or sliding
-  std::string phase;  ///< decode, prefill or update; step: a decode that begins at the projections of q, k and v
+  std::string phase;  ///< decode, prefill or update; step: a decode that begins at the projections of q, k and v;
+                      ///< rows: several of these at once; rows_apart: one after another
   AttentionShape shape;
   std::int64_t context = 0;
 };

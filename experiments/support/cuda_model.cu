@@ -26,7 +26,8 @@ cuda::BackendOptions backend_options(const CudaSettings& settings) {
           .n_logit_row = settings.n_logit_row,
           .max_draft = settings.max_draft,
           .policy = settings.policy,
-          .ring = settings.ring};
+          .ring = settings.ring,
+          .sliding_rows = settings.sliding_rows};
 }
 
 struct MemoryInfo {

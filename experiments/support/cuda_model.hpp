@@ -55,6 +55,7 @@ struct CudaSettings {
   std::int64_t max_draft = 0;  ///< tokens that a step of a session drafts by lookup, at most; 0: none
   bool auto_drafts = false;    ///< how many of them, draft::AutoDrafts decides
   std::int64_t lag = 4;        ///< steps of a session that are under way while the host looks at a token
+  bool sliding_rows = false;   ///< the rows of such a step go through a sliding layer at once
 };
 
 /// A sequence on the device.

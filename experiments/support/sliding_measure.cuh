@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <utility>
 #include <vector>
@@ -132,6 +133,100 @@ inline Measurement measure_sliding_step(const Case& c, std::uint32_t seed, cudaS
           .bytes = static_cast<double>(4 * window * n_row + 8 * n_row + 6 * n_value),
           .flop = 4.0 * static_cast<double>(n_value * window),
           .cosine = cosine(actual, std::vector<double>(exact.begin(), exact.end()))};
+}
+
+/// Neighbouring tokens of a sliding layer, s.n_query of them, over 16 rings.
+struct SlidingRows {
+  static constexpr std::int64_t kRings = 16;
+  AttentionShape s;
+  cudaStream_t stream;
+  cuda::SlidingDecodePlan one;
+  cuda::DeviceBuffer<float> norm, q, k_new, v_new;
+  cuda::DeviceBuffer<std::int32_t> positions;
+  cuda::DeviceBuffer<Bf16> out, k, v;
+  cuda::RopeParams rope = cuda::rope_params(gemma4_31b().sliding);
+
+  SlidingRows(const Case& c, std::uint32_t seed, cudaStream_t on)
+      : s(c.shape),
+        stream(on),
+        norm(std::vector<float>(static_cast<std::size_t>(s.head_dim), 1.0f)),
+        q(drawn(s.n_query * s.n_head * s.head_dim, seed)),
+        k_new(drawn(s.n_query * s.n_head_kv * s.head_dim, seed + 1)),
+        v_new(drawn(s.n_query * s.n_head_kv * s.head_dim, seed + 2)),
+        out(q.size()),
+        k(kRings * s.n_head_kv * s.buffer_len * s.head_dim),
+        v(k.size()) {
+    AttentionShape one_token = s;
+    one_token.n_query = 1;
+    one = cuda::plan_sliding_decode(one_token, gemma4_31b().window, cuda::current_device());
+    std::vector<std::int32_t> where(static_cast<std::size_t>(s.n_query));
+    std::iota(where.begin(), where.end(), static_cast<std::int32_t>(c.context - s.n_query));
+    positions = cuda::DeviceBuffer<std::int32_t>(where);
+    fill_random(k.data(), k.size(), seed + 3, stream);
+    fill_random(v.data(), v.size(), seed + 4, stream);
+    cuda::check(cudaStreamSynchronize(stream), "filling of rings");
+  }
+
+  /// `count` of them, from the first on, over ring i.
+  [[nodiscard]] cuda::SlidingDecodeCall rows(int i, std::int64_t first, std::int64_t count) {
+    const auto some = [&](auto* data, std::int64_t n_head) {
+      return make_view(data + first * n_head * s.head_dim, count, n_head, s.head_dim);
+    };
+    const auto old = [&](cuda::DeviceBuffer<Bf16>& side) {
+      return make_view(side.data() + i % kRings * side.size() / kRings, s.n_head_kv, s.buffer_len, s.head_dim);
+    };
+    return {some(std::as_const(q).data(), s.n_head),
+            some(std::as_const(k_new).data(), s.n_head_kv),
+            some(std::as_const(v_new).data(), s.n_head_kv),
+            {norm.data(), norm.data(), 1e-6f},
+            cuda::DeviceCount::on_device(positions.data() + first),
+            rope,
+            old(k),
+            old(v),
+            1.0f / std::sqrt(static_cast<float>(s.head_dim)),
+            some(out.data(), s.n_head)};
+  }
+  /// Out, and the first ring.
+  [[nodiscard]] std::vector<Bf16> left() {
+    std::vector<Bf16> bits = out.to_host(stream);
+    for (const auto* side : {&k, &v}) {
+      const std::vector<Bf16> all = side->to_host(stream);
+      bits.insert(bits.end(), all.begin(), all.begin() + side->size() / kRings);
+    }
+    return bits;
+  }
+
+ private:
+  [[nodiscard]] cuda::DeviceBuffer<float> drawn(std::int64_t count, std::uint32_t seed) const {
+    cuda::DeviceBuffer<Bf16> values(count);
+    fill_random(values.data(), count, seed, stream);
+    std::vector<float> host;
+    for (const Bf16 value : values.to_host(stream)) host.push_back(to_float(value));
+    return cuda::DeviceBuffer<float>(host);
+  }
+};
+
+/// Steps of s.n_query neighbouring tokens, at once or a launch each, behind themselves; rotates over 16 rings. Both are
+/// run before either is timed: the cosine is 1 where they leave the same bits, else 0. (What a launch of one token
+/// leaves, measure_sliding_step() holds against the reference.)
+inline Measurement measure_sliding_rows(const Case& c, bool at_once, std::uint32_t seed, cudaStream_t stream) {
+  SlidingRows rows(c, seed, stream);
+  const AttentionShape& s = c.shape;
+  const cuda::SlidingRowsPlan plan = cuda::plan_sliding_rows(rows.one, s.n_query, cuda::current_device());
+  const auto together = [&](int i) { cuda::sliding_decode_rows(rows.rows(i, 0, s.n_query), plan, stream, true); };
+  const auto apart = [&](int i) {  // a row's launch waits for the one that stores the key before
+    for (std::int64_t row = 0; row < s.n_query; ++row) cuda::sliding_decode(rows.rows(i, row, 1), rows.one, stream);
+  };
+  apart(0);
+  const std::vector<Bf16> expected = rows.left();
+  rows.out.fill_bytes(0xFF, stream);
+  together(0);
+  const bool same = std::ranges::equal(rows.left(), expected, {}, &Bf16::bits, &Bf16::bits);
+  const std::int64_t n_k = rows.k_new.size(), n_q = rows.q.size(), window = gemma4_31b().window;
+  return {.timing = at_once ? time_calls(stream, {}, together) : time_calls(stream, {}, apart),
+          .bytes = static_cast<double>(4 * window * s.n_head_kv * s.head_dim + 8 * n_k + 6 * n_q),
+          .flop = 4.0 * static_cast<double>(n_q * window),
+          .cosine = same ? 1.0 : 0.0};
 }
 
 }  // namespace gemma4::experiment

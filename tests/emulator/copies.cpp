@@ -31,9 +31,18 @@ struct ThreadCopies {
   std::deque<Group> committed;
 };
 
-std::vector<BulkCopy> bulk_copies;
-ThreadCopies copies_of[kMaxThreads];
-std::vector<int> waiting;  // threads, for any change of any mbarrier
+/// Of a block.
+struct Copies {
+  std::vector<BulkCopy> bulk;
+  ThreadCopies of[kMaxThreads];
+  std::vector<int> waiting;  ///< threads, for any change of any mbarrier
+};
+Copies copies_of_block[kMaxBlocks];
+int n_block_here = 1;
+
+[[nodiscard]] Copies& here() {
+  return copies_of_block[running.block];
+}
 const std::string kWhen = setting("GEMMA4_EMULATOR_COPIES", "late");
 
 /// The 8 bytes of an mbarrier.
@@ -53,8 +62,8 @@ void settle(Mbarrier& barrier) {
     barrier.n_missing = barrier.n_arrival;
     barrier.bytes_and_phase ^= 1;
   }
-  for (const int thread : waiting) make_ready(thread);
-  waiting.clear();
+  for (const int thread : here().waiting) make_ready(thread);
+  here().waiting.clear();
 }
 
 void land(const BulkCopy& copy) {
@@ -86,11 +95,12 @@ void start_bulk_copy(void* target, const void* source, std::uint32_t n_byte, std
   const BulkCopy copy{target, source, n_byte, barrier};
   if (kWhen == "early") return land(copy);
   std::memset(target, kNotLanded, n_byte);
-  bulk_copies.push_back(copy);
+  here().bulk.push_back(copy);
 }
 
 bool land_copy(bool must) {
   const bool at_random = kWhen == "random";
+  std::vector<BulkCopy>& bulk_copies = here().bulk;
   if (bulk_copies.empty() || (!must && (!at_random || random_below(8) != 0))) return false;
   const auto chosen =
       bulk_copies.begin() + static_cast<std::ptrdiff_t>(at_random ? random_below(bulk_copies.size()) : 0);
@@ -103,17 +113,17 @@ bool land_copy(bool must) {
 void start_copy_16(void* target, const void* source, bool valid) {
   if (!aligned(target) || (valid && !aligned(source))) fail("a copy of 16 bytes is not aligned");
   std::memset(target, kNotLanded, 16);
-  copies_of[running.thread].open.push_back({target, source, valid});
+  here().of[running.thread].open.push_back({target, source, valid});
 }
 
 void commit_copies() {
-  ThreadCopies& copies = copies_of[running.thread];
+  ThreadCopies& copies = here().of[running.thread];
   copies.committed.push_back(std::move(copies.open));
   copies.open.clear();
 }
 
 void wait_for_copies(int n_pending) {
-  std::deque<Group>& committed = copies_of[running.thread].committed;
+  std::deque<Group>& committed = here().of[running.thread].committed;
   while (static_cast<int>(committed.size()) > n_pending) {
     land(committed.front());
     committed.pop_front();
@@ -122,7 +132,7 @@ void wait_for_copies(int n_pending) {
 
 void arrive_after_copies(std::uint32_t barrier) {
   wait_for_copies(0);
-  land(copies_of[running.thread].open);
+  land(here().of[running.thread].open);
   arrive_mbarrier(barrier, 0);
 }
 
@@ -140,21 +150,28 @@ void arrive_mbarrier(std::uint32_t address, std::uint32_t n_byte_expected) {
 
 void wait_mbarrier(std::uint32_t barrier, std::uint32_t parity) {
   while ((static_cast<std::uint32_t>(mbarrier_at(barrier).bytes_and_phase) & 1u) == (parity & 1u)) {
-    waiting.push_back(running.thread);
+    here().waiting.push_back(running.thread);
     suspend();
   }
 }
 
-void begin_copies(int n_thread) {
-  waiting.clear();
-  for (int thread = 0; thread < n_thread; ++thread) copies_of[thread] = {};
+void begin_copies(int n_block, int n_thread) {
+  n_block_here = n_block;
+  for (int block = 0; block < n_block; ++block) {
+    copies_of_block[block].waiting.clear();
+    for (int thread = 0; thread < n_thread; ++thread) copies_of_block[block].of[thread] = {};
+  }
 }
 
 void end_copies() {
-  if (!bulk_copies.empty()) fail(bulk_copies.size(), " bulk copies have not landed at the end of a block");
+  for (int block = 0; block < n_block_here; ++block) {
+    const std::size_t n_left = copies_of_block[block].bulk.size();
+    if (n_left > 0) fail(n_left, " bulk copies have not landed at the end of a block");
+  }
 }
 
 std::string who_waits_for_copies() {
+  const std::vector<int>& waiting = here().waiting;
   if (waiting.empty()) return {};
   std::ostringstream report;
   report << "\n  " << waiting.size() << " threads wait for an mbarrier, the first is thread " << waiting[0];

@@ -21,9 +21,10 @@ void init_mbarrier(std::uint32_t barrier, int n_arrival);
 void arrive_mbarrier(std::uint32_t barrier, std::uint32_t n_byte_expected);
 void wait_mbarrier(std::uint32_t barrier, std::uint32_t parity);
 
-/// For fibers.cpp and launch.cpp. Lands one bulk copy, where `must` is false perhaps; whether one landed.
+/// For fibers.cpp and launch.cpp. Lands one bulk copy of the running block, where `must` is false perhaps; whether one
+/// landed.
 bool land_copy(bool must);
-void begin_copies(int n_thread);
+void begin_copies(int n_block, int n_thread);
 void end_copies();  ///< fails where a bulk copy has not landed
 [[nodiscard]] std::string who_waits_for_copies();
 

@@ -4,10 +4,11 @@
 /// Device code of cuda/ on the CPU: a GPU test compiled by GCC, this header forced in front of it, runs without a GPU
 /// and without nvcc (the toolkit's headers are needed). `.ci/emulate PROGRAM` builds and runs tests/PROGRAM_test.cu.
 ///
-/// How. Each thread of a block is a fiber of one host thread (fibers.hpp), blocks run one after another, and a kernel
-/// has ended when its launch returns. Lanes meet in the operations of a warp, threads at barriers (rendezvous.hpp);
-/// copies into shared memory land later than they were asked for (copies.hpp). The headers of cuda/ptx/ that hold
-/// instructions have twins in twins/cuda/ptx/, which stand first on the include path: the same functions in C++.
+/// How. Each thread of a block is a fiber of one host thread (fibers.hpp), blocks run one after another, those of a
+/// cluster by turns, and a kernel has ended when its launch returns. Lanes meet in the operations of a warp, threads at
+/// barriers (rendezvous.hpp); copies into shared memory land later than they were asked for (copies.hpp). The headers
+/// of cuda/ptx/ that hold instructions have twins in twins/cuda/ptx/, which stand first on the include path: the same
+/// functions in C++.
 ///
 /// What it finds, beside wrong results: lanes of a warp in different operations, deadlocks (it says who waits where),
 /// bytes written behind dynamic shared memory or behind a buffer, memory that was read before it was written (dynamic
@@ -20,9 +21,9 @@
 ///
 /// What it does not show: speed, memory order (a missing fence is not seen), static shared memory out of bounds or
 /// left over from the block before, blocks that wait for each other (they never end), programmatic dependent launch
-/// (its waits do nothing), several host threads. Not there, and said by name: wgmma, tensor copies, clusters,
-/// operations of part of a warp. A program that meets wgmma or clusters at GEMMA4_EMULATOR_ARCH=900 has another path at
-/// 800.
+/// (its waits do nothing), several host threads. Static shared memory is one for a cluster. Not there, and said by
+/// name: wgmma, tensor copies, operations of part of a warp. A program that meets wgmma at GEMMA4_EMULATOR_ARCH=900 has
+/// another path at 800.
 ///
 /// Environment:
 ///   GEMMA4_EMULATOR_ARCH         of the build: __CUDA_ARCH__, 900 (default), 860 or 800; read by .ci/emulate

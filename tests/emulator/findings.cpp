@@ -6,6 +6,7 @@
 #include "cuda/device/device_buffer.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/shared_memory.cuh"
@@ -89,6 +90,54 @@ __global__ void partial_kernel(float* data) {
 }
 TEST(Emulator, RefusesOperationsOfPartOfAWarp) {
   EXPECT_DEATH(launch(partial_kernel), "part of a warp is not emulated");
+}
+
+/// The blocks of a cluster give each other their first number of shared memory, and keep their own second.
+__global__ void exchanging_kernel(float* data) {
+  extern __shared__ unsigned char smem[];
+  float2* const mine = reinterpret_cast<float2*>(smem);
+  const int block = static_cast<int>(blockIdx.x), n = static_cast<int>(gridDim.x);
+  if (threadIdx.x == 0) {
+    mine[n] = make_float2(static_cast<float>(block), 0.0f);
+  }
+  cluster_arrive_relaxed();
+  cluster_wait();
+  for (int to = 0; threadIdx.x == 0 && to < n; ++to) store_to_block(mine + block, to, make_float2(mine[n].x + 1, 0.0f));
+  cluster_arrive_release();
+  cluster_wait_acquire();
+  for (int from = 0; threadIdx.x == 0 && from < n; ++from) data[n * block + from] = mine[from].x + 10 * mine[n].x;
+}
+TEST(Emulator, BlocksOfAClusterHaveSharedMemoryOfTheirOwnAndReachEachOthers) {
+  if (GEMMA4_EMULATOR_ARCH < 900) GTEST_SKIP() << "no clusters";
+  constexpr int kBlocks = 4;
+  DeviceBuffer<float> data(std::vector<float>(kBlocks * kBlocks, -1.0f));
+  Launch{.what = "kernel", .grid = kBlocks, .block = kThreads, .smem_bytes = kSmemBytes, .cluster = kBlocks}(
+      exchanging_kernel, data.data());
+  const std::vector<float> found = data.to_host();
+  for (int i = 0; i < kBlocks * kBlocks; ++i) {
+    EXPECT_EQ(found[static_cast<std::size_t>(i)], static_cast<float>(i % kBlocks + 1 + 10 * (i / kBlocks))) << i;
+  }
+}
+
+__global__ void impatient_kernel(float*) {
+  if (blockIdx.x == 0) cluster_arrive_release();
+  cluster_wait_acquire();
+}
+__global__ void left_alone_kernel(float*) {
+  cluster_arrive_release();
+  if (blockIdx.x == 0) return;
+  cluster_wait_acquire();
+  cluster_arrive_release();
+  if (threadIdx.x == 0) named_barrier_sync(3, kThreads);
+}
+TEST(Emulator, SeesWhoWaitsForAClusterInVain) {
+  if (GEMMA4_EMULATOR_ARCH < 900) GTEST_SKIP() << "no clusters";
+  const auto launch_pair = [](void (*kernel)(float*)) {
+    DeviceBuffer<float> data(std::vector<float>(kThreads, 1.0f));
+    Launch{.what = "kernel", .grid = 2, .block = kThreads, .smem_bytes = kSmemBytes, .cluster = 2}(kernel, data.data());
+  };
+  EXPECT_DEATH(launch_pair(impatient_kernel), "of block 1 waits for its cluster without arriving");
+  EXPECT_DEATH(launch_pair(left_alone_kernel), "deadlock in block . of a cluster");
 }
 
 }  // namespace gemma4::cuda::detail

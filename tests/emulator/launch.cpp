@@ -17,16 +17,17 @@ namespace gemma4::emulator {
 namespace {
 
 const char* kernel_now = nullptr;
+uint3 first_block_now;
 
-void run_block(const Grid& grid, const std::function<void()>& kernel) {
+void run_cluster(const Grid& grid, const std::function<void()>& kernel) {
   const int n_thread = static_cast<int>(grid.n_thread.x * grid.n_thread.y * grid.n_thread.z);
-  begin_shared_memory(grid.smem_bytes);
-  begin_rendezvous(n_thread);
-  begin_copies(n_thread);
-  run_threads(n_thread, kernel);
+  begin_shared_memory(grid.cluster, grid.smem_bytes);
+  begin_rendezvous(grid.cluster, n_thread);
+  begin_copies(grid.cluster, n_thread);
+  run_threads(grid.cluster, n_thread, kernel);
   end_copies();
   end_rendezvous();
-  end_shared_memory(grid.smem_bytes);
+  end_shared_memory();
 }
 
 }  // namespace
@@ -38,13 +39,28 @@ void run_grid(const Grid& grid, const std::function<void()>& kernel) {
   gridDim = grid.n_block;
   for (unsigned z = 0; z < grid.n_block.z; ++z) {
     for (unsigned y = 0; y < grid.n_block.y; ++y) {
-      for (unsigned x = 0; x < grid.n_block.x; ++x) {
-        blockIdx = {x, y, z};
-        run_block(grid, kernel);
+      for (unsigned x = 0; x < grid.n_block.x; x += static_cast<unsigned>(grid.cluster)) {
+        first_block_now = {x, y, z};
+        run_cluster(grid, kernel);
       }
     }
   }
   kernel_now = nullptr;
+}
+
+void require_cluster(const Grid& grid) {
+  kernel_now = grid.what;
+  if (GEMMA4_EMULATOR_ARCH < 900) fail("a cluster on a device that has none");
+  const unsigned n = static_cast<unsigned>(grid.cluster);
+  if (grid.cluster < 1 || grid.cluster > kMaxBlocks || grid.n_block.x % n != 0) {
+    fail("clusters of ", n, " blocks in a grid of ", grid.n_block.x, ": need 1 to ", kMaxBlocks, ", and whole ones");
+  }
+  kernel_now = nullptr;
+}
+
+void place_block(int block) {
+  blockIdx = first_block_now;
+  blockIdx.x += static_cast<unsigned>(block);
 }
 
 void place_thread(int thread) {

@@ -10,7 +10,7 @@
 
 #include "tests/emulator/stream.hpp"
 
-/// Launches: every block of a grid, one after another, with arguments that were copied when the kernel was launched.
+/// Launches: every cluster of a grid, one after another, with arguments that were copied when the kernel was launched.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
@@ -20,23 +20,26 @@ struct Grid {
   const char* what;  ///< the kernel's name, for messages
   dim3 n_block, n_thread;
   std::size_t smem_bytes;
+  int cluster = 1;  ///< blocks of a cluster along x
 };
 void run_grid(const Grid& grid, const std::function<void()>& kernel);
+void require_cluster(const Grid& grid);  ///< fails where the device takes no such cluster
 
-/// Sets threadIdx, for fibers.cpp.
+/// Sets threadIdx, and blockIdx to that of a block of the running cluster, for fibers.cpp.
 void place_thread(int thread);
+void place_block(int block);
 
 /// What cudaLaunchKernelEx() is here.
 template <class... TParams, class... TArgs>
 cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(TParams...), TArgs&&... arguments) {
+  Grid grid{__PRETTY_FUNCTION__, config->gridDim, config->blockDim, config->dynamicSmemBytes};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id == cudaLaunchAttributeClusterDimension && attribute.val.clusterDim.x > 1) {
-      fail("clusters are not emulated: GEMMA4_EMULATOR_ARCH=800 has none");
-    }
+    if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
+    grid.cluster = static_cast<int>(attribute.val.clusterDim.x);
+    require_cluster(grid);
   }
   std::tuple<std::remove_cv_t<TParams>...> kept(std::forward<TArgs>(arguments)...);
-  const Grid grid{__PRETTY_FUNCTION__, config->gridDim, config->blockDim, config->dynamicSmemBytes};
   return enqueue(config->stream, [=] { run_grid(grid, [&] { std::apply(kernel, kept); }); });
 }
 

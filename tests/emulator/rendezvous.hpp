@@ -54,9 +54,13 @@ inline void meet(int barrier, int n_thread) {
   (void)meet_any(barrier, n_thread, false);
 }
 
+/// The barrier of all threads of the cluster, whose two halves a thread passes in turn.
+void arrive_at_cluster();
+void wait_for_cluster();
+
 /// For fibers.cpp and launch.cpp.
-[[nodiscard]] Warp& warp_of(int thread);
-void begin_rendezvous(int n_thread);
+[[nodiscard]] Warp& warp_of(int thread);  ///< of the running block
+void begin_rendezvous(int n_block, int n_thread);
 void end_rendezvous();                  ///< fails where a lane still waits
 void thread_ends();                     ///< those that wait for all threads that live may go on
 [[nodiscard]] std::string who_waits();  ///< for the report of a deadlock

@@ -6,8 +6,8 @@
 
 #include "tests/emulator/failure.hpp"
 
-/// Shared memory of the running block. Its 32-bit addresses are distances from the first array of dynamic shared
-/// memory, and signed: static shared memory may lie before it.
+/// Shared memory of the running block; that of the other blocks of its cluster lies aside. Its 32-bit addresses are
+/// distances from the first array of dynamic shared memory, and signed: static shared memory may lie before it.
 namespace gemma4::emulator {
 
 [[nodiscard]] unsigned char* shared_base();
@@ -22,8 +22,14 @@ namespace gemma4::emulator {
   return shared_base() + static_cast<std::int32_t>(address);
 }
 
-/// For launch.cpp: n_byte of dynamic shared memory, 0xFF, and canaries behind them.
-void begin_shared_memory(std::size_t n_byte);
-void end_shared_memory(std::size_t n_byte);  ///< fails where a canary has died
+/// Writes where `local` is in the shared memory of a block of the cluster.
+void write_to_block(void* local, int block, const void* from, std::size_t n_byte);
+
+/// For fibers.cpp: what lies in place, of block `from`, goes aside for that of block `to`.
+void exchange_shared_memory(int from, int to);
+
+/// For launch.cpp: n_byte of dynamic shared memory, 0xFF, and canaries behind them, for each block. Block 0 runs first.
+void begin_shared_memory(int n_block, std::size_t n_byte);
+void end_shared_memory();  ///< fails where a canary has died; block 0 is in place
 
 }  // namespace gemma4::emulator

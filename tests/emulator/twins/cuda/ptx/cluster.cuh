@@ -5,27 +5,27 @@
 
 #include "cuda/ptx/shared_memory.cuh"
 
-/// Twin of cuda/ptx/cluster.cuh: clusters are not emulated.
+/// Twin of cuda/ptx/cluster.cuh: what is written is visible at once, with a promise or without.
 namespace gemma4::cuda {
 
 __device__ __forceinline__ void cluster_arrive_relaxed() {
-  emulator::fail("clusters are not emulated");
+  emulator::arrive_at_cluster();
 }
 
 __device__ __forceinline__ void cluster_arrive_release() {
-  emulator::fail("clusters are not emulated");
+  emulator::arrive_at_cluster();
 }
 
 __device__ __forceinline__ void cluster_wait() {
-  emulator::fail("clusters are not emulated");
+  emulator::wait_for_cluster();
 }
 
 __device__ __forceinline__ void cluster_wait_acquire() {
-  emulator::fail("clusters are not emulated");
+  emulator::wait_for_cluster();
 }
 
-__device__ __forceinline__ void store_to_block(void*, int, float2) {
-  emulator::fail("clusters are not emulated");
+__device__ __forceinline__ void store_to_block(void* local, int rank, float2 value) {
+  emulator::write_to_block(local, rank, &value, sizeof(value));
 }
 
 }  // namespace gemma4::cuda
