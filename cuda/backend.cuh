@@ -74,6 +74,7 @@ class Backend {
                               .normed = arena_.data<Bf16>("normed", options.max_chunk * config().hidden)};
     few_tokens_.emplace(context, options.max_chunk, arena_);
     prefill_.emplace(context, options.max_chunk, arena_);
+    if (options.assistant != nullptr) drafting_->set_assistant(*options.assistant, context, arena_, logit_rows_);
     set_policy(options.policy);
     clear_sampler(arena_.buffer("sampler_workspace"), stream_);
     stream_.synchronize();
@@ -157,11 +158,12 @@ class Backend {
   }
 
   // A step that drafts. Its rows have the bits that each would have in a step of its own.
-
   void propose(std::int64_t n_draft) {
     require(drafting_ && n_draft >= 1 && n_draft <= options_.max_draft, "backend: ", n_draft,
             " drafts, need 1 to max_draft ", options_.max_draft);
-    drafting_->propose(state_, n_draft, stream_);
+    drafting_->propose(state_, n_draft,
+                       {row_plan_, overlaps(), options_.policy.dynamic_rows, arena_.buffer("sampler_workspace")},
+                       stream_);
   }
   void embed_proposed(std::int64_t n_draft) {
     pass_ = drafting_->pass(n_draft, row_plan_, overlaps(n_draft + 1), options_.policy.dynamic_rows);
@@ -357,10 +359,8 @@ class Backend {
   void on_path(TBody&& body) {
     pass_is_short(pass_) ? body(*few_tokens_) : body(*prefill_);
   }
-
   [[nodiscard]] std::int64_t n_token() const { return pass_.n_token(); }
   [[nodiscard]] View<float, 2> residual() const { return make_view(residual_, n_token(), config().hidden); }
-
   /// Adds what is pending to all rows, which it stays.
   void finish_all() {
     on_path([&](const auto& path) {

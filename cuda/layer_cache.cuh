@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -235,6 +236,29 @@ class LayerCaches {
     with_full([&]<class TCaches>(const TCaches& caches) {
       caches.attend(index(layer), call, std::get<typename TCaches::Plan>(plan.full), stream);
     });
+  }
+
+  /// Attention of a query alone, of a plan for one token that has no mask; nothing is stored.
+  /// @param k_weight of the layer's norm of k
+  void attend_query(std::int64_t layer, const LoneQuery& query, const float* k_weight, const LayerCachePlan& plan,
+                    cudaStream_t stream) const {
+    if (config_.sliding_layer(layer)) {
+      return sliding_->attend_query(index(layer), query, plan.sliding, partials_, stream);
+    }
+    const FullAttentionCall call{.q = query.q,
+                                 .options = full_options(plan),
+                                 .kv_len = DeviceCount::on_device(query.kv_len),
+                                 .partials = partials_,
+                                 .scratch_and_partials = workspace_,
+                                 .k_weight = k_weight,
+                                 .work_count = work_count_};
+    with_full([&]<class TCaches>(const TCaches& caches) {
+      caches.attend(index(layer), call, std::get<typename TCaches::Plan>(plan.full), stream);
+    });
+  }
+  /// K and V of a sliding layer, [n_head_kv, ring_len, head_dim] each.
+  [[nodiscard]] std::array<View<Bf16, 3>, 2> rings(std::int64_t layer) const {
+    return {sliding_->k(index(layer)), sliding_->v(index(layer))};
   }
 
   /// After attend(): the chunk's K and V into the ring, where they are not there yet.

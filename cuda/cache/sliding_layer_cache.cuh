@@ -129,6 +129,14 @@ class SlidingLayerCaches {
         plan.attention, partials, stream, work_count, true);
   }
 
+  /// Attention to the window - 1 newest keys: what a token at *query.newest sees whose window is one key shorter.
+  void attend_query(std::int64_t index, const LoneQuery& query, const SlidingPlan& plan, std::span<std::byte> partials,
+                    cudaStream_t stream) const {
+    sliding_attention({query.q, k(index), v(index), query.newest_k, query.newest_v,
+                       DeviceCount::on_device(query.newest), window_ - 1, ModelConfig::kAttentionScale, query.q},
+                      plan.attention, partials, stream);
+  }
+
   /// The chunk's K and V into the ring, where with_sink() did not put them there.
   void commit(std::int64_t index, const FreshKv& fresh, const ChunkPlace& chunk, cudaStream_t stream) const {
     ring_cache_commit(fresh.k, fresh.v, chunk.position, k(index), v(index), stream);
