@@ -74,7 +74,7 @@ class Backend {
                               .normed = arena_.data<Bf16>("normed", options.max_chunk * config().hidden)};
     few_tokens_.emplace(context, options.max_chunk, arena_);
     prefill_.emplace(context, options.max_chunk, arena_);
-    if (options.assistant != nullptr) drafting_->set_assistant(*options.assistant, context, arena_, logit_rows_);
+    if (options.assistant != nullptr) drafting_->set_assistant(options_, context, arena_, logit_rows_);
     set_policy(options.policy);
     clear_sampler(arena_.buffer("sampler_workspace"), stream_);
     stream_.synchronize();
@@ -161,9 +161,7 @@ class Backend {
   void propose(std::int64_t n_draft) {
     require(drafting_ && n_draft >= 1 && n_draft <= options_.max_draft, "backend: ", n_draft,
             " drafts, need 1 to max_draft ", options_.max_draft);
-    drafting_->propose(state_, n_draft,
-                       {row_plan_, overlaps(), options_.policy.dynamic_rows, arena_.buffer("sampler_workspace")},
-                       stream_);
+    drafting_->propose(state_, n_draft, {options_, overlaps(), arena_.buffer("sampler_workspace")}, stream_);
   }
   void embed_proposed(std::int64_t n_draft) {
     pass_ = drafting_->pass(n_draft, row_plan_, overlaps(n_draft + 1), options_.policy.dynamic_rows);

@@ -107,9 +107,10 @@ class LayerCaches {
 
   /// How a chunk of so many tokens goes through, once and for all layers: pure host code.
   /// @param max_kv_len no token of it sees more
+  /// @param n_head     query heads; 0: the layers' own
   /// @throws std::invalid_argument where no kernel takes the shape, or the memory plan has too little for one
-  [[nodiscard]] LayerCachePlan plan(std::int64_t n_token, std::int64_t max_kv_len,
-                                    const ExecutionPolicy& policy) const {
+  [[nodiscard]] LayerCachePlan plan(std::int64_t n_token, std::int64_t max_kv_len, const ExecutionPolicy& policy,
+                                    std::int64_t n_head = 0) const {
     LayerCachePlan plan{
         .n_token = n_token,
         .fuses_prologue = policy.qkv_prologue_fusion,
@@ -118,11 +119,12 @@ class LayerCaches {
         .causal_skip = policy.causal_skip};
     plan.needs_positions = !policy.qkv_prologue_fusion;
     if (sliding_) {
-      plan.sliding = sliding_->plan(n_token, policy, device_, plan.overlap);
+      plan.sliding = sliding_->plan(n_token, policy, device_, plan.overlap, n_head);
       require_partials("attention_sliding", plan.sliding.attention.workspace_bytes);
     }
     if (full_) {
       const FullPlanWish wish{.n_query = n_token,
+                              .n_head = n_head,
                               .max_kv_len = plan.masks ? context_ : max_kv_len,
                               .options = full_options(plan),
                               .device = device_,

@@ -242,7 +242,7 @@ TEST(DraftAssistant, ProposesTheGoldenTokensFromTheGoldenLogits) {
 }
 
 RC_GTEST_PROP(DraftAssistant, LogitsAreNearThoseOfTheReferenceAndTheLikeliestIsProposed, ()) {
-  const DraftedModel model(any_drafted_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
+  const DraftedModel model(any_drafted_config(), *rc::gen::inRange<std::uint64_t>(0, 1000), *rc::gen::element(1, 2));
   const std::string cache = *rc::gen::element<std::string>("bf16", "tq4", "kv5r4", "kv16r16", "sim-int8");
   const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
   const auto tokens = any_tokens(model.small.weights.config, *rc::gen::inRange(1, 120));

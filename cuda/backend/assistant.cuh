@@ -3,14 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
-#include <vector>
 
 #include "cuda/backend/few_tokens_path.cuh"
+#include "cuda/backend/fit.cuh"
 #include "cuda/backend/path.cuh"
 #include "cuda/device/device_arena.cuh"
 #include "cuda/device/launch.cuh"
@@ -62,11 +62,10 @@ static __global__ void __launch_bounds__(256) assistant_begin_kernel(const __gri
 
 }  // namespace detail
 
-/// How a step runs that drafts.
+/// How a step runs that drafts: as the backend's others.
 struct AssistantRun {
-  const LayerCachePlan& caches;  ///< of the target, for one token, without a mask
-  bool overlap = true;           ///< programmatic dependent launch outside attention
-  bool dynamic_rows = true;
+  const BackendOptions& options;
+  bool overlap;  ///< programmatic dependent launch outside attention
   std::span<std::byte> sampler_workspace;
 };
 
@@ -76,11 +75,11 @@ class Assistant {
   /// @param target  of the backend that verifies; its caches are read
   /// @param arena   of a memory plan with the drafter's buffers
   /// @param hidden  [target's hidden] row 0 of what its last lm_head took
-  /// @throws std::invalid_argument where the target has not the layers or heads that the drafter was made for
+  /// @throws FormatError where the drafter was made for another target
   Assistant(const PackedAssistant& weights, const PathContext& target, DeviceArena& arena, const Bf16* hidden)
       : weights_(weights), target_(target.model), hidden_(hidden), own_(target_of(weights, target)) {
     const AssistantConfig& config = weights.config();
-    require_suits(config, target_.config());
+    require_assistant_fits("backend", config, target_.config());
     const AssistantActivations bytes = assistant_activations(config);
     Carver carver(arena.buffer("drafter_activations"));
     input_ = reinterpret_cast<float*>(carver.take<std::byte>(bytes.input));
@@ -111,12 +110,23 @@ class Assistant {
   /// [n_draft, vocab] of the last step.
   [[nodiscard]] const float* logits() const { return logits_; }
 
+  /// How a query goes through the target's caches: without a mask, and not before the kernel in front has ended.
+  /// @throws std::invalid_argument where no kernel takes the drafter's heads, or the memory plan has too little for one
+  [[nodiscard]] LayerCachePlan plan(const BackendOptions& options) const {
+    return own_.caches.plan(1, options.context, policy_of_rows(options.policy), own_.config().n_head);
+  }
+
   /// The tokens behind state->tokens[0], of which draft_begin() has said where they stand.
   void propose(const SequenceState* sequence, DraftState* state, std::int64_t n_draft, const AssistantRun& run) const {
+    const LayerCachePlan caches = plan(run.options);
     begin(state);
     for (std::int64_t i = 0; i < n_draft; ++i) {
       float* const logits = logits_ + i * weights_.config().own.vocab;
-      step(sequence, state, i, logits, run);
+      Pass pass{.chunk = {.n_token = 1},
+                .caches = caches,
+                .overlap = run.overlap,
+                .dynamic_rows = run.options.policy.dynamic_rows};
+      step(sequence, state, i, logits, pass);
       sample(make_view(static_cast<const float*>(logits), std::int64_t{1}, weights_.config().own.vocab), {}, nullptr,
              {.token = &state->tokens[i + 1]}, run.sampler_workspace, own_.stream, run.overlap);
     }
@@ -132,12 +142,6 @@ class Assistant {
             .profile = target.profile,
             .residual = nullptr,
             .normed = nullptr};
-  }
-
-  static void require_suits(const AssistantConfig& config, const ModelConfig& target) {
-    require_assistant_fits("backend", config, target);
-    require(config.own.n_head == target.n_head, "backend: the drafter has ", config.own.n_head,
-            " query heads, the target ", target.n_head, ": on a device both have the same number");
   }
 
   [[nodiscard]] bool reads_a_ring() const { return layer_read_[1] >= 0; }
@@ -162,18 +166,16 @@ class Assistant {
   }
 
   /// One token through the drafter: its logits, and the state of the next step.
-  void step(const SequenceState* sequence, const DraftState* state, std::int64_t i, float* logits,
-            const AssistantRun& run) const {
+  void step(const SequenceState* sequence, const DraftState* state, std::int64_t i, float* logits, Pass& pass) const {
     const AssistantConfig& config = weights_.config();
-    Pass pass{.chunk = {.n_token = 1}, .overlap = run.overlap, .dynamic_rows = run.dynamic_rows};
     embedding<float>({.device = &state->tokens[i], .count = 1}, target_.token_embd(),
                      target_.config().embedding_scale(), make_view(input_, std::int64_t{1}, config.hidden_target),
-                     own_.stream, run.overlap);
+                     own_.stream, pass.overlap);
     quantized_linear_decode<float, float>(
         make_view(static_cast<const float*>(input_), std::int64_t{1}, config.n_input()), weights_.pre_projection(),
         make_view(own_.residual, std::int64_t{1}, config.own.hidden), own_.device, own_.stream, path_->products(pass));
     for (std::int64_t layer = 0; layer < config.own.n_layer(); ++layer) {
-      attend(layer, sequence, state, run, pass);
+      attend(layer, sequence, state, pass);
       path_->project_output(layer, pass);
       path_->gate_up(layer, pass);
       path_->down(layer, pass);
@@ -190,8 +192,7 @@ class Assistant {
   }
 
   /// A layer's queries, which stand behind the target's newest key, over what the target keeps.
-  void attend(std::int64_t layer, const SequenceState* sequence, const DraftState* state, const AssistantRun& run,
-              Pass& pass) const {
+  void attend(std::int64_t layer, const SequenceState* sequence, const DraftState* state, Pass& pass) const {
     const std::size_t kind = weights_.config().own.sliding_layer(layer) ? 1 : 0;
     const ProjectedHeads<float> heads = path_->project_q(layer, pass);
     const float* const q_norm = own_.model.layer(layer).attn_q_norm;
@@ -207,7 +208,7 @@ class Assistant {
                          DeviceCount::on_device(&sequence->position),
                          rope_[kind],
                          heads.q_out},
-                        FreshKv{none(heads.k_out), none(heads.v_out)}, own_.stream, run.caches.overlap);
+                        FreshKv{none(heads.k_out), none(heads.v_out)}, own_.stream, pass.caches.overlap);
     const AttentionConfig& attention = own_.config().attention(layer);
     const auto newest = [&](const Bf16* data) {
       return make_view(data, std::int64_t{1}, attention.n_head_kv, attention.head_dim);
@@ -218,8 +219,8 @@ class Assistant {
                               .newest = &state->newest,
                               .newest_k = newest(newest_k_),
                               .newest_v = newest(newest_v_)},
-                             target_.layer(layer_read_[kind]).attn_k_norm, run.caches, own_.stream);
-    if (own_.caches.borrows_scratch(layer_read_[kind], run.caches)) own_.gemm.scratch_was_lent(own_.stream);
+                             target_.layer(layer_read_[kind]).attn_k_norm, pass.caches, own_.stream);
+    if (own_.caches.borrows_scratch(layer_read_[kind], pass.caches)) own_.gemm.scratch_was_lent(own_.stream);
   }
 
   [[nodiscard]] static View<const Bf16, 3> const_view(const View<Bf16, 3>& view) { return view; }

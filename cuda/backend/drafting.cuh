@@ -49,10 +49,11 @@ class Drafting {
   /// was recorded with.
   void set_script(const std::int32_t* script) { script_ = script; }
 
-  /// From here on drafts are those of a model. @param target and the others as Assistant has them
-  void set_assistant(const PackedAssistant& weights, const PathContext& target, DeviceArena& arena,
-                     const Bf16* hidden) {
-    assistant_.emplace(weights, target, arena, hidden);
+  /// From here on drafts are those of options.assistant. @param target and the others as Assistant has them
+  /// @throws as Assistant does, and as its plan()
+  void set_assistant(const BackendOptions& options, const PathContext& target, DeviceArena& arena, const Bf16* hidden) {
+    assistant_.emplace(*options.assistant, target, arena, hidden);
+    (void)assistant_->plan(options);
   }
   [[nodiscard]] const Assistant* assistant() const { return assistant_ ? &*assistant_ : nullptr; }
   /// Lookup beside an assistant, and back again, from the next step on. A recorded step keeps its own.

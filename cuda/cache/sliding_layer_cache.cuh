@@ -56,11 +56,12 @@ class SlidingLayerCaches {
             " B of memory, need ", 2 * n_layer * side_bytes());
   }
 
+  /// @param n_head query heads; 0: the layers' own
   [[nodiscard]] SlidingPlan plan(std::int64_t n_token, const ExecutionPolicy& policy, const DeviceInfo& device,
-                                 bool overlap) const {
+                                 bool overlap, std::int64_t n_head = 0) const {
     AttentionShape shape{.batch = 1,
                          .n_query = n_token,
-                         .n_head = n_head_,
+                         .n_head = n_head > 0 ? n_head : n_head_,
                          .n_head_kv = attention_.n_head_kv,
                          .head_dim = attention_.head_dim,
                          .buffer_len = ring_slots(window_)};

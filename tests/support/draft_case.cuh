@@ -82,11 +82,19 @@ namespace gemma4::testkit {
 
 /// A small model and a small drafter for it, on the device; its weights are as sensitive as the model's.
 struct DraftedModel {
-  explicit DraftedModel(const ModelConfig& config, std::uint64_t seed = 4)
+  /// @param more_heads times as many query heads in the drafter
+  explicit DraftedModel(const ModelConfig& config, std::uint64_t seed = 4, std::int64_t more_heads = 1)
       : small(config, seed),
-        drafter(micro_drafter_config(config), sensitive_weights(micro_drafter_config(config).own, seed + 1)),
+        drafter(drafter_config(config, more_heads),
+                sensitive_weights(drafter_config(config, more_heads).own, seed + 1)),
         packed(cuda::load_model(*small.file)),
         assistant(cuda::load_assistant(*drafter.file, config)) {}
+
+  [[nodiscard]] static AssistantConfig drafter_config(const ModelConfig& target, std::int64_t more_heads) {
+    AssistantConfig config = micro_drafter_config(target);
+    config.own.n_head *= more_heads;
+    return config;
+  }
 
   SmallModel small;
   MicroDrafter drafter;
