@@ -13,7 +13,6 @@
 #include "cuda/device/device_buffer.cuh"
 #include "cuda/session.cuh"
 #include "gemma4/gguf/gguf_reader.hpp"
-#include "gemma4/text/id_file.hpp"
 #include "reference/assistant_check.hpp"
 #include "tests/support/draft_case.cuh"
 #include "tests/support/model_logits.hpp"
@@ -377,7 +376,8 @@ TEST(DraftAssistant, TextOfATrainedModelIsThatOfPlainStepsInHalfAsMany) {
   const cuda::PackedModel packed = cuda::load_model(file);
   const cuda::PackedAssistant assistant =
       cuda::load_assistant(GgufFile::open(kData / "nano-assistant/nano-assistant-Q8_0.gguf"), packed.config());
-  const std::vector<std::int32_t> ids = read_ids(kData / "nano/heldout-ids.u16", 4096, 600);
+  const std::vector<std::int32_t> ids =
+      reference::read_golden_drafts(kData / "nano-assistant/nano-assistant-golden.gguf").ids;
   for (const std::string cache : {"kv5r4", "tq4", "bf16"}) {
     cuda::Backend plain_backend(packed, draft_options(cache, 0, 2048));
     cuda::Backend backend(packed, draft_options(cache, 3, 2048, &assistant));
