@@ -73,6 +73,7 @@ class Backend {
                               .normed = arena_.data<Bf16>("normed", options.max_chunk * config().hidden)};
     few_tokens_.emplace(context, options.max_chunk, arena_);
     prefill_.emplace(context, options.max_chunk, arena_);
+    if (options.assistant != nullptr) drafting_->set_assistant(options_, context, arena_, logit_rows_);
     set_policy(options.policy);
     clear_sampler(arena_.buffer("sampler_workspace"), stream_);
     stream_.synchronize();
@@ -163,10 +164,9 @@ class Backend {
   }
 
   // A step that drafts. Its rows have the bits that each would have in a step of its own.
-
   void propose(std::int64_t n_draft) {
     require_drafts(n_draft, options_.max_draft);
-    drafting_->propose(state_, n_draft, stream_);
+    drafting_->propose(state_, n_draft, {options_, overlaps(), arena_.buffer("sampler_workspace")}, stream_);
   }
   void embed_proposed(std::int64_t n_draft) {
     pass_ = plan_verify(n_draft);
@@ -359,10 +359,8 @@ class Backend {
   void on_path(TBody&& body) {
     pass_is_short(pass_) ? body(*few_tokens_) : body(*prefill_);
   }
-
   [[nodiscard]] std::int64_t n_token() const { return pass_.n_token(); }
   [[nodiscard]] View<float, 2> residual() const { return make_view(residual_, n_token(), config().hidden); }
-
   /// Adds what is pending to all rows, which it stays.
   void finish_all() {
     on_path([&](const auto& path) {

@@ -43,6 +43,7 @@ struct DraftState {
   std::int32_t n_proposed;
   std::int32_t n_accepted;
   std::uint32_t n_step;  ///< that have ended
+  std::int32_t newest;   ///< position of the last token in the caches: that in front of the chunk
 };
 
 /// Where accepted tokens go beside the state; both by position. `text` is on the device, `history` where the host
@@ -60,7 +61,10 @@ static __global__ void draft_begin_kernel(const SequenceState* sequence, DraftSt
   if (row > n_draft) return;
   draft->positions[row] = sequence->position + row;
   draft->kv_lens[row] = sequence->position + row + 1;
-  if (row == 0) draft->tokens[0] = sequence->token;
+  if (row != 0) return;
+  draft->tokens[0] = sequence->token;
+  draft->n_proposed = n_draft;
+  draft->newest = sequence->position - 1;
 }
 
 /// One warp: a lane a draft.
@@ -114,8 +118,8 @@ inline void require_drafts(const char* who, std::int64_t n_draft) {
 
 }  // namespace detail
 
-/// Behind the sampled token, which stands at sequence->position: sets the chunk's first token, and where its rows
-/// stand.
+/// Behind the sampled token, which stands at sequence->position: sets the chunk's first token, where its rows stand,
+/// and that all drafts are proposed, which a drafter may take back.
 /// @throws std::invalid_argument for n_draft out of range
 inline void draft_begin(const SequenceState* sequence, DraftState* draft, std::int64_t n_draft, cudaStream_t stream) {
   detail::require_drafts("draft_begin", n_draft);

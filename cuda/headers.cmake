@@ -2,6 +2,7 @@
 # Written by .ci/list-headers and held against the folder by .ci/check-rooms.
 set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/backend.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/backend/assistant.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/describe.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/drafting.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/few_tokens_path.cuh"

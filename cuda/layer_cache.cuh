@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -76,9 +77,10 @@ class LayerCaches {
 
   /// How a chunk of so many tokens goes through, once and for all layers: pure host code.
   /// @param max_kv_len no token of it sees more
+  /// @param n_head     query heads; 0: the layers' own
   /// @throws std::invalid_argument where no kernel takes the shape, or the memory plan has too little for one
-  [[nodiscard]] LayerCachePlan plan(std::int64_t n_token, std::int64_t max_kv_len,
-                                    const ExecutionPolicy& policy) const {
+  [[nodiscard]] LayerCachePlan plan(std::int64_t n_token, std::int64_t max_kv_len, const ExecutionPolicy& policy,
+                                    std::int64_t n_head = 0) const {
     LayerCachePlan plan{
         .n_token = n_token,
         .fuses_prologue = policy.qkv_prologue_fusion,
@@ -87,11 +89,12 @@ class LayerCaches {
         .causal_skip = policy.causal_skip};
     plan.needs_positions = !policy.qkv_prologue_fusion;
     if (sliding_) {
-      plan.sliding = sliding_->plan(n_token, policy, device_, plan.overlap);
+      plan.sliding = sliding_->plan(n_token, policy, device_, plan.overlap, n_head);
       require_partials("attention_sliding", plan.sliding.attention.workspace_bytes);
     }
     if (full_) {
-      const FullPlanWish wish = full_wish(plan, max_kv_len, policy);
+      FullPlanWish wish = full_wish(plan, max_kv_len, policy);
+      wish.n_head = n_head;
       std::visit(
           [&]<class TCaches>(const TCaches& caches) {
             const auto full = caches.plan(wish);
@@ -248,6 +251,28 @@ class LayerCaches {
         caches.attend_rows(index(layer), call, std::get<typename TCaches::RowsPlan>(plan.rows.full), stream);
       }
     });
+  }
+  /// Attention of a query alone, of a plan for one token that has no mask; nothing is stored.
+  /// @param k_weight of the layer's norm of k
+  void attend_query(std::int64_t layer, const LoneQuery& query, const float* k_weight, const LayerCachePlan& plan,
+                    cudaStream_t stream) const {
+    if (config_.sliding_layer(layer)) {
+      return sliding_->attend_query(index(layer), query, plan.sliding, partials_, stream);
+    }
+    const FullAttentionCall call{.q = query.q,
+                                 .options = full_options(plan),
+                                 .kv_len = DeviceCount::on_device(query.kv_len),
+                                 .partials = partials_,
+                                 .scratch_and_partials = workspace_,
+                                 .k_weight = k_weight,
+                                 .work_count = work_count_};
+    with_full([&]<class TCaches>(const TCaches& caches) {
+      caches.attend(index(layer), call, std::get<typename TCaches::Plan>(plan.full), stream);
+    });
+  }
+  /// K and V of a sliding layer, [n_head_kv, ring_len, head_dim] each.
+  [[nodiscard]] std::array<View<Bf16, 3>, 2> rings(std::int64_t layer) const {
+    return {sliding_->k(index(layer)), sliding_->v(index(layer))};
   }
 
   /// After attend(): the chunk's K and V into the ring, where they are not there yet.

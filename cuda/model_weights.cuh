@@ -16,10 +16,12 @@
 #include "gemma4/config.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/model_tensors.hpp"
+#include "gemma4/model/assistant_weights.hpp"
 #include "gemma4/model/weights.hpp"
+#include "gemma4/plan/drafter_plan.hpp"
 #include "gemma4/plan/memory_plan.hpp"
 
-/// The weights of a model in device memory: one allocation, every matrix once, in the layout of
+/// The weights of a model, or of a drafter, in device memory: one allocation, every matrix once, in the layout of
 /// cuda/weights/layout.cuh.
 namespace gemma4::cuda {
 
@@ -46,6 +48,75 @@ struct LoadOptions {
   UploadOptions upload = {};
 };
 
+namespace detail {
+
+/// Places weights in a piece of device memory, one after another, and then brings them there.
+class WeightLoader {
+ public:
+  WeightLoader(std::span<std::byte> memory, const LoadOptions& options) : carver_(memory), options_(options) {}
+
+  /// Null where there are no values.
+  [[nodiscard]] const float* vector(const std::string& name, std::span<const float> values) {
+    if (values.empty()) return nullptr;
+    const auto count = static_cast<std::int64_t>(values.size());
+    float* const to = carver_.take<float>(count);
+    const QuantizedMatrix row{TensorType::kF32, 1, count, std::as_bytes(values)};
+    tasks_.push_back({.name = name, .from = row, .to = reinterpret_cast<std::byte*>(to), .is_mapped = false});
+    return to;
+  }
+
+  [[nodiscard]] PackedMatrix matrix(const std::string& name, const QuantizedMatrix& from) {
+    if (from.empty()) return {};
+    std::byte* const to = carver_.take<std::byte>(from.rows * packed_row_bytes(from.type, from.cols));
+    tasks_.push_back({name, from, to, 1});
+    return {from.type, from.rows, from.cols, to};
+  }
+
+  [[nodiscard]] PackedLayer layer(const std::string& prefix, const gemma4::LayerWeights& from) {
+    PackedLayer layer;
+    layer.attn_q = matrix(prefix + "attn_q.weight", from.attn_q);
+    layer.attn_k = matrix(prefix + "attn_k.weight", from.attn_k);
+    layer.attn_v = matrix(prefix + "attn_v.weight", from.attn_v);
+    layer.attn_output = matrix(prefix + "attn_output.weight", from.attn_output);
+    layer.gate_up = gate_up(prefix, from);
+    layer.ffn_down = matrix(prefix + "ffn_down.weight", from.ffn_down);
+    layer.attn_norm = vector(prefix + "attn_norm.weight", from.attn_norm);
+    layer.attn_q_norm = vector(prefix + "attn_q_norm.weight", from.attn_q_norm);
+    layer.attn_k_norm = vector(prefix + "attn_k_norm.weight", from.attn_k_norm);
+    layer.post_attention_norm = vector(prefix + "post_attention_norm.weight", from.post_attention_norm);
+    layer.ffn_norm = vector(prefix + "ffn_norm.weight", from.ffn_norm);
+    layer.post_ffw_norm = vector(prefix + "post_ffw_norm.weight", from.post_ffw_norm);
+    layer.output_scale = from.output_scale;
+    return layer;
+  }
+
+  /// Blocks until everything is on the device. @return seconds that it took
+  [[nodiscard]] double load() { return upload(std::move(tasks_), options_.upload); }
+
+ private:
+  [[nodiscard]] GateUpWeights gate_up(const std::string& prefix, const gemma4::LayerWeights& from) {
+    const QuantizedMatrix &gate = from.ffn_gate, &up = from.ffn_up;
+    GateUpWeights weights;
+    if (!options_.join_gate_up || !gate_up_is_fused(gate.type, up.type)) {
+      weights.gate = matrix(prefix + "ffn_gate.weight", gate);
+      weights.up = matrix(prefix + "ffn_up.weight", up);
+      return weights;
+    }
+    const std::int64_t row_bytes = packed_row_bytes(gate.type, gate.cols);
+    std::byte* const to = carver_.take<std::byte>(2 * gate.rows * row_bytes);
+    tasks_.push_back({prefix + "ffn_gate.weight", gate, to, 2});
+    tasks_.push_back({prefix + "ffn_up.weight", up, to + row_bytes, 2});
+    weights.joined = {gate.type, 2 * gate.rows, gate.cols, to};
+    return weights;
+  }
+
+  Carver carver_;
+  LoadOptions options_;
+  std::vector<UploadTask> tasks_;
+};
+
+}  // namespace detail
+
 /// A loaded model. The file is not needed afterwards. Several backends may share one model.
 class PackedModel {
  public:
@@ -57,53 +128,11 @@ class PackedModel {
       : config_(weights.config), tensors_(std::move(tensors)) {
     arena_ = DeviceArena(plan_memory(config_, tensors_, {.context = 1, .chunk = 1, .cache = Bf16Format{}}),
                          is_weight_buffer);
-    Carver carver(arena_.all());
-    std::vector<UploadTask> tasks;
-    const auto vector = [&](const std::string& name, std::span<const float> values) {
-      const auto count = static_cast<std::int64_t>(values.size());
-      float* const to = carver.take<float>(count);
-      const QuantizedMatrix row{TensorType::kF32, 1, count, std::as_bytes(values)};
-      tasks.push_back({.name = name, .from = row, .to = reinterpret_cast<std::byte*>(to), .is_mapped = false});
-      return static_cast<const float*>(to);
-    };
-    const auto matrix = [&](const std::string& name, const QuantizedMatrix& from) {
-      if (from.empty()) return PackedMatrix{};
-      std::byte* const to = carver.take<std::byte>(from.rows * packed_row_bytes(from.type, from.cols));
-      tasks.push_back({name, from, to, 1});
-      return PackedMatrix{from.type, from.rows, from.cols, to};
-    };
-    token_embd_ = matrix("token_embd.weight", weights.token_embd);
-    output_ = weights.is_tied() ? token_embd_ : matrix("output.weight", weights.output);
-    for (std::size_t i = 0; i < weights.layers.size(); ++i) {
-      const gemma4::LayerWeights& from = weights.layers[i];
-      const std::string prefix = "blk." + std::to_string(i) + ".";
-      PackedLayer layer;
-      layer.attn_q = matrix(prefix + "attn_q.weight", from.attn_q);
-      layer.attn_k = matrix(prefix + "attn_k.weight", from.attn_k);
-      layer.attn_v = matrix(prefix + "attn_v.weight", from.attn_v);
-      layer.attn_output = matrix(prefix + "attn_output.weight", from.attn_output);
-      if (options.join_gate_up && gate_up_is_fused(from.ffn_gate.type, from.ffn_up.type)) {
-        const std::int64_t row_bytes = packed_row_bytes(from.ffn_gate.type, from.ffn_gate.cols);
-        std::byte* const to = carver.take<std::byte>(2 * from.ffn_gate.rows * row_bytes);
-        tasks.push_back({prefix + "ffn_gate.weight", from.ffn_gate, to, 2});
-        tasks.push_back({prefix + "ffn_up.weight", from.ffn_up, to + row_bytes, 2});
-        layer.gate_up.joined = {from.ffn_gate.type, 2 * from.ffn_gate.rows, from.ffn_gate.cols, to};
-      } else {
-        layer.gate_up.gate = matrix(prefix + "ffn_gate.weight", from.ffn_gate);
-        layer.gate_up.up = matrix(prefix + "ffn_up.weight", from.ffn_up);
-      }
-      layer.ffn_down = matrix(prefix + "ffn_down.weight", from.ffn_down);
-      layer.attn_norm = vector(prefix + "attn_norm.weight", from.attn_norm);
-      layer.attn_q_norm = vector(prefix + "attn_q_norm.weight", from.attn_q_norm);
-      layer.attn_k_norm = vector(prefix + "attn_k_norm.weight", from.attn_k_norm);
-      layer.post_attention_norm = vector(prefix + "post_attention_norm.weight", from.post_attention_norm);
-      layer.ffn_norm = vector(prefix + "ffn_norm.weight", from.ffn_norm);
-      layer.post_ffw_norm = vector(prefix + "post_ffw_norm.weight", from.post_ffw_norm);
-      layer.output_scale = from.output_scale;
-      layers_.push_back(layer);
-    }
-    output_norm_ = vector("output_norm.weight", weights.output_norm);
-    load_seconds_ = upload(std::move(tasks), options.upload);
+    detail::WeightLoader loader(arena_.all(), options);
+    token_embd_ = loader.matrix("token_embd.weight", weights.token_embd);
+    output_ = weights.is_tied() ? token_embd_ : loader.matrix("output.weight", weights.output);
+    place_layers(loader, weights.layers, weights.output_norm);
+    load_seconds_ = loader.load();
   }
 
   [[nodiscard]] const ModelConfig& config() const { return config_; }
@@ -120,6 +149,17 @@ class PackedModel {
   [[nodiscard]] static bool is_weight_buffer(const std::string& name) { return name.starts_with("weights_"); }
 
  private:
+  friend class PackedAssistant;
+  PackedModel() = default;
+
+  void place_layers(detail::WeightLoader& loader, const std::vector<gemma4::LayerWeights>& layers,
+                    std::span<const float> output_norm) {
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      layers_.push_back(loader.layer("blk." + std::to_string(i) + ".", layers[i]));
+    }
+    output_norm_ = loader.vector("output_norm.weight", output_norm);
+  }
+
   ModelConfig config_;
   std::vector<ModelTensor> tensors_;
   DeviceArena arena_;
@@ -129,6 +169,51 @@ class PackedModel {
   const float* output_norm_ = nullptr;
   double load_seconds_ = 0;
 };
+
+/// A loaded drafter. Its layers are those of a small model without keys and values; its file is not needed afterwards.
+/// Several backends over models of its target's shape may share it.
+class PackedAssistant {
+ public:
+  /// Loads a drafter whose tensors are bound, and checked against its target.
+  /// @throws as PackedModel
+  PackedAssistant(const AssistantWeights& weights, std::vector<ModelTensor> tensors, const LoadOptions& options = {})
+      : config_(weights.config), buffers_(drafter_buffers(weights.config, tensors, PlanTarget::kCuda)) {
+    own_.config_ = weights.config.own;
+    own_.tensors_ = std::move(tensors);
+    own_.arena_ = DeviceArena(MemoryPlan{buffers_}, is_weight_buffer);
+    detail::WeightLoader loader(own_.arena_.all(), options);
+    own_.token_embd_ = own_.output_ = loader.matrix("token_embd.weight", weights.token_embd);
+    pre_projection_ = loader.matrix("nextn.pre_projection.weight", weights.pre_projection);
+    post_projection_ = loader.matrix("nextn.post_projection.weight", weights.post_projection);
+    own_.place_layers(loader, weights.layers, weights.output_norm);
+    own_.load_seconds_ = loader.load();
+  }
+
+  [[nodiscard]] const AssistantConfig& config() const { return config_; }
+  /// Its layers, its output matrix and its last norm; K, V and the norm of K are empty.
+  [[nodiscard]] const PackedModel& own() const { return own_; }
+  [[nodiscard]] const PackedMatrix& pre_projection() const { return pre_projection_; }    ///< [hidden, 2 hidden_target]
+  [[nodiscard]] const PackedMatrix& post_projection() const { return post_projection_; }  ///< [hidden_target, hidden]
+  /// For MemoryPlanOptions::drafter: its weights, and what a backend that drafts with it allocates.
+  [[nodiscard]] const std::vector<PlannedBuffer>& buffers() const { return buffers_; }
+  /// What is allocated on the device, as the plan has it.
+  [[nodiscard]] std::int64_t bytes() const { return own_.bytes(); }
+
+  [[nodiscard]] static bool is_weight_buffer(const std::string& name) { return name == "drafter_weights"; }
+
+ private:
+  AssistantConfig config_;
+  std::vector<PlannedBuffer> buffers_;
+  PackedModel own_;
+  PackedMatrix pre_projection_, post_projection_;
+};
+
+/// Binds, checks and loads the drafter of a file for a target of this shape.
+/// @throws FormatError when the file is no drafter, one for another target, or a number in it is not finite
+[[nodiscard]] inline PackedAssistant load_assistant(const GgufFile& file, const ModelConfig& target,
+                                                    const LoadOptions& options = {}) {
+  return PackedAssistant(assistant_weights_from_gguf(file, target), model_tensors(file), options);
+}
 
 /// Binds, checks and loads the model of a file.
 /// @throws FormatError when the file is not a model that is implemented, or a number in it is not finite

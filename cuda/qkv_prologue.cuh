@@ -299,7 +299,8 @@ void require_qkv(const char* who, const QkvParams<TIn>& params) {
 
 }  // namespace detail
 
-/// What a call of qkv_prologue works on; TIn is Bf16 or float.
+/// What a call of qkv_prologue works on; TIn is Bf16 or float. Of no KV heads where queries go alone: k, v and what
+/// takes them then have no extent, but addresses that differ, and both norms may be q's.
 template <class TIn>
 struct QkvCall {
   View<const TIn, 3> q, k, v;  ///< [n_token, n_head or n_head_kv, head_dim], as projected; v may be k (full layers have

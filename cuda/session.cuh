@@ -77,7 +77,7 @@ class Session {
   [[nodiscard]] Backend& backend() const { return model_.backend(); }
   /// Kernels and copies of the captured step; 0 before the first.
   [[nodiscard]] std::size_t n_graph_node(std::int64_t n_draft = 0) const {
-    const std::optional<Step>& step = steps_[static_cast<std::size_t>(n_draft)];
+    const std::optional<Step>& step = steps_[step_index(n_draft)];
     return step ? step->graph.n_node() : 0;
   }
 
@@ -97,8 +97,9 @@ class Session {
     options_.n_draft = n_draft;
     options_.auto_drafts = is_auto;
     rule_.reset();
-    clock_ = {};
-    if (is_auto && n_draft > 0) rule_.emplace(draft::StepCosts{}, n_draft);
+    const draft::StepCosts costs{.draft = backend().options().max_draft > 0 ? backend().drafting().cost() : 0};
+    clock_ = draft::StepClock(costs);
+    if (is_auto && n_draft > 0) rule_.emplace(costs, n_draft);
   }
 
   /// Other ways to the same tokens, from here on: the sequence and its caches stay, the step is captured anew.
@@ -253,7 +254,8 @@ class Session {
     }
     tokens_ = info.tokens;
     if (backend().options().max_draft > 0) backend().drafting().set_text(tokens_, 0, stream());
-    has_logits_ = !info.logits.empty();
+    // What a file does not hold: the state that an assistant begins with.
+    has_logits_ = !info.logits.empty() && !by_assistant();
     if (!has_logits_ && position() > 0 && position() == static_cast<std::int64_t>(tokens_.size())) refresh_logits();
     while (position() < static_cast<std::int64_t>(tokens_.size())) {
       model_.decode(tokens_[static_cast<std::size_t>(position())]);
@@ -273,6 +275,12 @@ class Session {
   };
 
   [[nodiscard]] const Stream& stream() const { return backend().stream(); }
+  [[nodiscard]] bool by_assistant() const {
+    return backend().options().max_draft > 0 && backend().drafting().by_assistant();
+  }
+  [[nodiscard]] std::size_t step_index(std::int64_t n_draft) const {
+    return static_cast<std::size_t>(n_draft > 0 && by_assistant() ? n_draft + draft::kMaxDrafts : n_draft);
+  }
   [[nodiscard]] const Event& done(std::int64_t step) const {
     return done_[static_cast<std::size_t>(step) % done_.size()];
   }
@@ -345,7 +353,7 @@ class Session {
 
   /// A step: replayed once it has been captured, which is after its kernels have been loaded by a run.
   void enqueue(const SamplerSettings& settings, std::int64_t n_draft, std::int64_t number) {
-    std::optional<Step>& step = steps_[static_cast<std::size_t>(n_draft)];
+    std::optional<Step>& step = steps_[step_index(n_draft)];
     const auto launch = [&] {
       n_draft > 0 ? model_.enqueue_draft_step(settings, n_draft) : model_.enqueue_step(settings);
     };
@@ -388,7 +396,8 @@ class Session {
   Model<Backend> model_;
   SequenceStore<Backend> store_;
   SessionOptions options_;
-  std::array<std::optional<Step>, draft::kMaxDrafts + 1> steps_;  ///< by the number of drafts
+  /// By the number of drafts: those of lookup, behind them those of an assistant.
+  std::array<std::optional<Step>, 2 * draft::kMaxDrafts + 1> steps_;
   std::optional<draft::AutoDrafts> rule_;
   draft::StepClock clock_;  ///< of the rule
   std::vector<std::int32_t> tokens_;

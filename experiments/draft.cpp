@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <span>
@@ -113,7 +114,7 @@ class DeviceWriter final : public Writer {
   [[nodiscard]] Sequence& sequence() override { return sequence_; }
   void use(const Case& one) override {
     const std::int64_t most = one.settings.is_on() ? one.settings.n_draft.value_or(draft::kMaxDrafts) : 0;
-    sequence_.set_drafts(most, !one.settings.n_draft);
+    sequence_.set_drafts(most, !one.settings.n_draft, !one.settings.is_file());
     before_ = *sequence_.draft_counts();
   }
   [[nodiscard]] draft::Counts counts() const override { return sequence_.draft_counts()->since(before_); }
@@ -124,13 +125,26 @@ class DeviceWriter final : public Writer {
   draft::Counts before_;
 };
 
+/// The drafter that is a model, if there is one. @throws std::invalid_argument for several, which no device holds
+[[nodiscard]] std::filesystem::path file_of(const Options& options) {
+  std::filesystem::path file;
+  for (const std::string& drafter : options.drafters) {
+    const DraftSettings settings{.drafter = drafter};
+    require(!settings.is_file() || file.empty() || file == settings.file(), "--drafters ", file.string(), ",", drafter,
+            ": on a device one file at most");
+    if (settings.is_file()) file = settings.file();
+  }
+  return file;
+}
+
 /// A model that makes them, in the room that --backend names.
 class Source {
  public:
   explicit Source(const Options& options) : options_(options) {
     if (options.backend == "cuda") {
-      device_ = load_cuda_model(options.model, {.progress = progress_options(options, "B")},
-                                settings(parse_cache_spec(options.caches.front())));
+      device_ =
+          load_cuda_model(options.model, {.progress = progress_options(options, "B"), .drafter = file_of(options)},
+                          settings(parse_cache_spec(options.caches.front())));
       return;
     }
     file_.emplace(GgufFile::open(options.model));
@@ -326,7 +340,7 @@ void run(int argc, char** argv) {
     require(options.depths[i] >= options.depths[i - 1] + options.sites * options.stride, "--depths ", options.depths[i],
             ": the ", options.sites, " sites behind ", options.depths[i - 1], " reach beyond it");
   }
-  for (const std::string& drafter : options.drafters) require_drafter({.drafter = drafter}, options.backend == "cuda");
+  for (const std::string& drafter : options.drafters) require_drafter({.drafter = drafter});
   for (const std::string& n_draft : options.n_drafts) (void)parse_n_draft(n_draft);
   const RunInfo info = backend_run_info(options, "draft", argc, argv);
   run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) { measure(options, table); });

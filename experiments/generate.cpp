@@ -138,7 +138,7 @@ void add_drafting(CLI::App& app, Options& options, Seen& seen, std::string& n_dr
          "--drafter", options.drafting.drafter,
          "Who proposes tokens that the model verifies several at a time: lookup (what followed the last tokens "
          "where they stood before), the GGUF file of a drafter, or none. The text is the same; that of a drafter "
-         "from a file, at a temperature, of the same distribution")
+         "from a file, at a temperature, of the same distribution with --backend reference")
       ->capture_default_str();
   seen.draft =
       app.add_option("--draft", n_draft, "Tokens to propose for each step, 1 to 7; auto: from what was accepted so far")
@@ -159,7 +159,7 @@ void check_options(const Options& options) {
   require(!options.profile || options.backend == "cuda",
           "--profile: needs --backend cuda; the reference has no events");
   require(!options.profile || !options.is_interactive, "--profile: needs a --chat with a text");
-  require_drafter(options.drafting, options.backend == "cuda");
+  require_drafter(options.drafting);
   require(!options.profile || !options.drafting.is_on(), "--profile: cannot be had with --drafter");
   require(!options.echo || !options.is_interactive, "--echo: needs a --chat with a text");
   require(!options.is_interactive || options.messages != "-",
@@ -270,7 +270,8 @@ struct Loaded {
   }
   Loaded loaded;
   if (options.backend == "cuda") {
-    loaded.device = load_cuda_model(options.model, {.progress = progress_options(options, "B")}, settings);
+    const CudaLoadSettings load{.progress = progress_options(options, "B"), .drafter = options.drafting.file()};
+    loaded.device = load_cuda_model(options.model, load, settings);
     loaded.sequence = std::make_unique<DeviceSequence>(*loaded.device, settings);
   } else {
     loaded.weights.emplace(weights_from_gguf(gguf));

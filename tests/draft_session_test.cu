@@ -13,6 +13,9 @@
 #include "cuda/device/device_buffer.cuh"
 #include "cuda/session.cuh"
 #include "gemma4/gguf/gguf_reader.hpp"
+#include "reference/assistant_check.hpp"
+#include "tests/support/draft_case.cuh"
+#include "tests/support/model_logits.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/session_case.cuh"
@@ -27,74 +30,25 @@ using namespace gemma4;
 using testkit::any_config;
 using testkit::any_settings;
 using testkit::any_tokens;
-using testkit::next_logits;
+using testkit::by_hand;
+using testkit::draft_options;
+using testkit::DraftedModel;
+using testkit::Drafts;
+using testkit::drafts_of;
+using testkit::same;
 using testkit::SmallModel;
+using testkit::spoiled;
 
 const std::filesystem::path kData = GEMMA4_TEST_DATA;
-
-cuda::BackendOptions options_with(const std::string& cache, std::int64_t max_draft, std::int64_t context = 256,
-                                  bool sliding_rows = true) {
-  return {.cache = parse_cache_spec(cache),
-          .context = context,
-          .max_chunk = 64,
-          .max_draft = max_draft,
-          .sliding_rows = sliding_rows};
-}
-
-/// Whether two sequences have the same tokens, and the same bits of what would be next.
-testing::AssertionResult same(const cuda::Session& drafting, const cuda::Session& plain) {
-  const auto found = drafting.tokens(), expected = plain.tokens();
-  const auto [at, other] = std::ranges::mismatch(found, expected);
-  if (at != found.end() || other != expected.end()) {
-    return testing::AssertionFailure() << "texts of " << found.size() << " and " << expected.size()
-                                       << " tokens differ from token " << at - found.begin() << " on";
-  }
-  const std::vector<float> logits = next_logits(drafting), others = next_logits(plain);
-  std::size_t n_different = 0;
-  for (std::size_t i = 0; i < logits.size(); ++i) n_different += logits[i] == others[i] ? 0 : 1;
-  if (n_different == 0) return testing::AssertionSuccess();
-  return testing::AssertionFailure() << n_different << " of " << logits.size() << " logits differ behind "
-                                     << found.size() << " equal tokens, the first " << logits[0] << " and "
-                                     << others[0];
-}
-
-/// The true tokens by position, some of them replaced by others.
-std::vector<std::int32_t> spoiled(std::span<const std::int32_t> truth, std::int64_t size, unsigned percent,
-                                  std::uint64_t seed, std::int64_t vocab) {
-  std::mt19937_64 random(seed);
-  std::vector<std::int32_t> script(truth.begin(), truth.end());
-  script.resize(static_cast<std::size_t>(size), 0);
-  for (std::int32_t& token : script) {
-    if (random() % 100 < percent) token = static_cast<std::int32_t>((static_cast<std::int64_t>(token) + 1) % vocab);
-  }
-  return script;
-}
-
-/// What steps of `n_draft` drafts by a script make of a text that is known to be `truth`.
-draft::Counts by_hand(std::span<const std::int32_t> truth, const std::vector<std::int32_t>& script, std::int64_t first,
-                      std::int64_t n_draft) {
-  draft::Counts counts;
-  for (std::int64_t at = first; at < static_cast<std::int64_t>(truth.size());) {
-    std::int64_t n_accepted = 0;
-    const auto agrees = [&](std::int64_t place) {
-      return place < static_cast<std::int64_t>(truth.size()) &&
-             truth[static_cast<std::size_t>(place)] == script[static_cast<std::size_t>(place)];
-    };
-    while (n_accepted < n_draft && agrees(at + 1 + n_accepted)) ++n_accepted;
-    counts.add(n_draft, n_accepted);
-    at += n_accepted + 1;
-  }
-  return counts;
-}
 
 RC_GTEST_PROP(DraftSession, TheTextIsThatOfPlainStepsWhateverIsDrafted, ()) {
   const SmallModel small(any_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
   const cuda::PackedModel packed = cuda::load_model(*small.file);
   const std::string cache = *rc::gen::element<std::string>("tq4", "bf16");
   const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
-  cuda::Backend plain_backend(packed, options_with(cache, 0));
+  cuda::Backend plain_backend(packed, draft_options(cache, 0));
   cuda::Backend backend(packed,
-                        options_with(cache, n_draft, 256, *rc::gen::weightedElement<bool>({{3, true}, {1, false}})));
+                        draft_options(cache, n_draft, 256, *rc::gen::weightedElement<bool>({{3, true}, {1, false}})));
   cuda::Session plain(plain_backend);
   cuda::Session drafting(
       backend,
@@ -122,7 +76,7 @@ RC_GTEST_PROP(DraftSession, TheTextIsThatOfPlainStepsWhateverIsDrafted, ()) {
 TEST(DraftSession, AcceptanceIsWhatACountByHandSays) {
   const SmallModel small(gemma4_tiny(), 4);
   const cuda::PackedModel packed = cuda::load_model(*small.file);
-  cuda::Backend plain_backend(packed, options_with("tq4", 0)), backend(packed, options_with("tq4", 3));
+  cuda::Backend plain_backend(packed, draft_options("tq4", 0)), backend(packed, draft_options("tq4", 3));
   cuda::Session plain(plain_backend), drafting(backend, {.lag = 1, .n_draft = 3});
   const std::vector<std::int32_t> prompt(30, 5);
   plain.prefill(prompt, 64);
@@ -152,7 +106,7 @@ RC_GTEST_PROP(DraftSession, WhatIsStoppedInTheMiddleOfAStepIsTakenBackExactly, (
   const SmallModel small(any_config(), 8);
   const cuda::PackedModel packed = cuda::load_model(*small.file);
   const std::string cache = *rc::gen::element<std::string>("tq4", "bf16");
-  cuda::Backend plain_backend(packed, options_with(cache, 0)), backend(packed, options_with(cache, 7));
+  cuda::Backend plain_backend(packed, draft_options(cache, 0)), backend(packed, draft_options(cache, 7));
   cuda::Session plain(plain_backend);
   cuda::Session drafting(backend, {.n_draft = *rc::gen::inRange<std::int64_t>(1, 8)});
   const SamplerSettings settings = any_settings();
@@ -179,7 +133,7 @@ RC_GTEST_PROP(DraftSession, WhatIsStoppedInTheMiddleOfAStepIsTakenBackExactly, (
 TEST(DraftSession, WorksUpToTheLastPositionOfTheContext) {
   const SmallModel small(gemma4_tiny(), 4);
   const cuda::PackedModel packed = cuda::load_model(*small.file);
-  cuda::Backend plain_backend(packed, options_with("tq4", 0, 96)), backend(packed, options_with("tq4", 7, 96));
+  cuda::Backend plain_backend(packed, draft_options("tq4", 0, 96)), backend(packed, draft_options("tq4", 7, 96));
   cuda::Session plain(plain_backend), drafting(backend, {.n_draft = 7});
   const std::vector<std::int32_t> prompt(60, 5);
   for (cuda::Session* session : {&plain, &drafting}) {
@@ -194,7 +148,7 @@ TEST(DraftSession, WorksUpToTheLastPositionOfTheContext) {
 TEST(DraftSession, ARestoredTextIsLookedThrough) {
   const SmallModel small(gemma4_tiny(), 4);
   const cuda::PackedModel packed = cuda::load_model(*small.file);
-  cuda::Backend backend(packed, options_with("tq4", 3)), other(packed, options_with("tq4", 3));
+  cuda::Backend backend(packed, draft_options("tq4", 3)), other(packed, draft_options("tq4", 3));
   cuda::Session session(backend, {.lag = 1, .n_draft = 3}), restored(other, {.lag = 1, .n_draft = 3});
   std::vector<std::int32_t> prompt;
   for (std::int32_t i = 0; i < 60; ++i) prompt.push_back(static_cast<std::int32_t>(i % 20));
@@ -217,7 +171,7 @@ TEST(DraftSession, ThePlanOfAVerifiedChunkSaysHowItsRowsGoThroughRings) {
   const SmallModel small(gemma4_tiny(), 4);
   const cuda::PackedModel packed = cuda::load_model(*small.file);
   for (const bool at_once : {true, false}) {
-    const cuda::Backend backend(packed, options_with("tq4", 3, 256, at_once));
+    const cuda::Backend backend(packed, draft_options("tq4", 3, 256, at_once));
     const bool takes = at_once && cuda::current_device().compute_capability >= 90;
     const StepPlan plan = backend.verify_plan(3);
     const auto row = std::ranges::find(plan.rows, "attention_sliding", &StepPlanRow::component);
@@ -231,8 +185,8 @@ TEST(DraftSession, ThePlanOfAVerifiedChunkSaysHowItsRowsGoThroughRings) {
 TEST(DraftSession, RefusesMoreThanTheBackendKeepsRoomFor) {
   const SmallModel small(gemma4_tiny(), 4);
   const cuda::PackedModel packed = cuda::load_model(*small.file);
-  EXPECT_TRUE(testkit::refuses([&] { cuda::Backend(packed, options_with("tq4", 8)); }, {"max_draft 8", "0 to 7"}));
-  cuda::Backend backend(packed, options_with("tq4", 3));
+  EXPECT_TRUE(testkit::refuses([&] { cuda::Backend(packed, draft_options("tq4", 8)); }, {"max_draft 8", "0 to 7"}));
+  cuda::Backend backend(packed, draft_options("tq4", 3));
   EXPECT_TRUE(testkit::refuses([&] { cuda::Session(backend, {.n_draft = 4}); }, {"4 drafts a step", "max_draft 3"}));
   EXPECT_TRUE(testkit::refuses([&] { cuda::Session(backend, {.lag = 30, .n_draft = 3}); }, {"fewer than 64"}));
 }
@@ -243,7 +197,7 @@ TEST(DraftSession, TwentyThousandTokensOfATrainedModelAreThoseOfPlainSteps) {
   for (const std::string cache : {"bf16", "tq4", "kv5r4"}) {
     std::vector<std::int32_t> texts[2];
     for (const std::int64_t n_draft : {0, 3}) {
-      cuda::Backend backend(packed, options_with(cache, n_draft, 8192));
+      cuda::Backend backend(packed, draft_options(cache, n_draft, 8192));
       cuda::Session session(backend, {.n_draft = n_draft});
       std::mt19937 random(17);
       std::vector<std::int32_t>& text = texts[n_draft > 0 ? 1 : 0];
@@ -257,6 +211,205 @@ TEST(DraftSession, TwentyThousandTokensOfATrainedModelAreThoseOfPlainSteps) {
       }
     }
     EXPECT_EQ(texts[0], texts[1]) << cache;
+  }
+}
+
+// ---- a drafter that is a model
+
+/// A structure that a drafter can be made for: a window of 1 is empty without the query's own key. Often so short a
+/// window that a key more or less is seen.
+ModelConfig any_drafted_config() {
+  ModelConfig config = any_config();
+  config.window = *rc::gen::element<std::int64_t>(2, 3, 5, std::max<std::int64_t>(config.window, 2));
+  return config;
+}
+
+/// Acceptance figure: agreed, not derived. How roundings of 8 bits grow in nano's twelve layers and four chained steps
+/// has no bound that would say anything; it lies three and a half times above the worst row that was measured when it
+/// was set (0.0085 of its length), and below what the faults of tests/mutants/gpu.list show.
+constexpr double kGoldenLength = 0.03;
+
+TEST(DraftAssistant, ProposesTheGoldenTokensFromTheGoldenLogits) {
+  const GgufFile file = GgufFile::open(kData / "nano/nano-Q4_K_M.gguf");
+  const cuda::PackedModel packed = cuda::load_model(file);
+  const cuda::PackedAssistant assistant =
+      cuda::load_assistant(GgufFile::open(kData / "nano-assistant/nano-assistant-Q8_0.gguf"), packed.config());
+  const reference::GoldenDrafts golden =
+      reference::read_golden_drafts(kData / "nano-assistant/nano-assistant-golden.gguf");
+  const auto n_id = static_cast<std::int64_t>(golden.ids.size());
+  cuda::Backend backend(packed, {.cache = Bf16Format{}, .context = n_id, .max_draft = 4, .assistant = &assistant});
+  cuda::Session session(backend);
+  for (std::size_t i = 0; i < golden.count(); ++i) {
+    const std::int64_t position = golden.positions[i];
+    session.prefill(std::span(golden.ids)
+                        .subspan(static_cast<std::size_t>(session.position()),
+                                 static_cast<std::size_t>(position + 1 - session.position())),
+                    512);
+    const std::int32_t next = golden.ids[static_cast<std::size_t>(position) + 1];
+    const Drafts drafts = drafts_of(backend, golden.n_step, next);
+    EXPECT_EQ(drafts.tokens[0], next);
+    std::vector<float> expected;
+    for (std::int64_t step = 0; step < golden.n_step; ++step) {
+      EXPECT_EQ(drafts.tokens[static_cast<std::size_t>(step) + 1], golden.draft_of(i, step))
+          << "behind " << position << ", step " << step;
+      const auto row = golden.logits_of(i, step);
+      expected.insert(expected.end(), row.begin(), row.end());
+    }
+    EXPECT_TRUE(testkit::rows_close(drafts.logits, expected, golden.vocab, kGoldenLength)) << "behind " << position;
+  }
+}
+
+RC_GTEST_PROP(DraftAssistant, LogitsAreNearThoseOfTheReferenceAndTheLikeliestIsProposed, ()) {
+  const DraftedModel model(any_drafted_config(), *rc::gen::inRange<std::uint64_t>(0, 1000), *rc::gen::element(1, 2));
+  const std::string cache = *rc::gen::element<std::string>("bf16", "tq4", "kv5r4", "kv16r16", "sim-int8");
+  const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
+  const auto tokens = any_tokens(model.small.weights.config, *rc::gen::inRange(1, *rc::gen::element(5, 120)));
+  const auto n_token = static_cast<std::int64_t>(tokens.size());
+  cuda::Backend backend(model.packed, draft_options(cache, n_draft, 256, &model.assistant));
+  cuda::Session session(backend);
+  session.prefill(tokens, 64);
+  const Drafts drafts = drafts_of(backend, n_draft);
+  reference::Backend<float> target(model.small.weights,
+                                   {.cache = parse_cache_spec(cache), .context = 256, .max_chunk = 64});
+  Model<reference::Backend<float>> host(target);
+  host.prefill(tokens, 64, [](std::int64_t) {});
+  const AssistantWeights weights = assistant_weights_from_gguf(*model.drafter.file, target.config());
+  const reference::Assistant<float> drafter(weights, target);
+  reference::Matrix<float> hidden = target.hidden();
+  // The target's logits may be off by kRounding of tests/backend_test.cu, and so its keys; the drafter has as many
+  // layers again. Compressed keys are off by as much more as is said there.
+  const double bound = (cache == "bf16" ? 1 : 3.5) * 2 * 0.10;
+  const auto vocab = static_cast<std::size_t>(target.config().vocab);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(n_draft); ++i) {
+    const auto row = std::span(drafts.logits).subspan(i * vocab, vocab);
+    RC_ASSERT(drafts.tokens[i + 1] == std::ranges::max_element(row) - row.begin());
+    const auto out = drafter.step(drafts.tokens[i], hidden, n_token);
+    testkit::rc_require(testkit::rows_close(row, std::span(out.logits.data(), vocab), target.config().vocab, bound));
+    hidden = out.hidden;
+  }
+}
+
+RC_GTEST_PROP(DraftAssistant, RejectedTokensLeaveNoTraceInWhatIsDraftedBehindThem, ()) {
+  const DraftedModel model(any_drafted_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
+  const std::string cache = *rc::gen::element<std::string>("bf16", "tq4", "kv5r4");
+  const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
+  const auto options = draft_options(cache, n_draft, 256, &model.assistant);
+  cuda::Backend plain_backend(model.packed, options), backend(model.packed, options);
+  cuda::Session plain(plain_backend), drafting(backend, {.n_draft = n_draft});
+  const auto prompt = any_tokens(model.small.weights.config, *rc::gen::inRange(1, 80));
+  const std::int64_t n_token = *rc::gen::inRange<std::int64_t>(1, 60);
+  for (cuda::Session* session : {&plain, &drafting}) session->prefill(prompt, 64);
+  plain.decode(n_token, {});
+  const cuda::DeviceBuffer<std::int32_t> script(spoiled(
+      plain.tokens(), 256 + draft::kMaxDrafts, *rc::gen::element(0u, 30u, 100u), 5, plain_backend.config().vocab));
+  backend.drafting().set_script(script.data());
+  drafting.decode(n_token, {});
+  backend.drafting().set_script(nullptr);
+  testkit::rc_require(same(drafting, plain));
+  const Drafts found = drafts_of(backend, n_draft), expected = drafts_of(plain_backend, n_draft);
+  RC_ASSERT(found == expected);
+  plain.reset();  // the control: another text behind the same token
+  plain.prefill(std::vector<std::int32_t>(prompt.size() + 3, prompt.front()), 64);
+  RC_ASSERT(drafts_of(plain_backend, n_draft, expected.tokens[0]).logits != expected.logits);
+}
+
+RC_GTEST_PROP(DraftAssistant, TheTextIsThatOfPlainStepsAndAReplayDraftsAsALaunchDoes, ()) {
+  const DraftedModel model(any_drafted_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
+  const std::string cache = *rc::gen::element<std::string>("tq4", "kv5r4", "bf16");
+  const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
+  const auto options = draft_options(cache, n_draft, 256, &model.assistant);
+  cuda::Backend plain_backend(model.packed, draft_options(cache, 0)), backend(model.packed, options);
+  cuda::Backend eager_backend(model.packed, options);
+  cuda::Session plain(plain_backend), drafting(backend, {.n_draft = n_draft});
+  cuda::Session eager(eager_backend, {.use_graph = false, .n_draft = n_draft});
+  const auto prompt = any_tokens(model.small.weights.config, *rc::gen::inRange(1, 80));
+  const SamplerSettings settings = any_settings();
+  const std::int64_t n_token = *rc::gen::inRange<std::int64_t>(1, 60);
+  for (cuda::Session* session : {&plain, &drafting, &eager}) session->prefill(prompt, 64);
+  plain.decode(n_token, settings);
+  const draft::Counts counts = drafting.decode(n_token, settings).drafts;
+  const draft::Counts expected = eager.decode(n_token, settings).drafts;
+  testkit::rc_require(same(drafting, plain));
+  testkit::rc_require(same(eager, plain));
+  RC_ASSERT(counts.n_step == expected.n_step && counts.accepted == expected.accepted);
+  RC_ASSERT(drafts_of(backend, n_draft) == drafts_of(eager_backend, n_draft));
+}
+
+TEST(DraftAssistant, ARestoredSequenceIsDraftedForAsItWasBefore) {
+  const DraftedModel model(gemma4_tiny());
+  const auto options = draft_options("tq4", 3, 256, &model.assistant);
+  cuda::Backend backend(model.packed, options), other(model.packed, options);
+  cuda::Session session(backend, {.n_draft = 3}), restored(other, {.n_draft = 3});
+  const testkit::TempDir folder;
+  session.prefill(std::vector<std::int32_t>(40, 5), 64);
+  session.decode(5, {});
+  session.save(folder.file("s"), {.model_hash = 5});
+  restored.prefill(std::vector<std::int32_t>(50, 900), 64);  // another state lies there
+  restored.restore(SessionFile::open(folder.file("s")), 5);
+  EXPECT_TRUE(same(restored, session));
+  EXPECT_EQ(drafts_of(other, 3), drafts_of(backend, 3));
+}
+
+TEST(DraftAssistant, LookupBesideItIsLookup) {
+  const DraftedModel model(gemma4_tiny());
+  cuda::Backend backend(model.packed, draft_options("tq4", 3, 256, &model.assistant));
+  cuda::Backend other(model.packed, draft_options("tq4", 3));
+  cuda::Session session(backend, {.lag = 1, .n_draft = 3}), lookup(other, {.lag = 1, .n_draft = 3});
+  for (cuda::Session* one : {&session, &lookup}) one->prefill(std::vector<std::int32_t>(40, 5), 64);
+  const std::int64_t by_assistant = session.decode(20, {}).drafts.n_step;
+  EXPECT_GT(backend.drafting().cost(), 0);
+  backend.drafting().use_lookup(true);
+  EXPECT_EQ(backend.drafting().cost(), 0);
+  session.set_drafts(3);
+  EXPECT_NE(lookup.decode(20, {}).drafts.n_step, by_assistant) << "the control: they draft otherwise";
+  const draft::Counts found = session.decode(20, {}).drafts, expected = lookup.decode(20, {}).drafts;
+  EXPECT_EQ(found.n_step, expected.n_step);
+  EXPECT_EQ(found.accepted, expected.accepted);
+  EXPECT_TRUE(same(session, lookup));
+}
+
+TEST(DraftAssistant, TakesWhatIsPlannedAndRefusesWhatDoesNotSuit) {
+  const DraftedModel model(gemma4_tiny());
+  const auto options = draft_options("tq4", 3, 256, &model.assistant);
+  const cuda::Backend backend(model.packed, options), plain(model.packed, draft_options("tq4", 3));
+  const MemoryPlan& plan = backend.plan();
+  EXPECT_EQ(model.packed.bytes() + model.assistant.bytes() + backend.device_bytes(),
+            plan.total_bytes() - plan.bytes("cuda_context"));
+  EXPECT_EQ(backend.device_bytes() - plain.device_bytes(),
+            plan.bytes("drafter_logits") + plan.bytes("drafter_activations"));
+  EXPECT_EQ(model.assistant.bytes(), plan.bytes("drafter_weights"));
+  const auto refused = [&](const cuda::BackendOptions& wrong, std::vector<std::string> words) {
+    return testkit::refuses([&] { cuda::Backend(model.packed, wrong); }, words);
+  };
+  EXPECT_TRUE(refused(draft_options("tq4", 0, 256, &model.assistant), {"max_draft 0"}));
+  EXPECT_TRUE(refused(draft_options("sim-int8-tail8", 3, 256, &model.assistant), {"sim-int8-tail8"}));
+  ModelConfig wider = gemma4_tiny();
+  wider.hidden *= 2;
+  const DraftedModel other(wider);
+  EXPECT_THROW(cuda::Backend(model.packed, draft_options("tq4", 3, 256, &other.assistant)), FormatError);
+}
+
+TEST(DraftAssistant, TextOfATrainedModelIsThatOfPlainStepsInHalfAsMany) {
+  const GgufFile file = GgufFile::open(kData / "nano/nano-Q4_K_M.gguf");
+  const cuda::PackedModel packed = cuda::load_model(file);
+  const cuda::PackedAssistant assistant =
+      cuda::load_assistant(GgufFile::open(kData / "nano-assistant/nano-assistant-Q8_0.gguf"), packed.config());
+  const std::vector<std::int32_t> ids =
+      reference::read_golden_drafts(kData / "nano-assistant/nano-assistant-golden.gguf").ids;
+  for (const std::string cache : {"kv5r4", "tq4", "bf16"}) {
+    cuda::Backend plain_backend(packed, draft_options(cache, 0, 2048));
+    cuda::Backend backend(packed, draft_options(cache, 3, 2048, &assistant));
+    cuda::Session plain(plain_backend), drafting(backend, {.n_draft = 3});
+    for (const auto& [n_prompt, n_token] : {std::pair{30, 40}, std::pair{570, 1000}}) {
+      for (cuda::Session* session : {&plain, &drafting}) {
+        session->reset();
+        session->prefill(std::span(ids).first(static_cast<std::size_t>(n_prompt)), 64);
+      }
+      plain.decode(n_token, {});
+      const draft::Counts counts = drafting.decode(n_token, {}).drafts;
+      EXPECT_TRUE(same(drafting, plain)) << cache << " behind " << n_prompt;
+      EXPECT_LT(2 * counts.n_step, n_token) << cache << " behind " << n_prompt;
+    }
   }
 }
 

@@ -144,6 +144,22 @@ TEST(QkvPrologueGpu, InPlaceGivesTheSameBits) {
   EXPECT_TRUE(in.v_device.to_host() == v.to_host());
 }
 
+/// As a drafter asks for them, whose layers have no keys.
+TEST(QkvPrologueGpu, QueriesAloneHaveTheBitsThatTheyHaveBesideKeys) {
+  for (const bool sliding : {true, false}) {
+    const QkvCase c = real_qkv_case(sliding, 2, 4000);
+    QkvInputs in(c);
+    DeviceBuffer<Bf16> beside(c.q_size()), alone(c.q_size()), k(c.kv_size()), v(c.kv_size());
+    in.fused(beside.data(), FreshKv{in.kv(k.data()), in.kv(v.data())});
+    const auto none = [&]<class T>(T* data) { return in.heads(data, 0); };
+    const QkNorms norms{in.q_norm.data(), in.q_norm.data(), kQkvEpsilon};
+    qkv_prologue<Bf16>({in.heads(in.q_device.data(), c.n_head), none(in.k_device.data()), none(in.k_device.data()),
+                        norms, in.at(), in.rope, in.heads(alone.data(), c.n_head)},
+                       FreshKv{none(k.data()), none(v.data())}, nullptr);
+    EXPECT_TRUE(alone.to_host() == beside.to_host());
+  }
+}
+
 TEST(QkvProloguePlan, MisuseIsRefusedBeforeAnyLaunch) {
   alignas(16) static std::uint16_t memory[1 << 16];
   alignas(16) static float weight[512];

@@ -5,8 +5,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 
+#include "cuda/backend/assistant.cuh"
 #include "cuda/backend/path.cuh"
 #include "cuda/device/check.cuh"
 #include "cuda/device/device_arena.cuh"
@@ -53,10 +55,25 @@ class Drafting {
   /// was recorded with.
   void set_script(const std::int32_t* script) { script_ = script; }
 
+  /// From here on drafts are those of options.assistant. @param target and the others as Assistant has them
+  /// @throws as Assistant does, and as its plan()
+  void set_assistant(const BackendOptions& options, const PathContext& target, DeviceArena& arena, const Bf16* hidden) {
+    assistant_.emplace(*options.assistant, target, arena, hidden);
+    (void)assistant_->plan(options);
+  }
+  [[nodiscard]] const Assistant* assistant() const { return assistant_ ? &*assistant_ : nullptr; }
+  /// Lookup beside an assistant, and back again, from the next step on. A recorded step keeps its own.
+  void use_lookup(bool is_lookup) { is_lookup_ = is_lookup; }
+  [[nodiscard]] bool by_assistant() const { return assistant_ && !is_lookup_; }
+  /// Of a proposed token, in plain steps.
+  [[nodiscard]] double cost() const { return by_assistant() ? assistant_->cost() : 0; }
+
   /// The chunk of a step: the sampled token and what is proposed behind it.
-  void propose(const SequenceState* sequence, std::int64_t n_draft, cudaStream_t stream) const {
+  void propose(const SequenceState* sequence, std::int64_t n_draft, const AssistantRun& run,
+               cudaStream_t stream) const {
     draft_begin(sequence, state_, n_draft, stream);
     if (script_ != nullptr) return draft_from_script(script_, sequence, state_, n_draft, stream);
+    if (by_assistant()) return assistant_->propose(sequence, state_, n_draft, run);
     draft_lookup(text_, &sequence->position, context_,
                  {.tokens = state_->tokens + 1, .n_proposed = &state_->n_proposed, .n_draft = n_draft}, lookup_,
                  stream);
@@ -113,6 +130,8 @@ class Drafting {
   std::span<std::byte> lookup_;
   std::int32_t* text_ = nullptr;
   const std::int32_t* script_ = nullptr;
+  std::optional<Assistant> assistant_;
+  bool is_lookup_ = false;
   std::int64_t n_step_ = 0;
 };
 static_assert(sizeof(DraftState) <= 512 && 512 + kLookupWorkspaceBytes + 512 <= kDraftStateBytes);

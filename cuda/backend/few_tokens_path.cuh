@@ -20,16 +20,19 @@ namespace gemma4::cuda {
 
 class FewTokensPath {
  public:
-  FewTokensPath(const PathContext& context, std::int64_t max_chunk, DeviceArena& arena) : context_(context) {
+  FewTokensPath(const PathContext& context, std::int64_t max_chunk, DeviceArena& arena)
+      : FewTokensPath(context, max_chunk, Carver(arena.buffer("decode_activations")),
+                      arena.data<LinearTickets>("linear_tickets", 1)) {}
+  /// @param carver of the bytes of decode_activations() @param tickets one path at a time works with them
+  FewTokensPath(const PathContext& context, std::int64_t max_chunk, Carver carver, LinearTickets* tickets)
+      : context_(context), tickets_(tickets) {
     const DecodeActivations bytes = decode_activations(context.config(), max_chunk);
-    Carver carver(arena.buffer("decode_activations"));
     pending_ = reinterpret_cast<float*>(carver.take<std::byte>(bytes.pending));
     qkv_ = reinterpret_cast<float*>(carver.take<std::byte>(bytes.qkv));
     attended_ = reinterpret_cast<Bf16*>(carver.take<std::byte>(bytes.attended));
     fresh_ = reinterpret_cast<Bf16*>(carver.take<std::byte>(bytes.fresh));
     activation_ = reinterpret_cast<Bf16*>(carver.take<std::byte>(bytes.activation));
     gate_up_ = reinterpret_cast<float*>(carver.take<std::byte>(bytes.gate_up));
-    tickets_ = arena.data<LinearTickets>("linear_tickets", 1);
   }
 
   void project_qkv(std::int64_t layer, Pass& pass) const {
@@ -43,6 +46,16 @@ class FewTokensPath {
                             std::span<const View<float, 2>>(outs).first(count), context_.device, context_.stream,
                             products(pass));
     store_heads(context_, pass, layer, heads);
+  }
+
+  /// Of a layer without keys: q alone, as projected, and where its result goes.
+  [[nodiscard]] ProjectedHeads<float> project_q(std::int64_t layer, Pass& pass) const {
+    const PackedLayer& weights = context_.model.layer(layer);
+    const ProjectedHeads<float> heads = this->heads(layer, pass);
+    normalise(weights.attn_norm, pass);
+    quantized_linear_decode<Bf16, float>(normed(pass), weights.attn_q, heads_as_rows(heads.q), context_.device,
+                                         context_.stream, products(pass));
+    return heads;
   }
 
   void attend(std::int64_t layer, Pass& pass) const { attend_heads(context_, pass, layer, heads(layer, pass)); }

@@ -36,6 +36,8 @@ struct BackendOptions {
   /// The rows of a step that drafts go through a sliding layer in launches of up to four, where they fit. The bits are
   /// the same.
   bool sliding_rows = false;
+  /// Proposes what a step drafts, in place of lookup; made for the model's shape, and outlives the backend. Null: none.
+  const PackedAssistant* assistant = nullptr;
 };
 
 /// @param sm_count multiprocessors of the device
@@ -46,7 +48,8 @@ struct BackendOptions {
           .cache = options.cache,
           .n_logit_row = options.n_logit_row,
           .max_draft = options.max_draft,
-          .sm_count = sm_count};
+          .sm_count = sm_count,
+          .drafter = options.assistant != nullptr ? options.assistant->buffers() : std::vector<PlannedBuffer>{}};
 }
 
 /// Refuses a run that does not fit into `limit_bytes`, before anything is loaded.
@@ -66,9 +69,10 @@ inline void require_fits(const ModelConfig& config, const std::vector<ModelTenso
           plan.total_bytes(), " B of device memory, there are ", limit_bytes, " B", remedy);
 }
 
-/// Buffers of a plan that are a backend's own: neither the model's nor the driver's.
+/// Buffers of a plan that are a backend's own: neither the model's, the drafter's nor the driver's.
 [[nodiscard]] inline bool is_run_buffer(const std::string& name) {
-  return !PackedModel::is_weight_buffer(name) && name != "cuda_context" && name != "rotation";
+  return !PackedModel::is_weight_buffer(name) && !PackedAssistant::is_weight_buffer(name) && name != "cuda_context" &&
+         name != "rotation";
 }
 
 /// The plan of a backend over a model that is on the device, once all of it is known to be possible.
@@ -84,9 +88,14 @@ inline void require_fits(const ModelConfig& config, const std::vector<ModelTenso
   require(options.n_logit_row >= 1, "backend: n_logit_row ", options.n_logit_row, ", need at least 1");
   require(options.max_draft >= 0 && options.max_draft <= most, "backend: max_draft ", options.max_draft, ", need 0 to ",
           most);
+  require(options.assistant == nullptr || options.max_draft > 0,
+          "backend: an assistant, but max_draft 0: set BackendOptions::max_draft");
+  require(options.assistant == nullptr || !keeps_a_tail(options.cache), "backend: the cache ", to_string(options.cache),
+          " keeps its newest tokens exact, and no drafter can read it");
   const MemoryPlan plan = plan_memory(config, model.tensors(), memory_plan_options(options, device.sm_count));
   // The weights and the context are there already, and no longer count as free.
-  const std::int64_t limit = device_bytes_free() + model.bytes() + plan.bytes("cuda_context");
+  const std::int64_t drafter = options.assistant != nullptr ? options.assistant->bytes() : 0;
+  const std::int64_t limit = device_bytes_free() + model.bytes() + drafter + plan.bytes("cuda_context");
   require_fits(config, model.tensors(), options, device.sm_count,
                options.memory_limit_bytes > 0 ? std::min(options.memory_limit_bytes, limit) : limit);
   return plan;

@@ -30,6 +30,15 @@ struct ProjectedHeads {
   View<Bf16, 3> q_out, k_out, v_out;
 };
 
+/// A query of which no key is stored: a drafter's, at the position behind the newest token that the caches hold. On the
+/// device.
+struct LoneQuery {
+  View<Bf16, 3> q;                         ///< [1, n_head, head_dim], normalised and turned; takes the result
+  const std::int32_t* kv_len = nullptr;    ///< tokens in the caches, its own position
+  const std::int32_t* newest = nullptr;    ///< kv_len - 1
+  View<const Bf16, 3> newest_k, newest_v;  ///< [1, n_head_kv, head_dim], a sliding layer's at the position *newest
+};
+
 /// One call of a full layer's attention.
 struct FullAttentionCall {
   View<Bf16, 3> q;  ///< [n_token, n_head, head_dim], normalised and rotated by position; takes the result

@@ -33,7 +33,7 @@ class FlatFullLayers {
   [[nodiscard]] Plan plan(const FullPlanWish& wish) const {
     FlashChoice choice{.overlap = wish.overlap};
     if (!wish.split_k) choice.n_split = 1;
-    return plan_bf16_attention(shape_.attention(wish.n_query), wish.options, wish.device, choice);
+    return plan_bf16_attention(shape_.attention(wish.n_query, wish.n_head), wish.options, wish.device, choice);
   }
   [[nodiscard]] StepPlanRow row(const Plan& plan) const { return describe_flash("attention_full", plan); }
 

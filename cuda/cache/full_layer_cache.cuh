@@ -52,10 +52,11 @@ struct FullCacheShape {
             .row_bytes = row_bytes,
             .row_tokens = row_tokens};
   }
-  [[nodiscard]] AttentionShape attention(std::int64_t n_query) const {
+  /// @param n_head_query query heads; 0: the layers' own
+  [[nodiscard]] AttentionShape attention(std::int64_t n_query, std::int64_t n_head_query = 0) const {
     return {.batch = 1,
             .n_query = n_query,
-            .n_head = n_head,
+            .n_head = n_head_query > 0 ? n_head_query : n_head,
             .n_head_kv = n_head_kv,
             .head_dim = head_dim,
             .buffer_len = context};
@@ -70,6 +71,7 @@ struct RowByRow {
 /// What a plan is asked for.
 struct FullPlanWish {
   std::int64_t n_query = 1;
+  std::int64_t n_head = 0;      ///< query heads; 0: the layers' own
   std::int64_t max_kv_len = 0;  ///< no call will have more valid rows
   AttentionOptions options;
   DeviceInfo device;

@@ -44,7 +44,8 @@ class FullLayerCaches<KvFormat> {
     choice.scratch_limit = wish.scratch_bytes;
     choice.max_kv_len = wish.max_kv_len;
     if (!wish.split_k) choice.prefill.n_split = choice.decode.n_split = 1;
-    return plan_kv_attention(shape_.attention(wish.n_query), format_.options, wish.options, wish.device, choice);
+    return plan_kv_attention(shape_.attention(wish.n_query, wish.n_head), format_.options, wish.options, wish.device,
+                             choice);
   }
   [[nodiscard]] StepPlanRow row(const Plan& plan) const {
     if (plan.path == KvPath::kPrefill) {

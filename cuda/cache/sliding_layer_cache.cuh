@@ -56,11 +56,12 @@ class SlidingLayerCaches {
             " B of memory, need ", 2 * n_layer * side_bytes());
   }
 
+  /// @param n_head query heads; 0: the layers' own
   [[nodiscard]] SlidingPlan plan(std::int64_t n_token, const ExecutionPolicy& policy, const DeviceInfo& device,
-                                 bool overlap) const {
+                                 bool overlap, std::int64_t n_head = 0) const {
     AttentionShape shape{.batch = 1,
                          .n_query = n_token,
-                         .n_head = n_head_,
+                         .n_head = n_head > 0 ? n_head : n_head_,
                          .n_head_kv = attention_.n_head_kv,
                          .head_dim = attention_.head_dim,
                          .buffer_len = ring_slots(window_)};
@@ -143,6 +144,14 @@ class SlidingLayerCaches {
     sliding_attention(
         {q, k(index), v(index), fresh.k, fresh.v, chunk.position, window_, ModelConfig::kAttentionScale, q},
         plan.attention, partials, stream, work_count, true);
+  }
+
+  /// Attention to the window - 1 newest keys: what a token at *query.newest sees whose window is one key shorter.
+  void attend_query(std::int64_t index, const LoneQuery& query, const SlidingPlan& plan, std::span<std::byte> partials,
+                    cudaStream_t stream) const {
+    sliding_attention({query.q, k(index), v(index), query.newest_k, query.newest_v,
+                       DeviceCount::on_device(query.newest), window_ - 1, ModelConfig::kAttentionScale, query.q},
+                      plan.attention, partials, stream);
   }
 
   /// The chunk's K and V into the ring, where with_sink() did not put them there.

@@ -41,7 +41,7 @@ class FullLayerCaches<Tq4Format> {
     choice.scratch_limit = wish.scratch_bytes;
     choice.max_kv_len = wish.max_kv_len;
     if (!wish.split_k) choice.prefill.n_split = choice.decode.n_split = 1;
-    return plan_tq4_attention(shape_.attention(wish.n_query), wish.options, wish.device, choice);
+    return plan_tq4_attention(shape_.attention(wish.n_query, wish.n_head), wish.options, wish.device, choice);
   }
   [[nodiscard]] StepPlanRow row(const Plan& plan) const {
     if (plan.path == Tq4Path::kPrefill) {

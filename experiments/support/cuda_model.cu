@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "cuda/device/check.cuh"
@@ -19,7 +20,7 @@
 namespace gemma4::experiment {
 namespace {
 
-cuda::BackendOptions backend_options(const CudaSettings& settings) {
+cuda::BackendOptions backend_options(const CudaSettings& settings, const cuda::PackedAssistant* assistant) {
   return {.cache = settings.cache,
           .context = settings.context,
           .max_chunk = settings.max_chunk,
@@ -27,7 +28,8 @@ cuda::BackendOptions backend_options(const CudaSettings& settings) {
           .max_draft = settings.max_draft,
           .policy = settings.policy,
           .ring = settings.ring,
-          .sliding_rows = settings.sliding_rows};
+          .sliding_rows = settings.sliding_rows,
+          .assistant = settings.max_draft > 0 ? assistant : nullptr};
 }
 
 struct MemoryInfo {
@@ -43,8 +45,8 @@ MemoryInfo memory_info() {
 
 class Session final : public CudaSession {
  public:
-  Session(const cuda::PackedModel& model, const CudaSettings& settings)
-      : backend_(model, backend_options(settings)),
+  Session(const cuda::PackedModel& model, const cuda::PackedAssistant* assistant, const CudaSettings& settings)
+      : backend_(model, backend_options(settings, assistant)),
         session_(backend_, {.use_graph = settings.policy.graph,
                             .lag = settings.lag,
                             .n_draft = settings.max_draft,
@@ -67,7 +69,10 @@ class Session final : public CudaSession {
     return {result.timing.n_token, result.timing.us};
   }
 
-  void set_drafts(std::int64_t n_draft, bool is_auto) override { session_.set_drafts(n_draft, is_auto); }
+  void set_drafts(std::int64_t n_draft, bool is_auto, bool is_lookup) override {
+    if (backend_.options().max_draft > 0) backend_.drafting().use_lookup(is_lookup);
+    session_.set_drafts(n_draft, is_auto);
+  }
   [[nodiscard]] const draft::Counts& draft_counts() const override { return counts_; }
   [[nodiscard]] std::int64_t position() const override { return session_.position(); }
   void rewind(std::int64_t n_token) override { session_.rewind(n_token); }
@@ -109,21 +114,22 @@ class Session final : public CudaSession {
 
 class Model final : public CudaModel {
  public:
-  Model(cuda::PackedModel model, std::int64_t load_peak_bytes)
-      : model_(std::move(model)), load_peak_bytes_(load_peak_bytes) {}
+  Model(cuda::PackedModel model, std::optional<cuda::PackedAssistant> assistant, std::int64_t load_peak_bytes)
+      : model_(std::move(model)), assistant_(std::move(assistant)), load_peak_bytes_(load_peak_bytes) {}
 
   [[nodiscard]] const ModelConfig& config() const override { return model_.config(); }
   [[nodiscard]] double load_seconds() const override { return model_.load_seconds(); }
   [[nodiscard]] std::int64_t load_peak_bytes() const override { return load_peak_bytes_; }
   [[nodiscard]] std::unique_ptr<CudaSession> make_session(const CudaSettings& settings) const override {
-    return std::make_unique<Session>(model_, settings);
+    return std::make_unique<Session>(model_, assistant_ ? &*assistant_ : nullptr, settings);
   }
   [[nodiscard]] std::unique_ptr<AnyBackend> make_backend(const CudaSettings& settings) const override {
-    return std::make_unique<HeldBackend<cuda::Backend>>(model_, backend_options(settings));
+    return std::make_unique<HeldBackend<cuda::Backend>>(model_, backend_options(settings, nullptr));
   }
 
  private:
   cuda::PackedModel model_;
+  std::optional<cuda::PackedAssistant> assistant_;
   std::int64_t load_peak_bytes_;
 };
 
@@ -135,14 +141,19 @@ std::unique_ptr<CudaModel> load_cuda_model(const std::filesystem::path& path, co
   const GgufFile file = GgufFile::open(path);
   const ModelWeights weights = weights_from_gguf(file);
   show_notes(model_notes(file));
-  cuda::require_fits(weights.config, model_tensors(file), backend_options(planned), cuda::current_device().sm_count,
-                     device_bytes_free());
+  const cuda::LoadOptions load{.join_gate_up = planned.policy.gate_up_fusion};
+  std::optional<cuda::PackedAssistant> assistant;
+  if (!settings.drafter.empty()) {
+    assistant.emplace(cuda::load_assistant(GgufFile::open(settings.drafter), weights.config, load));
+  }
+  // The drafter is there already, and no longer counts as free.
+  cuda::require_fits(weights.config, model_tensors(file), backend_options(planned, assistant ? &*assistant : nullptr),
+                     cuda::current_device().sm_count, device_bytes_free() + (assistant ? assistant->bytes() : 0));
   std::int64_t peak = 0;
   cuda::UploadOptions upload{.progress = settings.progress};
   upload.on_progress = [&](std::int64_t) { peak = std::max(peak, device_bytes_in_use()); };
-  cuda::PackedModel model(weights, model_tensors(file),
-                          {.join_gate_up = planned.policy.gate_up_fusion, .upload = upload});
-  return std::make_unique<Model>(std::move(model), peak);
+  cuda::PackedModel model(weights, model_tensors(file), {.join_gate_up = load.join_gate_up, .upload = upload});
+  return std::make_unique<Model>(std::move(model), std::move(assistant), peak);
 }
 
 std::optional<std::string> missing_device() {

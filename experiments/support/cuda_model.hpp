@@ -56,6 +56,9 @@ struct CudaSettings {
   bool auto_drafts = false;    ///< how many of them, draft::AutoDrafts decides
   std::int64_t lag = 4;        ///< steps of a session that are under way while the host looks at a token
   bool sliding_rows = false;   ///< the rows of such a step go through a sliding layer at once
+  /// Tokens that a step of a session drafts, at most, by the model's drafter or by lookup; 0: none.
+  std::int64_t max_draft = 0;
+  bool auto_drafts = false;  ///< how many of them, draft::AutoDrafts decides
 };
 
 /// A sequence on the device.
@@ -71,8 +74,8 @@ class CudaSession {
   /// @param on_token may be empty; returns false to stop
   virtual Stretch decode(std::int64_t n_token, const SamplerSettings& sampler,
                          const std::function<bool(std::int32_t)>& on_token) = 0;
-  /// From the next step on, max_draft at most.
-  virtual void set_drafts(std::int64_t n_draft, bool is_auto) = 0;
+  /// From the next step on, max_draft at most; by lookup also where the model has a drafter.
+  virtual void set_drafts(std::int64_t n_draft, bool is_auto, bool is_lookup) = 0;
   /// Of all steps so far while drafts were on.
   [[nodiscard]] virtual const draft::Counts& draft_counts() const = 0;
   [[nodiscard]] virtual std::int64_t position() const = 0;
@@ -111,6 +114,7 @@ class CudaModel {
 
 struct CudaLoadSettings {
   ProgressOptions progress = {};
+  std::filesystem::path drafter = {};  ///< GGUF file of one that is loaded beside the model; empty: none
 };
 
 /// Loads a GGUF file. `planned` are the sequences that will live beside the weights: when they do not fit, this refuses

@@ -30,6 +30,10 @@ struct DraftSettings {
   std::optional<std::int64_t> n_draft = {};  ///< drafts of a step; none: AutoDrafts decides
   [[nodiscard]] bool is_on() const { return drafter != "none"; }
   [[nodiscard]] bool is_file() const { return is_on() && drafter != "lookup"; }
+  /// Empty where it is none.
+  [[nodiscard]] std::filesystem::path file() const {
+    return is_file() ? std::filesystem::path(drafter) : std::filesystem::path();
+  }
 };
 
 /// `auto`, or a number of drafts. @throws std::invalid_argument naming what was not understood
@@ -43,14 +47,12 @@ struct DraftSettings {
 }
 
 /// What can be refused before a model is loaded. @throws FormatError for a file that is no drafter,
-/// std::invalid_argument for one on a device
-inline void require_drafter(const DraftSettings& settings, bool is_on_device) {
+/// std::invalid_argument for one that is not there
+inline void require_drafter(const DraftSettings& settings) {
   if (!settings.is_file()) return;
   require(std::filesystem::exists(settings.drafter), "--drafter ", settings.drafter,
           ": expected lookup, none or the GGUF file of a drafter");
   require_assistant(GgufFile::open(settings.drafter));
-  require(!is_on_device, "--drafter ", settings.drafter,
-          ": a drafter that is a model runs on the processor alone yet: --backend reference");
 }
 
 /// The drafter for a target of this shape. @throws FormatError where the file is no drafter, or one for another target
@@ -59,7 +61,7 @@ template <class TTarget>
                                                                        const ModelConfig& target) {
   if (settings.drafter == "none") return std::make_unique<draft::Erased<TTarget, draft::NoDrafter>>();
   if (settings.drafter == "lookup") return std::make_unique<draft::Erased<TTarget, draft::LookupDrafter>>();
-  require_drafter(settings, false);
+  require_drafter(settings);
   return std::make_unique<draft::Erased<TTarget, FileDrafter>>(settings.drafter, target);
 }
 

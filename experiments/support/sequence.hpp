@@ -140,8 +140,10 @@ class DeviceSequence final : public Sequence {
   SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) override {
     return restored([&] { return session_->position(); }, [&] { return session_->restore(file, model_hash); });
   }
-  /// From the next step on, as many as the settings had at most.
-  void set_drafts(std::int64_t n_draft, bool is_auto) { session_->set_drafts(n_draft, is_auto); }
+  /// From the next step on, as many as the settings had at most; by lookup also where the model has a drafter.
+  void set_drafts(std::int64_t n_draft, bool is_auto, bool is_lookup) {
+    session_->set_drafts(n_draft, is_auto, is_lookup);
+  }
   [[nodiscard]] std::optional<draft::Counts> draft_counts() const override {
     return is_drafted_ ? std::optional(session_->draft_counts()) : std::nullopt;
   }

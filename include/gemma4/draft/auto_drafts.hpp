@@ -30,6 +30,9 @@ class StepClock {
  public:
   static constexpr double kMemory = 8;
 
+  /// @param unknown costs as long as nothing is measured
+  explicit StepClock(const StepCosts& unknown = {}) : unknown_(unknown) {}
+
   /// A step that was under way while the one before ended. The first of each number is recorded while it runs, and does
   /// not count; what takes more than twice as long as those before was held up, and counts as twice.
   void saw(std::int64_t n_draft, double us) {
@@ -48,9 +51,9 @@ class StepClock {
   /// Numbers of drafts that have not been seen lie on the line between those that have, or through the plain step and
   /// the most that has; nothing is known before a plain step and another: the defaults. Never less for more drafts.
   [[nodiscard]] StepCosts costs() const {
+    if (!knows_plain()) return unknown_;
     StepCosts costs;
     std::int64_t known = 0;
-    if (!knows_plain()) return costs;
     for (std::int64_t k = 1; k <= kMaxDrafts; ++k) {
       if (!is_known(k)) continue;
       const double low = costs.of(known), high = std::max(low, us(k) / us(0));
@@ -60,7 +63,7 @@ class StepClock {
       }
       known = k;
     }
-    if (known == 0) return costs;
+    if (known == 0) return unknown_;
     const double slope = (costs.of(known) - 1) / static_cast<double>(known);
     for (std::int64_t i = known + 1; i <= kMaxDrafts; ++i) {
       costs.verify[static_cast<std::size_t>(i)] = 1 + slope * static_cast<double>(i);
@@ -76,6 +79,7 @@ class StepClock {
   [[nodiscard]] bool is_known(std::int64_t k) const { return steps_[static_cast<std::size_t>(k)].n_seen >= 2; }
   [[nodiscard]] double us(std::int64_t k) const { return steps_[static_cast<std::size_t>(k)].us; }
 
+  StepCosts unknown_;
   std::array<Steps, kMaxDrafts + 1> steps_;
 };
 
