@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <span>
 
 #include "cuda/device/check.cuh"
@@ -25,7 +26,10 @@ class StoredBytes {
   StoredBytes(const StoredBytes&) = delete;
   StoredBytes& operator=(const StoredBytes&) = delete;
   ~StoredBytes() {
-    for (const Event& left : left_) (void)cudaEventSynchronize(left);  // the link may still read a slot
+    try {
+      for (const Event& left : left_) left.synchronize();  // the link may still read a slot
+    } catch (const std::exception&) {                      // a device that is lost reads none
+    }
   }
 
   /// Waits until they are there.
