@@ -5,9 +5,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "experiments/support/decode_setting.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/small_model.hpp"
@@ -199,7 +203,8 @@ TEST(Sequence, DraftsAreCountedAndDrafterAndCacheChecked) {
   EXPECT_NO_THROW(made("lookup", "sim-int8"));
   EXPECT_TRUE(testkit::refuses([&] { made("lookup", "sim-int8-tail16"); }, {"--drafter lookup", "sim-int8-tail16"}));
   EXPECT_NO_THROW(made("none", "sim-int8-tail16"));
-  EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); }, {"--drafter drafter.gguf", "lookup, none or the GGUF file"}));
+  EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); },
+                               {"--drafter drafter.gguf", "lookup, none or the GGUF file"}));
   EXPECT_EQ(parse_n_draft("auto"), std::nullopt);
   EXPECT_EQ(parse_n_draft("7"), 7);
   for (const char* bad : {"0", "8", "3x", "", "-1"}) {
@@ -222,6 +227,39 @@ TEST(Sequence, NoMoreIsTakenBackThanTheRingsRemember) {
   EXPECT_TRUE(testkit::refuses([&] { (void)written(sequence, 96, {}); }, {"96 tokens after 105", "200"}));
   EXPECT_EQ(written(sequence, 95, {}).size(), 95U);
   EXPECT_EQ(sequence.n_free(), 0);
+}
+
+/// Ways to continue, as experiments/settings.cpp takes them.
+TEST(DecodeSetting, SaysWhatItWasGiven) {
+  const DecodeSetting greedy = parse_decode_setting("greedy", 7);
+  EXPECT_EQ(greedy.sampler.temperature, 0.0f);
+  EXPECT_EQ(greedy.sampler.seed, 7u);
+  EXPECT_FALSE(greedy.is_drafted);
+  const DecodeSetting all = parse_decode_setting("temperature=0.5+top-k=40+top-p=0.9+seed=3+draft=5+off=graph", 7);
+  EXPECT_EQ(all.name, "temperature=0.5+top-k=40+top-p=0.9+seed=3+draft=5+off=graph");
+  EXPECT_EQ(all.sampler.temperature, 0.5f);
+  EXPECT_EQ(all.sampler.top_k, 40);
+  EXPECT_EQ(all.sampler.top_p, 0.9f);
+  EXPECT_EQ(all.sampler.seed, 3u);
+  EXPECT_TRUE(all.is_drafted);
+  EXPECT_EQ(all.n_draft, 5);
+  EXPECT_EQ(all.off, std::vector<std::string>{"graph"});
+  EXPECT_EQ(parse_decode_setting("draft=auto", 0).n_draft, std::nullopt);
+  EXPECT_TRUE(parse_decode_setting("draft=auto", 0).is_drafted);
+  const std::vector<std::pair<std::string, std::string>> wrong = {{"", "'' is not understood"},
+                                                                  {"hot", "'hot' is not understood"},
+                                                                  {"greedy+seed=1", "'greedy'"},
+                                                                  {"temperature=", "need a number"},
+                                                                  {"temperature=-1", "temperature -1"},
+                                                                  {"top-k=1.5", "top-k is '1.5'"},
+                                                                  {"top-p=0", "top_p 0"},
+                                                                  {"draft=8", "--draft 8"},
+                                                                  {"off=everything", "everything"},
+                                                                  {"seed=1+", "'' is not understood"},
+                                                                  {"temperature=nan", "need a number"}};
+  for (const auto& [text, word] : wrong) {
+    EXPECT_TRUE(testkit::refuses([&] { (void)parse_decode_setting(text, 0); }, {word})) << text;
+  }
 }
 
 }  // namespace

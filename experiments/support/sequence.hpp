@@ -140,6 +140,7 @@ class DeviceSequence final : public Sequence {
   SessionInfo restore(const SessionFile& file, std::uint64_t model_hash) override {
     return restored([&] { return session_->position(); }, [&] { return session_->restore(file, model_hash); });
   }
+  void set_policy(const ExecutionPolicy& policy) { session_->set_policy(policy); }
   /// From the next step on, as many as the settings had at most.
   void set_drafts(std::int64_t n_draft, bool is_auto) { session_->set_drafts(n_draft, is_auto); }
   [[nodiscard]] std::optional<draft::Counts> draft_counts() const override {
