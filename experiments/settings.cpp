@@ -25,16 +25,7 @@ using namespace gemma4;
 using namespace gemma4::experiment;
 
 struct Options : DriverOptions {
-  std::vector<std::string> settings = {"greedy",
-                                       "temperature=0.7",
-                                       "temperature=1",
-                                       "temperature=1+top-k=40",
-                                       "temperature=1+top-p=0.9",
-                                       "draft=1",
-                                       "draft=3",
-                                       "draft=5",
-                                       "draft=7",
-                                       "draft=auto"};
+  std::vector<std::string> settings = {kTenSettings.begin(), kTenSettings.end()};
   std::string drafter = "lookup";
   std::int64_t depth = 2048;
   std::int64_t chunk = 512;
@@ -43,6 +34,11 @@ struct Options : DriverOptions {
 };
 
 using Ids = std::vector<std::int32_t>;
+using Clock = std::chrono::steady_clock;
+
+[[nodiscard]] double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 /// Tokens that every cache can take back, rejected drafts among them: longer windows begin from a file.
 constexpr std::int64_t kShortWindow = kMaxRewind - draft::kMaxDrafts - 1;
@@ -92,11 +88,6 @@ class Run {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-  [[nodiscard]] static double seconds_since(Clock::time_point start) {
-    return std::chrono::duration<double>(Clock::now() - start).count();
-  }
-
   [[nodiscard]] CudaSettings wish() const {
     const bool drafts = std::ranges::any_of(settings_, &DecodeSetting::is_drafted);
     return {.cache = with_seed(parse_cache_spec(options_.caches.front()), options_.seed),
@@ -120,9 +111,8 @@ class Run {
     if (fill_.has_file()) sequence().restore(fill_.file(), fill_.model_hash());
     const Ids rest(ids_.begin() + fill_.n_token(), ids_.end());
     n_read_ = static_cast<std::int64_t>(rest.size());
-    Progress progress("fill", n_read_, progress_options(options_, "tokens"));
-    if (n_read_ > 0) (void)sequence().prefill(rest, options_.chunk, [&](std::int64_t done) { progress.update(done); });
-    progress.finish();
+    Progress progress("fill", options_.depth, progress_options(options_, "tokens"));
+    if (n_read_ > 0) sequence().prefill(rest, options_.chunk, [&](std::int64_t done) { progress.update(done); });
     fill_s_ = seconds_since(start);
     if (options_.session.empty() || fill_.has_file()) return;
     fill_.make(sequence());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -17,6 +18,18 @@
 
 /// One way to continue a text, as a word of a command line.
 namespace gemma4::experiment {
+
+/// Those that are tried where no others are given.
+inline constexpr std::array<const char*, 10> kTenSettings = {"greedy",
+                                                             "temperature=0.7",
+                                                             "temperature=1",
+                                                             "temperature=1+top-k=40",
+                                                             "temperature=1+top-p=0.9",
+                                                             "draft=1",
+                                                             "draft=3",
+                                                             "draft=5",
+                                                             "draft=7",
+                                                             "draft=auto"};
 
 ///   greedy | NAME=VALUE[+NAME=VALUE...]   of temperature, top-k, top-p, seed, draft (1 to 7, or auto), off (a switch)
 ///   temperature=0.7+top-k=40              sampled
