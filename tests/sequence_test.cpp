@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -227,6 +228,47 @@ TEST(Sequence, NoMoreIsTakenBackThanTheRingsRemember) {
   EXPECT_TRUE(testkit::refuses([&] { (void)written(sequence, 96, {}); }, {"96 tokens after 105", "200"}));
   EXPECT_EQ(written(sequence, 95, {}).size(), 95U);
   EXPECT_EQ(sequence.n_free(), 0);
+}
+
+/// Counts what goes through the model.
+struct CountingBackend : reference::Backend<float> {
+  using reference::Backend<float>::Backend;
+  void embed(std::span<const std::int32_t> tokens, std::int64_t position) {
+    n_token += static_cast<std::int64_t>(tokens.size());
+    reference::Backend<float>::embed(tokens, position);
+  }
+  std::int64_t n_token = 0;
+};
+
+/// A long text, an answer, a file, another sequence: the next turn costs its own tokens, and one that the answer left;
+/// a prompt that parts from what is held costs at most what is behind the checkpoint before that.
+TEST(Sequence, ATurnAfterALongTextReadsItsOwnTokensAlone) {
+  const SmallModel small(gemma4_tiny(), 4);
+  const testkit::TempDir folder;
+  const auto make = [&](CountingBackend*& counter) {
+    auto backend = std::make_unique<CountingBackend>(small.weights, small_options());
+    counter = backend.get();
+    return std::make_unique<HostSequence<CountingBackend>>(std::move(backend), parse_cache_spec("bf16"),
+                                                           DraftSettings{}, 32);
+  };
+  CountingBackend *first_counter = nullptr, *counter = nullptr;
+  const auto first = make(first_counter), second = make(counter);
+  first->prefill(Ids(140, 5), 8, {});
+  (void)written(*first, 9, {});
+  first->save(folder.file("s"), {});
+  EXPECT_GE(first_counter->n_token, 148) << "the control: it counts";
+  second->restore(SessionFile::open(folder.file("s")), 0);
+  EXPECT_EQ(counter->n_token, 0) << "restoring reads nothing";
+  Ids wanted(second->held().begin(), second->held().end());
+  wanted.insert(wanted.end(), {7, 8, 9, 10, 11});
+  EXPECT_EQ(read_rest(*second, wanted, 8, {}).n_token, 5);
+  EXPECT_EQ(counter->n_token, 6);
+  counter->n_token = 0;
+  wanted.resize(45);
+  wanted.insert(wanted.end(), 20, 12);
+  read_rest(*second, wanted, 8, {});
+  EXPECT_LE(counter->n_token, 20 + 45 - 32) << "from the checkpoint at 32 on";
+  EXPECT_EQ(Ids(second->held().begin(), second->held().end()), wanted);
 }
 
 /// Ways to continue, as experiments/settings.cpp takes them.

@@ -312,35 +312,35 @@ refused() { # refused NAME WORDS COMMAND...
 sessions_of_tables() {
   local model=(--model "$data/nano-Q4_K_M.gguf" --ids "$data/heldout-ids.u16") columns run
   columns='cache range nll kl_mean kl_max cosine status'
-  run=("$bin/accuracy" "${model[@]}" --depths 56,72 --window 4 --chunk 24 --cache "tq4,bf16@chunk=7")
-  same_tables 'accuracy --depths' "$columns" t.session.tq4 "${run[@]}"
+  run=("$bin/accuracy" "${model[@]}" --window 4 --cache "tq4,bf16@chunk=7")
+  same_tables 'accuracy --depths' "$columns" t.session.tq4 "${run[@]}" --depths 56,72 --chunk 24
   [ -s t.session.bf16 ] && [ -s t.session.bf16@chunk=7 ] || fail "accuracy: not a file a case: $(echo t.session*)"
-  refused 'a longer prefix' 'holds 48 tokens, and this run looks at positions from 24' "${run[@]}" --depths 40 --session t.session
+  refused 'a longer prefix' 'holds 48 tokens, and this run looks at positions from 24' "${run[@]}" --depths 40 --chunk 24 --session t.session
   refused 'another text' 'holds another text' "$bin/accuracy" "${model[@]:0:2}" --depths 56 --window 4 --chunk 24 --cache tq4 --session t.session
   refused 'all positions' 'nothing in front' "${accuracy[@]}" --session t.session
-  refused 'the first chunk' 'nothing in front' "${run[@]}" --chunk 56 --session t.session
+  refused 'the first chunk' 'nothing in front' "${run[@]}" --depths 56 --chunk 56 --session t.session
   refused 'two prompts' 'one text, --prompts is 2' "$bin/accuracy" "${model[@]}" --trajectory 5 --prompts 2 --session t.session
   refused 'recall' 'asks all along' "$bin/accuracy" "${model[@]}" --recall "$data/recall-public-8192.gguf" --session t.session
   rm -f t.session*
   same_tables 'accuracy --trajectory' 'cache range first_difference agreement status' t.session.tq4 "$bin/accuracy" \
     "${model[@]}" --trajectory 5 --prompts 1 --prompt-len 60 --chunk 24 --cache tq4,sim-int8
   rm -f t.session*
-  run=("$bin/draft" "${model[@]}" --depths 40,160 --sites 1 --window 6 --drafts 3 --chunk 24 --cache tq4)
-  same_tables 'draft' 'n_depth n_draft tokens_a_step n_step same_text status' t.session "${run[@]}"
+  run=("$bin/draft" "${model[@]}" --depths 40,160 --sites 1 --window 6 --drafts 3 --chunk 24)
+  same_tables 'draft' 'n_depth n_draft tokens_a_step n_step same_text status' t.session "${run[@]}" --cache tq4
   refused 'two caches' 'needs one --cache' "${run[@]}" --cache tq4,bf16 --session t.session
   rm -f t.session*
-  run=("$bin/settings" "${model[@]}" --depth 60 --chunk 24 --cache tq4 --window 20)
-  same_tables 'settings' 'setting n_gen tokens_a_step n_same status' t.session "${run[@]}"
+  run=("$bin/settings" "${model[@]}" --chunk 24 --cache tq4)
+  same_tables 'settings' 'setting n_gen tokens_a_step n_same status' t.session "${run[@]}" --depth 60 --window 20
   [ "$(cells plain.csv n_read status | sort | uniq -c | xargs)" = '10 60 ok' ] || fail "settings: $(cells plain.csv n_read status)"
   [ "$(cells used.csv n_read | sort -u | xargs)" = 0 ] || fail "settings reads what was there: $(cells used.csv n_read)"
   [ "$(cells plain.csv n_same | sort -nu | wc -l)" -gt 2 ] || fail "settings: all wrote the same: $(cells plain.csv n_same)"
   [ "$(cells plain.csv setting n_same | grep -cE '^ (greedy|draft=.*) 20$')" = 6 ] || fail "settings: drafts changed the text"
   # Longer than can be taken back: each begins from the file, and the first tokens are those of before.
   refused 'a long window' 'give a --session' "${run[@]}" --window 70
-  "${run[@]}" --window 70 --settings greedy,draft=3,temperature=1 --quiet --out long.csv --session t.session > /dev/null || fail "settings: a long window"
+  "${run[@]}" --depth 60 --window 70 --settings greedy,draft=3,temperature=1 --quiet --out long.csv --session t.session > /dev/null || fail "settings: a long window"
   [ "$(cells long.csv setting n_same | head -n 2 | xargs)" = 'greedy 70 draft=3 70' ] || fail "settings, a long window: $(cells long.csv setting n_same)"
   refused 'a depth behind the file' 'holds 60 tokens, --depth is 50' "${run[@]}" --depth 50 --session t.session
-  refused 'switches of the reference' "switches are a device's" "${run[@]}" --settings off=graph
+  refused 'switches of the reference' "switches are a device's" "${run[@]}" --settings greedy,off=graph
   refused 'a setting that is none' "'hot' is not understood" "${run[@]}" --settings hot
   nothing_left 'a table with a session'
 }
