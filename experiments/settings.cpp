@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +16,7 @@
 #include "experiments/support/text_session.hpp"
 #include "experiments/support/writer.hpp"
 #include "gemma4/cache_formats.hpp"
+#include "gemma4/fnv1a.hpp"
 #include "gemma4/step_limits.hpp"
 
 /// What does each of several settings write, and how fast, from one depth on?
@@ -46,7 +47,7 @@ constexpr std::int64_t kShortWindow = kMaxRewind - draft::kMaxDrafts - 1;
 const TableShape kShape = {
     .parameters = {"model", "model_desc", "text", "backend", "context", "n_batch", "type_k", "type_v", "setting",
                    "drafter", "temperature", "top_k", "top_p", "n_draft", "n_depth", "n_gen", "off", "plan"},
-    .measures = {"avg_ts", "us_a_token", "tokens_a_step", "n_same", "n_read", "fill_s", "begin_s"},
+    .measures = {"avg_ts", "us_a_token", "tokens_a_step", "n_same", "text_digest", "n_read", "fill_s", "begin_s"},
     .shown = {"setting", "n_depth", "n_gen", "avg_ts", "tokens_a_step", "n_same", "n_read", "fill_s", "begin_s"}};
 
 class Run {
@@ -83,6 +84,9 @@ class Run {
       ResultTable::Row row = this->row(setting);
       row.set("avg_ts", took.tokens_per_second()).set("us_a_token", took.us / static_cast<double>(took.n_token));
       if (setting.is_drafted) row.set("tokens_a_step", writer_->counts().since(before).tokens_per_step());
+      const auto bytes = std::as_bytes(std::span(text));
+      row.set("text_digest",
+              gemma4::detail::hash_text(fnv1a({reinterpret_cast<const char*>(bytes.data()), bytes.size()})));
       row.set("n_same", n_same).set("n_read", n_read_).set("fill_s", fill_s_).set("begin_s", begin_s).commit();
     }
   }

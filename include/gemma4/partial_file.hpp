@@ -81,7 +81,7 @@ class PartialFile {
       status = length > 0 ? ::fallocate(descriptor_, 0, 0, length) : 0;
       reason = errno;
     } while (status != 0 && reason == EINTR);
-    if (status != 0 && reason != EOPNOTSUPP && reason != ENOSYS) fail("extend", reason);
+    if (status != 0 && (reason == ENOSPC || reason == EFBIG || reason == EDQUOT)) fail("extend", reason);
     status = ::ftruncate(descriptor_, length);
     reason = errno;
     if (status != 0) fail("extend", reason);

@@ -330,11 +330,15 @@ sessions_of_tables() {
   refused 'two caches' 'needs one --cache' "${run[@]}" --cache tq4,bf16 --session t.session
   rm -f t.session*
   run=("$bin/settings" "${model[@]}" --chunk 24 --cache tq4)
-  same_tables 'settings' 'setting n_gen tokens_a_step n_same status' t.session "${run[@]}" --depth 60 --window 20
+  same_tables 'settings' 'setting n_gen tokens_a_step n_same text_digest status' t.session "${run[@]}" --depth 60 --window 20
   [ "$(cells plain.csv n_read status | sort | uniq -c | xargs)" = '10 60 ok' ] || fail "settings: $(cells plain.csv n_read status)"
   [ "$(cells used.csv n_read | sort -u | xargs)" = 0 ] || fail "settings reads what was there: $(cells used.csv n_read)"
-  [ "$(cells plain.csv n_same | sort -nu | wc -l)" -gt 2 ] || fail "settings: all wrote the same: $(cells plain.csv n_same)"
+  [ "$(cells plain.csv text_digest | sort -u | wc -l)" -gt 3 ] || fail "settings: all wrote the same: $(cells plain.csv text_digest)"
   [ "$(cells plain.csv setting n_same | grep -cE '^ (greedy|draft=.*) 20$')" = 6 ] || fail "settings: drafts changed the text"
+  # A setting's text hangs on none that came before it.
+  "${run[@]}" --depth 60 --window 20 --settings temperature=1+top-k=40,draft=3,temperature=0.7 --quiet --out other.csv > /dev/null || fail "settings: in another order"
+  [ "$(cells other.csv setting text_digest | sort)" = "$(cells plain.csv setting text_digest | grep -E '^ (temperature=1\+top-k=40|draft=3|temperature=0.7) ' | sort)" ] ||
+    fail "settings: in another order other texts: $(cells other.csv setting text_digest)"
   # Longer than can be taken back: each begins from the file, and the first tokens are those of before.
   refused 'a long window' 'give a --session' "${run[@]}" --window 70
   "${run[@]}" --depth 60 --window 70 --settings greedy,draft=3,temperature=1 --quiet --out long.csv --session t.session > /dev/null || fail "settings: a long window"
