@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/backend_info.hpp"
 #include "experiments/support/cuda_model.hpp"
 #include "experiments/support/drafting.hpp"
-#include "experiments/support/model_source.hpp"
 #include "experiments/support/run_text.hpp"
 #include "experiments/support/sequence.hpp"
 #include "experiments/support/text_session.hpp"
@@ -219,8 +219,8 @@ void add_options(CLI::App& app, Options& options) {
 
 void measure(const Options& options, ResultTable& table) {
   const std::string desc = model_desc(options.model);
-  const WriterSource source(options, settings(options, options.caches.front()));
-  for (const std::string& cache : options.caches) Run(options, table, source, cache, desc).measure();
+  const auto source = load_writer_source(options, settings(options, options.caches.front()));
+  for (const std::string& cache : options.caches) Run(options, table, *source, cache, desc).measure();
 }
 
 void run(int argc, char** argv) {

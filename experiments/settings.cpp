@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/backend_info.hpp"
 #include "experiments/support/decode_setting.hpp"
-#include "experiments/support/model_source.hpp"
 #include "experiments/support/run_text.hpp"
 #include "experiments/support/text_session.hpp"
 #include "experiments/support/writer.hpp"
@@ -57,10 +57,10 @@ class Run {
         settings_(std::move(settings)),
         table_(table),
         desc_(model_desc(options.model)),
-        source_(options, wish()),
-        ids_(text_ids(options, source_.vocab(), options.depth)),
+        source_(load_writer_source(options, wish())),
+        ids_(text_ids(options, source_->vocab(), options.depth)),
         fill_(options.session, options.model, ids_),
-        writer_(source_.make(wish())) {}
+        writer_(source_->make(wish())) {}
 
   void measure() {
     fill();
@@ -154,7 +154,7 @@ class Run {
   std::vector<DecodeSetting> settings_;
   ResultTable& table_;
   std::string desc_;
-  WriterSource source_;
+  std::unique_ptr<WriterSource> source_;
   Ids ids_;
   TextSession fill_;
   std::unique_ptr<Writer> writer_;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "experiments/support/sequence.hpp"
+#include "experiments/support/host_sequence.hpp"
 
 #include <gtest/gtest.h>
 
