@@ -6,6 +6,7 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -13,7 +14,9 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/accuracy_options.hpp"
 #include "experiments/support/model_source.hpp"
+#include "experiments/support/prefix_sessions.hpp"
 #include "experiments/support/run_text.hpp"
 #include "gemma4/model/accuracy_case.hpp"
 #include "gemma4/model/trajectory.hpp"
@@ -25,21 +28,6 @@ namespace {
 
 using namespace gemma4;
 using namespace gemma4::experiment;
-
-struct Options : DriverOptions {
-  Options() {
-    caches = {"bf16", "tq4"};
-    contexts = {512, 1024, 2048, 4096, 8192};
-  }
-  std::string base = "bf16";
-  std::int64_t chunk = 512;
-  std::vector<std::int64_t> depths;
-  std::int64_t window = 32;
-  bool is_shelf = false;
-  std::int64_t trajectory = 0;  ///< tokens of each greedy text
-  std::int64_t n_prompt = 8;
-  std::int64_t prompt_len = 2048;
-};
 
 const std::vector<std::string> kParameters = {"model", "backend", "text",  "cache", "ring", "base",
                                               "chunk", "context", "range", "off",   "plan"};
@@ -58,8 +46,11 @@ const std::vector<std::string> kShown = {
 
 class Accuracy {
  public:
-  Accuracy(const Options& options, ResultTable& table)
-      : options_(options), table_(table), source_(options, first_wish(options)) {
+  Accuracy(const AccuracyOptions& options, ResultTable& table)
+      : options_(options),
+        table_(table),
+        source_(options, first_wish(options)),
+        sessions_(options.session, options.model) {
     for (const std::string& name : options.caches) {
       const AccuracyCase wanted = parse_accuracy_case(name);
       require(wanted.chunk <= options.chunk, "case '", name, "': its chunk is longer than --chunk ", options.chunk);
@@ -81,7 +72,7 @@ class Accuracy {
     const std::vector<std::int64_t> positions = positions_before(options_.depths, options_.window);
     const auto n_row = static_cast<std::int64_t>(positions.size());
     const Traces traces = run(options_.depths.back(), n_row, [&](auto& backends, auto& ids, auto&& on_chunk) {
-      return measure_positions<AnyBackend>(backends, ids, positions, options_.chunk, on_chunk);
+      return measure_positions<AnyBackend>(backends, ids, positions, options_.chunk, on_chunk, start_of(ids));
     });
     for (const auto& [wanted, trace] : traces) {
       for (const std::int64_t depth : options_.depths) {
@@ -137,7 +128,7 @@ class Accuracy {
  private:
   using Traces = std::vector<std::pair<AccuracyCase, AccuracyTrace>>;
 
-  [[nodiscard]] static BackendWish first_wish(const Options& options) {
+  [[nodiscard]] static BackendWish first_wish(const AccuracyOptions& options) {
     std::int64_t longest = 1;
     if (!options.ids.empty() && !options.contexts.empty()) longest = *std::ranges::max_element(options.contexts);
     if (!options.depths.empty()) longest = std::max(longest, options.depths.back());
@@ -147,15 +138,29 @@ class Accuracy {
             .policy = options.policy()};
   }
   [[nodiscard]] AccuracyCase base_case() const { return {.cache = parse_cache_spec(options_.base)}; }
+  /// The base and the cases, each once.
+  [[nodiscard]] std::vector<AccuracyCase> all_cases() const {
+    std::vector<AccuracyCase> all = {base_case()};
+    for (const AccuracyCase& wanted : cases_) {
+      if (std::ranges::find(all, wanted) == all.end()) all.push_back(wanted);
+    }
+    return all;
+  }
+
+  /// With --session: behind what each case has in its file, or puts there.
+  [[nodiscard]] AccuracyStart<AnyBackend> start_of(std::span<const std::int32_t> ids) const {
+    if (!sessions_.is_asked()) return {};
+    const auto prefix = ids.first(static_cast<std::size_t>(options_.prefix()));
+    return {.position = options_.prefix(), .bring = [this, prefix](std::size_t b, Model<AnyBackend>& model) {
+              sessions_.bring(model, all_cases()[b], prefix, options_.chunk);
+            }};
+  }
 
   /// Runs base and cases side by side; `measure(backends, ids, on_chunk)`. The cases that were asked for come back.
   template <class TMeasure>
   [[nodiscard]] Traces run(std::int64_t longest, std::int64_t n_logit_row, TMeasure&& measure) {
     const std::vector<std::int32_t> ids = text_ids(options_, source_.config().vocab, longest + 1);
-    std::vector<AccuracyCase> all = {base_case()};
-    for (const AccuracyCase& wanted : cases_) {
-      if (std::ranges::find(all, wanted) == all.end()) all.push_back(wanted);
-    }
+    const std::vector<AccuracyCase> all = all_cases();
     std::vector<std::unique_ptr<AnyBackend>> backends;
     std::vector<AnyBackend*> borrowed;
     for (const AccuracyCase& one : all) {
@@ -211,11 +216,16 @@ class Accuracy {
 
   [[nodiscard]] std::vector<std::vector<std::int32_t>> texts(const AccuracyCase& wanted, const TrajectoryTask& task) {
     const auto backend = make_backend(wanted, task.context(), 1);
+    const std::int64_t chunk = std::min(options_.chunk, backend->max_chunk());
+    PromptReader<AnyBackend> read;
+    if (sessions_.is_asked()) {
+      read = [&](Model<AnyBackend>& model, auto prompt) { sessions_.bring(model, wanted, prompt, chunk); };
+    }
     Progress progress("texts " + wanted.name(), options_.n_prompt * options_.trajectory,
                       progress_options(options_, "tokens"));
     auto written = or_failed(text_name(options_) + " greedy", {wanted}, options_.prompt_len, [&] {
-      return greedy_texts(*backend, task, std::min(options_.chunk, backend->max_chunk()),
-                          [&](std::int64_t done) { progress.update(done); });
+      return greedy_texts(
+          *backend, task, chunk, [&](std::int64_t done) { progress.update(done); }, read);
     });
     progress.finish();
     return written;
@@ -288,84 +298,24 @@ class Accuracy {
     }
   }
 
-  const Options& options_;
+  const AccuracyOptions& options_;
   ResultTable& table_;
   ModelSource source_;
+  PrefixSessions sessions_;
   std::vector<AccuracyCase> cases_;
   std::map<std::string, std::string> plans_;     ///< digests, by case
   std::map<std::string, CacheBytes> allocated_;  ///< by case, of the longest context
 };
 
-/// Refuses a name that parse_accuracy_case() does not know.
-[[nodiscard]] std::string check_case_name(const std::string& name) {
-  try {
-    (void)parse_accuracy_case(name);
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
-void add_options(CLI::App& app, Options& options) {
-  add_model(app, options);
-  add_backend(app, options);
-  app.add_option("--cache", options.caches,
-                 "Cases, comma-separated, each CACHE[@ring=RING][@chunk=N][@off=SWITCH+SWITCH]. Caches: " +
-                     CacheFormats::grammar() + ". Rings: bf16, or a simulated format")
-      ->delimiter(',')
-      ->check(CLI::Validator(check_case_name, "CASE"))
-      ->capture_default_str();
-  app.add_flag(
-      "--shelf", options.is_shelf,
-      "The cases of gemma4/model/accuracy_case.hpp, or of them those of --cache; at 131072 tokens in chunks of "
-      "2048 unless --contexts and --chunk say otherwise; rows go to results/shelf/");
-  app.add_option("--base", options.base, "Cache that the others are compared with")
-      ->check(CLI::Validator(check_cache_name, "CACHE"))
-      ->capture_default_str();
-  add_contexts(app, options);
-  add_ids(app, options);
-  add_recall(app, options);
-  add_tokens(app, "--chunk", options.chunk, "Tokens that go through the model at a time");
-  add_tokens(app, "--depths", options.depths,
-             "Look at the last --window positions before each of these depths and at no others; without --ids over "
-             "random ids")
-      ->delimiter(',');
-  add_tokens(app, "--window", options.window, "Positions before a depth");
-  add_tokens(app, "--trajectory", options.trajectory,
-             "Instead: greedy texts of so many tokens from prompts of the text, each case against the base: where "
-             "they first differ, and their agreement by position");
-  add_tokens(app, "--prompts", options.n_prompt, "Prompts of --trajectory, evenly spread over --ids");
-  add_tokens(app, "--prompt-len", options.prompt_len, "Tokens of each of them");
-  add_policy(app, options);
-  add_seed(app, options);
-  add_out(app, options);
-  add_quiet(app, options);
-}
-
-/// --shelf stands for these.
-void take_shelf(const CLI::App& app, Options& options) {
-  const ShelfCases shelf = shelf_cases(options.backend == "cuda");
-  if (app.count("--cache") == 0) options.caches = shelf.cases;
-  if (app.count("--contexts") == 0) options.contexts = {131072};
-  if (app.count("--chunk") == 0) options.chunk = 2048;
-  if (shelf.unknown.empty()) return;
-  std::cerr << "shelf: not in this build:";
-  for (const std::string& name : shelf.unknown) std::cerr << ' ' << name;
-  std::cerr << '\n';
-}
-
 int run(int argc, char** argv) {
   CLI::App app(
       "What a cache format costs in accuracy: next-token predictions over a text, each beside those of the base cache, "
       "and key recall. One row per case, context or recall file, and position range.");
-  Options options;
-  add_options(app, options);
+  AccuracyOptions options;
+  add_accuracy_options(app, options);
   parse(app, argc, argv);
   if (options.is_shelf) take_shelf(app, options);
-  require(!options.ids.empty() || !options.recall.empty() || !options.depths.empty() || options.trajectory > 0,
-          "nothing to measure: give --ids, --recall, --depths or --trajectory");
-  require(!options.contexts.empty(), "--contexts is empty");
-  require(std::ranges::is_sorted(options.depths), "--depths: need increasing depths");
+  check_accuracy_options(options);
 
   const RunInfo info = backend_run_info(options, options.is_shelf ? "shelf" : "accuracy", argc, argv);
   run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) {

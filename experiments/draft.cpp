@@ -10,11 +10,13 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/backend_info.hpp"
 #include "experiments/support/cuda_model.hpp"
 #include "experiments/support/drafting.hpp"
-#include "experiments/support/model_source.hpp"
 #include "experiments/support/run_text.hpp"
 #include "experiments/support/sequence.hpp"
+#include "experiments/support/text_session.hpp"
+#include "experiments/support/writer.hpp"
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/draft/step.hpp"
 #include "gemma4/step_limits.hpp"
@@ -25,7 +27,7 @@ namespace {
 using namespace gemma4;
 using namespace gemma4::experiment;
 
-struct Options : DriverOptions {
+struct Options : DriverOptions, SessionOptions {
   std::vector<std::string> drafters = {"lookup"};
   std::vector<std::string> n_drafts = {"1", "3", "7", "auto"};
   std::vector<std::int64_t> depths = {512, 2048, 8192};
@@ -59,6 +61,17 @@ constexpr std::int64_t kBeyond = (kLag + 1) * (draft::kMaxDrafts + 1) + draft::k
   return options.depths.back() + options.sites * options.stride + kBefore + options.window;
 }
 
+[[nodiscard]] CudaSettings settings(const Options& options, const std::string& cache) {
+  return {.cache = with_seed(parse_cache_spec(cache), options.seed),
+          .context = context_of(options),
+          .max_chunk = std::max(options.chunk, kDecodeChunk),
+          .policy = options.policy(),
+          .checkpoint_interval = options.checkpoint_interval(),
+          .max_draft = draft::kMaxDrafts,
+          .lag = kLag,
+          .sliding_rows = options.sliding_rows};
+}
+
 /// One drafter with one number of drafts, over the sites of a depth.
 struct Case {
   DraftSettings settings;
@@ -67,62 +80,6 @@ struct Case {
   double propose_us = 0;  ///< that the drafter took; on a device it is a part of the step
   Stretch took = {};
   bool same_text = true;
-};
-
-/// A sequence on which one drafter after another writes.
-class Writer {
- public:
-  Writer() = default;
-  Writer(const Writer&) = delete;
-  Writer& operator=(const Writer&) = delete;
-  virtual ~Writer() = default;
-
-  [[nodiscard]] virtual Sequence& sequence() = 0;
-  /// From here on the drafter of `one` writes.
-  virtual void use(const Case& one) = 0;
-  /// Of all steps since use().
-  [[nodiscard]] virtual draft::Counts counts() const = 0;
-  [[nodiscard]] virtual double propose_us() const = 0;
-};
-
-/// By steps of the host.
-class HostWriter final : public Writer {
- public:
-  HostWriter(const ModelWeights& weights, const reference::BackendOptions& options)
-      : config_(weights.config), sequence_(weights, options) {}
-
-  [[nodiscard]] Sequence& sequence() override { return sequence_; }
-  void use(const Case& one) override {
-    auto drafting = std::make_unique<Drafting<reference::Backend<float>>>(one.settings, config_);
-    drafting_ = drafting.get();
-    (void)sequence_.exchange(std::move(drafting));
-  }
-  [[nodiscard]] draft::Counts counts() const override { return drafting_->counts; }
-  [[nodiscard]] double propose_us() const override { return drafting_->propose_us; }
-
- private:
-  const ModelConfig& config_;
-  ReferenceSequence sequence_;
-  Drafting<reference::Backend<float>>* drafting_ = nullptr;  ///< the sequence's
-};
-
-/// By recorded steps of a device.
-class DeviceWriter final : public Writer {
- public:
-  DeviceWriter(const CudaModel& model, const CudaSettings& settings) : sequence_(model, settings) {}
-
-  [[nodiscard]] Sequence& sequence() override { return sequence_; }
-  void use(const Case& one) override {
-    const std::int64_t most = one.settings.is_on() ? one.settings.n_draft.value_or(draft::kMaxDrafts) : 0;
-    sequence_.set_drafts(most, !one.settings.n_draft, !one.settings.is_file());
-    before_ = *sequence_.draft_counts();
-  }
-  [[nodiscard]] draft::Counts counts() const override { return sequence_.draft_counts()->since(before_); }
-  [[nodiscard]] double propose_us() const override { return 0; }
-
- private:
-  DeviceSequence sequence_;
-  draft::Counts before_;
 };
 
 /// The drafter that is a model, if there is one. @throws std::invalid_argument for several, which no device holds
@@ -137,56 +94,17 @@ class DeviceWriter final : public Writer {
   return file;
 }
 
-/// A model that makes them, in the room that --backend names.
-class Source {
- public:
-  explicit Source(const Options& options) : options_(options) {
-    if (options.backend == "cuda") {
-      device_ =
-          load_cuda_model(options.model, {.progress = progress_options(options, "B"), .drafter = file_of(options)},
-                          settings(parse_cache_spec(options.caches.front())));
-      return;
-    }
-    file_.emplace(GgufFile::open(options.model));
-    weights_.emplace(weights_from_gguf(*file_));
-    show_notes(model_notes(*file_));
-  }
-
-  [[nodiscard]] std::int64_t vocab() const { return device_ ? device_->config().vocab : weights_->config.vocab; }
-  [[nodiscard]] std::unique_ptr<Writer> make(const CacheSpec& cache) const {
-    const CudaSettings wish = settings(cache);
-    if (device_) return std::make_unique<DeviceWriter>(*device_, wish);
-    return std::make_unique<HostWriter>(
-        *weights_, reference::BackendOptions{.cache = cache, .context = wish.context, .max_chunk = wish.max_chunk});
-  }
-
- private:
-  [[nodiscard]] CudaSettings settings(const CacheSpec& cache) const {
-    return {.cache = cache,
-            .context = context_of(options_),
-            .max_chunk = std::max(options_.chunk, kDecodeChunk),
-            .policy = options_.policy(),
-            .max_draft = draft::kMaxDrafts,
-            .lag = kLag,
-            .sliding_rows = options_.sliding_rows};
-  }
-
-  const Options& options_;
-  std::optional<GgufFile> file_;
-  std::optional<ModelWeights> weights_;
-  std::unique_ptr<CudaModel> device_;
-};
-
 /// One cache format: a sequence that grows from depth to depth along the text. At a depth and every `stride` tokens
 /// behind it each drafter writes a window, greedily, which is taken back; and so does plain decoding, whose text each
 /// must have written.
 class Run {
  public:
-  Run(const Options& options, ResultTable& table, const Source& source, std::string cache, std::string desc)
+  Run(const Options& options, ResultTable& table, const WriterSource& source, std::string cache, std::string desc)
       : options_(options), table_(table), cache_(std::move(cache)), desc_(std::move(desc)) {
     const std::int64_t n_text = options.depths.back() + options.sites * options.stride;
     ids_ = text_ids(options, source.vocab(), n_text);
-    writer_ = source.make(with_seed(parse_cache_spec(cache_), options.seed));
+    writer_ = source.make(settings(options, cache_));
+    fill_.emplace(options.session, options.model, ids_);
     show_plans(options, cache_, sequence().step_plans());
     plan_ = digest(sequence().step_plans());
   }
@@ -195,9 +113,11 @@ class Run {
     Progress progress("draft " + cache_, static_cast<std::int64_t>(ids_.size()), progress_options(options_, "tokens"));
     for (const std::int64_t depth : options_.depths) {
       std::vector<Case> cases = make_cases();
+      take_fill(depth);
       for (std::int64_t site = 0; site < options_.sites; ++site) {
         read_to(depth + site * options_.stride, progress);
         settle(cases.front());
+        if (site == 0 && depth == options_.depths.back()) fill_->make(sequence());
         visit(cases);
       }
       for (std::size_t i = 1; i < cases.size(); ++i) write(depth, cases.front(), cases[i]);
@@ -219,6 +139,13 @@ class Run {
     return cases;
   }
 
+  /// The caches at a depth, from the file where it reaches so far.
+  void take_fill(std::int64_t depth) {
+    if (fill_->n_token() < depth) return;
+    sequence().restore(fill_->file(), fill_->model_hash());
+    sequence().take_back(fill_->n_token() - depth);
+  }
+
   void read_to(std::int64_t end, Progress& progress) {
     const auto begin = static_cast<std::int64_t>(sequence().held().size());
     if (end <= begin) return;
@@ -229,7 +156,7 @@ class Run {
   /// What is taken back leaves the last token of the prompt to a decode step, whose bits are not those of a chunk: so
   /// it is once before anything is compared.
   void settle(const Case& plain) {
-    writer_->use(plain);
+    writer_->use(plain.settings);
     (void)sequence().decode(1, {}, [](std::int32_t) { return true; });
     sequence().take_back(1);
   }
@@ -243,7 +170,7 @@ class Run {
         text.push_back(token);
         return true;
       };
-      writer_->use(one);
+      writer_->use(one.settings);
       (void)sequence().decode(kBefore, {}, note);
       const draft::Counts counts = writer_->counts();
       const double propose_us = writer_->propose_us();
@@ -292,6 +219,7 @@ class Run {
   std::string cache_, desc_, plan_;
   Ids ids_;
   std::unique_ptr<Writer> writer_;
+  std::optional<TextSession> fill_;
 };
 
 void add_options(CLI::App& app, Options& options) {
@@ -310,6 +238,7 @@ void add_options(CLI::App& app, Options& options) {
             {1, kMaxRewind - 1 - kBeyond - kBefore});
   add_whole(app, "--sites", options.sites, "Places at a depth from which text is written", {1, 100000});
   add_whole(app, "--stride", options.stride, "Tokens of the text from one site to the next", {kMaxRewind, 1 << 20});
+  add_session_at_depths(app, options);
   add_policy(app, options);
   app.add_flag("--sliding-rows", options.sliding_rows,
                "The rows of a step go through a sliding layer in launches of up to four, not one by one; on a device");
@@ -321,8 +250,9 @@ void add_options(CLI::App& app, Options& options) {
 
 void measure(const Options& options, ResultTable& table) {
   const std::string desc = model_desc(options.model);
-  const Source source(options);
-  for (const std::string& cache : options.caches) Run(options, table, source, cache, desc).measure();
+  const auto source = load_writer_source(options, settings(options, options.caches.front()),
+                                         options.backend == "cuda" ? file_of(options) : std::filesystem::path());
+  for (const std::string& cache : options.caches) Run(options, table, *source, cache, desc).measure();
 }
 
 void run(int argc, char** argv) {
@@ -340,6 +270,7 @@ void run(int argc, char** argv) {
     require(options.depths[i] >= options.depths[i - 1] + options.sites * options.stride, "--depths ", options.depths[i],
             ": the ", options.sites, " sites behind ", options.depths[i - 1], " reach beyond it");
   }
+  require_one_cache(options, options);
   for (const std::string& drafter : options.drafters) require_drafter({.drafter = drafter});
   for (const std::string& n_draft : options.n_drafts) (void)parse_n_draft(n_draft);
   const RunInfo info = backend_run_info(options, "draft", argc, argv);

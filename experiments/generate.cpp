@@ -17,6 +17,7 @@
 #include "experiments/support/chat_console.hpp"
 #include "experiments/support/cuda_model.hpp"
 #include "experiments/support/drafting.hpp"
+#include "experiments/support/host_sequence.hpp"
 #include "experiments/support/input_text.hpp"
 #include "experiments/support/interruptions.hpp"
 #include "experiments/support/notes.hpp"

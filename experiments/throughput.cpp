@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstdint>
-#include <filesystem>
 #include <iostream>
 #include <memory>
 #include <optional>
@@ -14,9 +13,8 @@
 #include "experiments/support/cuda_model.hpp"
 #include "experiments/support/rates.hpp"
 #include "experiments/support/run_text.hpp"
+#include "experiments/support/text_session.hpp"
 #include "gemma4/plan/step_bytes.hpp"
-#include "gemma4/session/model_fingerprint.hpp"
-#include "gemma4/session/session_reader.hpp"
 
 /// How fast is the model at a depth, and in how much memory?
 namespace {
@@ -24,7 +22,7 @@ namespace {
 using namespace gemma4;
 using namespace gemma4::experiment;
 
-struct Options : DriverOptions {
+struct Options : DriverOptions, SessionOptions {
   Options() { caches = {"tq4", "bf16"}; }
   std::vector<std::int64_t> prompts = {512, 2048};
   std::vector<std::int64_t> depths = {512, 2048, 8192, 32768, 65536, 130048};
@@ -33,8 +31,6 @@ struct Options : DriverOptions {
   std::int64_t chunk = 2048;
   std::int64_t window = 60;
   std::int64_t repeat = 4;
-  std::filesystem::path session;
-  std::int64_t checkpoints = 8192;
 };
 
 const std::vector<std::string> kParameters = {"model",  "model_desc", "text", "context", "n_batch",
@@ -73,8 +69,8 @@ class Run {
                                    .context = options.context,
                                    .max_chunk = options.chunk,
                                    .policy = options.policy(),
-                                   .checkpoint_interval = options.session.empty() ? 0 : options.checkpoints});
-    find_fill();
+                                   .checkpoint_interval = options.checkpoint_interval()});
+    fill_.emplace(options.session, options.model, ids_);
     show_plans(options, cache_, session_->step_plans());
     plan_ = digest(session_->step_plans());
   }
@@ -123,33 +119,19 @@ class Run {
 
   void fill(std::int64_t depth, Stretch& whole, Progress& progress) {
     const std::int64_t begin = session_->position();
-    if (fill_ && fill_->info().position >= depth) {
+    if (fill_->n_token() >= depth) {
       take_fill(depth);
     } else if (depth > begin) {
       add(whole, session_->prefill(ids(begin, depth), options_.chunk,
                                    [&](std::int64_t done) { progress.update(begin + done); }));
     }
     note_memory();
-    if (!options_.session.empty() && !fill_ && depth == options_.depths.back()) {
-      session_->save(options_.session, {.model_hash = model_hash_});
-    }
-  }
-
-  /// Of --session, where there is one: the same text.
-  void find_fill() {
-    if (options_.session.empty()) return;
-    model_hash_ = model_fingerprint(GgufFile::open(options_.model));
-    if (!std::filesystem::exists(options_.session)) return;
-    fill_.emplace(SessionFile::open(options_.session));
-    const std::vector<std::int32_t>& tokens = fill_->info().tokens;
-    const std::size_t n_same = std::min(tokens.size(), ids_.size());
-    require(std::equal(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(n_same), ids_.begin()),
-            options_.session.string(), ": it holds another text than --ids or --seed give here");
+    if (depth == options_.depths.back()) fill_->make(*session_);
   }
 
   /// The caches at a depth, from the file, and not by prefill: no rate comes of it.
   void take_fill(std::int64_t depth) {
-    session_->restore(*fill_, model_hash_);
+    session_->restore(fill_->file(), fill_->model_hash());
     if (session_->position() > depth) session_->rewind(session_->position() - depth);
   }
 
@@ -207,8 +189,7 @@ class Run {
   std::vector<std::int32_t> ids_;
   std::unique_ptr<CudaSession> session_;
   std::int64_t peak_bytes_ = 0;
-  std::optional<SessionFile> fill_;
-  std::uint64_t model_hash_ = 0;
+  std::optional<TextSession> fill_;
 };
 
 void add_options(CLI::App& app, Options& options) {
@@ -225,12 +206,7 @@ void add_options(CLI::App& app, Options& options) {
   add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
   add_whole(app, "--window", options.window, "Tokens decoded at a time; the caches can take back so many",
             {1, kMaxRewind - 1});
-  app.add_option("--session", options.session,
-                 "File of a filled cache: where it is there, depths come from it and not from prefill, which then has "
-                 "no rates; else it is made at the deepest. For one --cache and one text");
-  add_tokens(app, "--checkpoints", options.checkpoints,
-             "With --session: tokens between copies of the sliding layers' caches, from which it goes back to a depth",
-             0);
+  add_session_at_depths(app, options);
   add_whole(app, "--repeat", options.repeat, "Windows at a depth, and runs of a prompt", {1, 1000});
   add_policy(app, options);
   add_ids(app, options);
@@ -264,10 +240,7 @@ void run(int argc, char** argv) {
   require(std::ranges::is_sorted(options.depths) && !options.depths.empty(), "--depths: need increasing depths");
   require(options.depths.back() + options.window <= options.context, "--depths ", options.depths.back(),
           ": a window of ", options.window, " does not fit the context of ", options.context);
-
-  require(options.session.empty() || options.caches.size() == 1, "--session: needs one --cache, there are ",
-          options.caches.size());
-
+  require_one_cache(options, options);
   const RunInfo info = device_run_info("throughput", argc, argv, options.seed);
   run_table(options, info, {kParameters, kMeasures, kShown}, [&](ResultTable& table) { measure(options, table); });
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemma4/model/accuracy.hpp"
+#include "tests/support/refuses.hpp"
 
 /// What is measured of which backend at which position, on backends whose logits are written in a table: which of the
 /// two is the base, which token a position predicts, which row of a chunk is a question's.
@@ -103,6 +104,39 @@ TEST(AccuracyMeasure, EachBackendAgainstTheFirstForTheTokenThatComesNext) {
   for (std::size_t i = 0; i < positions.size(); ++i) {
     EXPECT_TRUE(same(all[1].positions[static_cast<std::size_t>(positions[i])], traces[1].positions[i]));
   }
+}
+
+/// What is in front of the first position may come from anywhere; what is looked at is the same.
+TEST(AccuracyMeasure, BeginsWhereEachBackendIsBrought) {
+  TableBackend base(1), test(2, 5);
+  const std::vector<TableBackend*> backends = {&base, &test};
+  const std::vector<std::int32_t> ids = some_ids(41);
+  const std::vector<std::int64_t> positions = {33, 39};
+  const auto whole = measure_positions<TableBackend>(backends, ids, positions, 16, [](std::int64_t) {});
+  std::vector<std::size_t> brought;
+  AccuracyStart<TableBackend> start{.position = 32, .bring = [&](std::size_t b, Model<TableBackend>& model) {
+                                      EXPECT_EQ(model.position(), 0);
+                                      brought.push_back(b);
+                                      std::vector<std::int64_t> pieces;
+                                      read_to(model, ids, 32, 16, [&](std::int64_t n) { pieces.push_back(n); });
+                                      EXPECT_EQ(pieces, (std::vector<std::int64_t>{16, 16}));
+                                      std::vector<float> logits(kVocab);
+                                      model.backend().copy_logits(0, logits);
+                                      EXPECT_EQ(logits, model.backend().logits_of(ids[31], 31));
+                                    }};
+  std::vector<std::int64_t> done;
+  const auto on_chunk = [&](std::int64_t n) { done.push_back(n); };
+  const auto traces = measure_positions<TableBackend>(backends, ids, positions, 16, on_chunk, start);
+  EXPECT_EQ(brought, (std::vector<std::size_t>{0, 1}));
+  EXPECT_EQ(done, (std::vector<std::int64_t>{32, 64, 72, 80}));
+  for (std::size_t b = 0; b < 2; ++b) {
+    for (std::size_t i = 0; i < 2; ++i) EXPECT_TRUE(same(traces[b].positions[i], whole[b].positions[i])) << b << i;
+  }
+  start.position = 34;
+  const auto measure = [&] { (void)measure_positions<TableBackend>(backends, ids, positions, 16, on_chunk, start); };
+  EXPECT_TRUE(testkit::refuses(measure, {"begins at 34", "first position 33"}));
+  start.position = 33;
+  EXPECT_TRUE(testkit::refuses(measure, {"backend 0 was brought to 32", "need 33"}));
 }
 
 TEST(AccuracyMeasure, ABackendOfShorterChunksTakesThemInPieces) {

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <numeric>
 
 #include "cuda/device/device_buffer.cuh"
@@ -13,6 +12,7 @@
 #include "tests/support/attention_promises.hpp"
 #include "tests/support/bf16_values.hpp"
 #include "tests/support/kv_device.cuh"
+#include "tests/support/kv_tiles.cuh"
 #include "tests/support/record_decode_promises.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/tq4_device.cuh"
@@ -206,25 +206,6 @@ class DeviceSubject {
   KvCacheBuffer cache_;
   mutable unsigned long long n_record_ = 0;
 };
-
-KvOptions some_format() {
-  const int known = *rc::gen::inRange(0, 4);  // half of the time a width that has a kernel of its own
-  if (known < 2) return {.v_bits = 4 + known};
-  return {.rotation = *rc::gen::weightedElement<RotationKind>(
-              {{5, RotationKind::kSignedHadamard}, {1, RotationKind::kDenseHaar}}),
-          .v_bits = *rc::gen::inRange(3, 7),
-          .r_bits = *rc::gen::inRange(3, 7)};
-}
-
-/// The compiled configurations that take a format and fit the device.
-std::vector<KvDecodeTile> tiles_for(std::int64_t head_dim, const KvOptions& format) {
-  const std::int64_t limit = current_device().smem_limit_bytes;
-  std::vector<KvDecodeTile> tiles;
-  std::ranges::copy_if(kKvDecodeTiles, std::back_inserter(tiles), [&](const KvDecodeTile& tile) {
-    return tile.head_dim == head_dim && tile.takes(format.v_bits, format.r_bits) && tile.smem_bytes() <= limit;
-  });
-  return tiles;
-}
 
 /// tests/support/record_decode_promises.hpp holds it to its list.
 struct KvDecode {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gemma4/partial_file.hpp"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <chrono>
 #include <csignal>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -104,6 +106,24 @@ TEST(PartialFile, ALimitIsAnErrorWithItsReason) {
   });
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 42) << status;
   EXPECT_TRUE(folder.names().empty());
+}
+
+/// A length that is asked for is room on the disk, where the file system promises any: a full one is full then.
+TEST(PartialFile, ALengthIsRoomToo) {
+  const TempDir folder;
+  PartialFile file(folder.file("a"));
+  constexpr std::int64_t kBytes = 3 << 20;
+  const bool can_promise = ::fallocate(file.descriptor(), 0, 0, 4096) == 0;
+  file.resize(kBytes);
+  struct stat status {};
+  ASSERT_EQ(::fstat(file.descriptor(), &status), 0);
+  EXPECT_EQ(status.st_size, kBytes);
+  if (can_promise) {
+    EXPECT_GE(512 * static_cast<std::int64_t>(status.st_blocks), kBytes);
+  }
+  file.resize(10);
+  ASSERT_EQ(::fstat(file.descriptor(), &status), 0);
+  EXPECT_EQ(status.st_size, 10);
 }
 
 TEST(PartialFile, AnInterruptLeavesNothingAndIsSeenByTheParent) {

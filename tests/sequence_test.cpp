@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "experiments/support/sequence.hpp"
+#include "experiments/support/host_sequence.hpp"
 
 #include <gtest/gtest.h>
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "experiments/support/decode_setting.hpp"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/small_model.hpp"
@@ -199,7 +204,8 @@ TEST(Sequence, DraftsAreCountedAndDrafterAndCacheChecked) {
   EXPECT_NO_THROW(made("lookup", "sim-int8"));
   EXPECT_TRUE(testkit::refuses([&] { made("lookup", "sim-int8-tail16"); }, {"--drafter lookup", "sim-int8-tail16"}));
   EXPECT_NO_THROW(made("none", "sim-int8-tail16"));
-  EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); }, {"--drafter drafter.gguf", "lookup, none or the GGUF file"}));
+  EXPECT_TRUE(testkit::refuses([&] { made("drafter.gguf", "bf16"); },
+                               {"--drafter drafter.gguf", "lookup, none or the GGUF file"}));
   EXPECT_EQ(parse_n_draft("auto"), std::nullopt);
   EXPECT_EQ(parse_n_draft("7"), 7);
   for (const char* bad : {"0", "8", "3x", "", "-1"}) {
@@ -222,6 +228,80 @@ TEST(Sequence, NoMoreIsTakenBackThanTheRingsRemember) {
   EXPECT_TRUE(testkit::refuses([&] { (void)written(sequence, 96, {}); }, {"96 tokens after 105", "200"}));
   EXPECT_EQ(written(sequence, 95, {}).size(), 95U);
   EXPECT_EQ(sequence.n_free(), 0);
+}
+
+/// Counts what goes through the model.
+struct CountingBackend : reference::Backend<float> {
+  using reference::Backend<float>::Backend;
+  void embed(std::span<const std::int32_t> tokens, std::int64_t position) {
+    n_token += static_cast<std::int64_t>(tokens.size());
+    reference::Backend<float>::embed(tokens, position);
+  }
+  std::int64_t n_token = 0;
+};
+
+/// A long text, an answer, a file, another sequence: the next turn costs its own tokens, and one that the answer left;
+/// a prompt that parts from what is held costs at most what is behind the checkpoint before that.
+TEST(Sequence, ATurnAfterALongTextReadsItsOwnTokensAlone) {
+  const SmallModel small(gemma4_tiny(), 4);
+  const testkit::TempDir folder;
+  const auto make = [&](CountingBackend*& counter) {
+    auto backend = std::make_unique<CountingBackend>(small.weights, small_options());
+    counter = backend.get();
+    return std::make_unique<HostSequence<CountingBackend>>(std::move(backend), parse_cache_spec("bf16"),
+                                                           DraftSettings{}, 32);
+  };
+  CountingBackend *first_counter = nullptr, *counter = nullptr;
+  const auto first = make(first_counter), second = make(counter);
+  first->prefill(Ids(140, 5), 8, {});
+  (void)written(*first, 9, {});
+  first->save(folder.file("s"), {});
+  EXPECT_GE(first_counter->n_token, 148) << "the control: it counts";
+  second->restore(SessionFile::open(folder.file("s")), 0);
+  EXPECT_EQ(counter->n_token, 0) << "restoring reads nothing";
+  Ids wanted(second->held().begin(), second->held().end());
+  wanted.insert(wanted.end(), {7, 8, 9, 10, 11});
+  EXPECT_EQ(read_rest(*second, wanted, 8, {}).n_token, 5);
+  EXPECT_EQ(counter->n_token, 6);
+  counter->n_token = 0;
+  wanted.resize(45);
+  wanted.insert(wanted.end(), 20, 12);
+  read_rest(*second, wanted, 8, {});
+  EXPECT_LE(counter->n_token, 20 + 45 - 32) << "from the checkpoint at 32 on";
+  EXPECT_EQ(Ids(second->held().begin(), second->held().end()), wanted);
+}
+
+/// Ways to continue, as experiments/settings.cpp takes them.
+TEST(DecodeSetting, SaysWhatItWasGiven) {
+  const DecodeSetting greedy = parse_decode_setting("greedy", 7);
+  EXPECT_EQ(greedy.sampler.temperature, 0.0f);
+  EXPECT_EQ(greedy.sampler.seed, 7u);
+  EXPECT_FALSE(greedy.is_drafted);
+  const DecodeSetting all = parse_decode_setting("temperature=0.5+top-k=40+top-p=0.9+seed=3+draft=5+off=graph", 7);
+  EXPECT_EQ(all.name, "temperature=0.5+top-k=40+top-p=0.9+seed=3+draft=5+off=graph");
+  EXPECT_EQ(all.sampler.temperature, 0.5f);
+  EXPECT_EQ(all.sampler.top_k, 40);
+  EXPECT_EQ(all.sampler.top_p, 0.9f);
+  EXPECT_EQ(all.sampler.seed, 3u);
+  EXPECT_TRUE(all.is_drafted);
+  EXPECT_EQ(all.n_draft, 5);
+  EXPECT_EQ(all.off, std::vector<std::string>{"graph"});
+  EXPECT_EQ(parse_decode_setting("draft=auto", 0).n_draft, std::nullopt);
+  EXPECT_TRUE(parse_decode_setting("draft=auto", 0).is_drafted);
+  const std::vector<std::pair<std::string, std::string>> wrong = {{"", "'' is not understood"},
+                                                                  {"hot", "'hot' is not understood"},
+                                                                  {"greedy+seed=1", "'greedy'"},
+                                                                  {"temperature=", "need a number"},
+                                                                  {"temperature=-1", "temperature -1"},
+                                                                  {"top-k=1.5", "top-k is '1.5'"},
+                                                                  {"top-p=0", "top_p 0"},
+                                                                  {"draft=8", "--draft 8"},
+                                                                  {"off=everything", "everything"},
+                                                                  {"seed=1+", "'' is not understood"},
+                                                                  {"temperature=nan", "need a number"}};
+  for (const auto& [text, word] : wrong) {
+    EXPECT_TRUE(testkit::refuses([&] { (void)parse_decode_setting(text, 0); }, {word})) << text;
+  }
 }
 
 }  // namespace

@@ -24,7 +24,6 @@
 #include "gemma4/interrupt.hpp"
 #include "gemma4/session/block_hash.hpp"
 #include "gemma4/session/session_writer.hpp"
-#include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
 #include "tests/support/temp_dir.hpp"
 #include "tests/support/toy_session.hpp"
@@ -59,88 +58,6 @@ testing::AssertionResult is_refused(const TCall& call, const std::vector<std::st
     return testing::AssertionSuccess() << message;
   }
   return testing::AssertionFailure() << "it was taken";
-}
-
-// ---- the checksum
-
-Bytes pattern(std::size_t size) {
-  Bytes bytes(size);
-  for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<std::byte>(i * 7 + 1);
-  return bytes;
-}
-
-/// Files live longer than this program: the numbers of version 1.
-TEST(BlockHash, IsThatOfTheFormat) {
-  EXPECT_EQ(block_hash({}, 0), 0xD0C68E44EB9D538Bu);
-  EXPECT_EQ(block_hash(pattern(64), 0), 0xE621FFB28719B18Bu);
-  EXPECT_EQ(block_hash(pattern(201), 5), 0xFC305F95AEA3CD45u);
-}
-
-TEST(BlockHash, EveryByteTheLengthAndTheSeedCount) {
-  for (const std::size_t size : {1, 7, 8, 63, 64, 65, 130}) {
-    Bytes bytes = pattern(size);
-    const std::uint64_t whole = block_hash(bytes, 3);
-    EXPECT_NE(block_hash(bytes, 4), whole);
-    for (std::size_t i = 0; i < size; ++i) {
-      for (int bit = 0; bit < 8; ++bit) {
-        bytes[i] ^= std::byte{1} << bit;
-        EXPECT_NE(block_hash(bytes, 3), whole) << "byte " << i << " of " << size << ", bit " << bit;
-        bytes[i] ^= std::byte{1} << bit;
-      }
-    }
-    bytes.push_back(std::byte{0});
-    EXPECT_NE(block_hash(bytes, 3), whole) << "a zero more than " << size;
-  }
-}
-
-/// Words that change places, within a lane and between lanes.
-TEST(BlockHash, TheOrderCounts) {
-  const Bytes bytes = pattern(256);
-  for (std::size_t a = 0; a < 32; ++a) {
-    for (std::size_t b = a + 1; b < 32; ++b) {
-      Bytes other = bytes;
-      std::swap_ranges(other.begin() + static_cast<std::ptrdiff_t>(8 * a),
-                       other.begin() + static_cast<std::ptrdiff_t>(8 * a + 8),
-                       other.begin() + static_cast<std::ptrdiff_t>(8 * b));
-      EXPECT_EQ(other == bytes, block_hash(other, 0) == block_hash(bytes, 0)) << a << " and " << b;
-    }
-  }
-}
-
-// ---- rows
-
-RC_GTEST_PROP(PartRows, PiecesAreTheRowsInOrder, ()) {
-  const bool is_ring = *rc::gen::arbitrary<bool>();
-  const auto n_head = *rc::gen::inRange<std::int64_t>(1, 4), n_row = *rc::gen::inRange<std::int64_t>(1, 12);
-  const auto row_bytes = *rc::gen::inRange<std::int64_t>(1, 6);
-  const auto first = *rc::gen::inRange<std::int64_t>(0, is_ring ? 40 : n_row + 1);
-  const auto count = *rc::gen::inRange<std::int64_t>(0, is_ring ? n_row + 1 : n_row - first + 1);
-  Bytes memory = pattern(static_cast<std::size_t>(n_head * n_row * row_bytes));
-  const PartRows rows({"part", memory.data(), n_head, n_row, row_bytes}, is_ring, first, count);
-  Bytes expected;
-  for (std::int64_t h = 0; h < n_head; ++h) {
-    for (std::int64_t r = first; r < first + count; ++r) {
-      for (std::int64_t i = 0; i < row_bytes; ++i) {
-        expected.push_back(memory[static_cast<std::size_t>((h * n_row + (is_ring ? r % n_row : r)) * row_bytes + i)]);
-      }
-    }
-  }
-  RC_ASSERT(rows.bytes() == expected.size());
-  const auto offset = *rc::gen::inRange<std::size_t>(0, expected.size() + 1);
-  const auto length = *rc::gen::inRange<std::size_t>(0, expected.size() - offset + 1);
-  Bytes found;
-  rows.pieces(offset, length, [&](const std::byte* from, std::size_t n) { found.insert(found.end(), from, from + n); });
-  RC_ASSERT(found == Bytes(expected.begin() + static_cast<std::ptrdiff_t>(offset),
-                           expected.begin() + static_cast<std::ptrdiff_t>(offset + length)));
-}
-
-TEST(PartRows, RefusesWhatIsNotThere) {
-  Bytes memory(24);
-  const StoredPart part{"k", memory.data(), 2, 3, 4};
-  EXPECT_TRUE(testkit::refuses([&] { PartRows(part, false, 1, 3); }, {"'k'", "1 to 4", "has 3"}));
-  EXPECT_TRUE(testkit::refuses([&] { PartRows(part, true, -1, 3); }, {"'k'"}));
-  EXPECT_TRUE(testkit::refuses([&] { PartRows(part, false, 0, 3).pieces(20, 5, [](auto*, std::size_t) {}); },
-                               {"20 to 25", "there are 24"}));
 }
 
 // ---- the file
@@ -216,15 +133,17 @@ TEST(SessionFile, BlocksAreCheckedOneByOne) {
   const SessionFile file = SessionFile::parse(bytes, "a");
   const GgufTensor& rows = file.tensor("layer.0.rows", {8, 70000, 2});
   std::vector<std::size_t> offsets;
-  file.blocks(rows, [&](std::size_t offset, std::span<const std::byte>) { offsets.push_back(offset); });
+  const auto note = [&](std::size_t offset, std::span<const std::byte>) { offsets.push_back(offset); };
+  file.read(std::vector<SessionTarget>{{.tensor = &rows, .visit = note}});
   EXPECT_EQ(offsets, (std::vector<std::size_t>{0, kSessionBlock}));
   bytes[rows.file_offset + kSessionBlock + 5] ^= std::byte{1};
   const SessionFile damaged = SessionFile::parse(bytes, "a");
   std::size_t n_seen = 0;
   EXPECT_TRUE(is_refused(
       [&] {
-        damaged.blocks(damaged.tensor("layer.0.rows", {8, 70000, 2}),
-                       [&](std::size_t, std::span<const std::byte>) { ++n_seen; });
+        const auto count = [&](std::size_t, std::span<const std::byte>) { ++n_seen; };
+        const GgufTensor& tensor = damaged.tensor("layer.0.rows", {8, 70000, 2});
+        damaged.read(std::vector<SessionTarget>{{.tensor = &tensor, .visit = count}});
       },
       {"'layer.0.rows'", "bytes 1048576 to 1120000", "checksum"}));
   EXPECT_EQ(n_seen, 1u);
@@ -325,9 +244,7 @@ testing::AssertionResult is_taken_with(const std::function<void(SessionInfo&)>& 
   std::vector<SessionTensor> tensors;
   for (const GgufTensor& tensor : gguf.tensors()) {
     if (!tensor.name.starts_with("layer.") && !tensor.name.starts_with("checkpoint.")) continue;
-    tensors.push_back({tensor.name, tensor.type, tensor.dims, [data = tensor.data](std::size_t at, auto room) {
-                         std::ranges::copy(data.subspan(at, room.size()), room.begin());
-                       }});
+    tensors.push_back({.name = tensor.name, .type = tensor.type, .dims = tensor.dims, .host = tensor.data});
   }
   const TempDir folder;
   write_session(folder.file("b"), info, std::move(tensors));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -8,11 +9,15 @@
 #include <utility>
 #include <vector>
 
+#include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/step_plan.hpp"
 #include "gemma4/report/nvtx.hpp"
+#include "gemma4/ring_format.hpp"
+#include "gemma4/session/stored_part.hpp"
+#include "gemma4/step_limits.hpp"
 
 namespace gemma4::experiment {
 
@@ -42,12 +47,21 @@ class AnyBackend {
   /// As allocated.
   [[nodiscard]] virtual CacheBytes cache_bytes() = 0;
   virtual void reset() = 0;
+  // StoringBackend's
+  [[nodiscard]] virtual const CacheSpec& cache() const = 0;
+  [[nodiscard]] virtual RingSpec ring() const = 0;
+  [[nodiscard]] virtual std::vector<StoredLayer> stored_layers() = 0;
+  virtual void copy_stored(const std::byte* from, std::span<std::byte> to) = 0;
+  virtual void set_stored(std::byte* to, std::span<const std::byte> from) = 0;
+  virtual void set_position(std::int64_t position, std::int64_t farthest) = 0;
+  virtual void set_logits(std::span<const float> logits) = 0;
+  [[nodiscard]] virtual std::int64_t max_rewind() const = 0;
   /// How a decode step and the longest chunk run.
   [[nodiscard]] virtual std::vector<StepPlan> step_plans() const = 0;
   /// The drivers that profile do not come through here.
   [[nodiscard]] NvtxRange range(const char* name) const { return NvtxRange(name); }
 };
-static_assert(WatchedBackend<AnyBackend>);
+static_assert(WatchedBackend<AnyBackend> && StoringBackend<AnyBackend>);
 
 /// Holds a `TBackend` made in place from `arguments`.
 template <class TBackend>
@@ -82,6 +96,19 @@ class HeldBackend final : public AnyBackend {
   [[nodiscard]] std::optional<NotFinite> first_not_finite() const override { return backend_.first_not_finite(); }
   [[nodiscard]] CacheBytes cache_bytes() override { return backend_.cache_bytes(); }
   void reset() override { backend_.reset(); }
+  [[nodiscard]] const CacheSpec& cache() const override { return backend_.cache(); }
+  [[nodiscard]] RingSpec ring() const override { return backend_.ring(); }
+  [[nodiscard]] std::vector<StoredLayer> stored_layers() override { return backend_.stored_layers(); }
+  void copy_stored(const std::byte* from, std::span<std::byte> to) override { backend_.copy_stored(from, to); }
+  void set_stored(std::byte* to, std::span<const std::byte> from) override { backend_.set_stored(to, from); }
+  void set_position(std::int64_t position, std::int64_t farthest) override {
+    backend_.set_position(position, farthest);
+  }
+  void set_logits(std::span<const float> logits) override { backend_.set_logits(logits); }
+  [[nodiscard]] std::int64_t max_rewind() const override {
+    if constexpr (requires { backend_.max_rewind(); }) return backend_.max_rewind();
+    return kMaxRewind;
+  }
   [[nodiscard]] std::vector<StepPlan> step_plans() const override { return backend_.step_plans(); }
 
  private:

@@ -8,6 +8,7 @@
 
 #include "experiments/driver.hpp"
 #include "experiments/support/any_backend.hpp"
+#include "experiments/support/backend_info.hpp"
 #include "experiments/support/cuda_model.hpp"
 #include "experiments/support/notes.hpp"
 #include "gemma4/cache_formats.hpp"
@@ -65,12 +66,5 @@ class ModelSource {
   std::optional<ModelWeights> weights_;
   std::unique_ptr<CudaModel> device_;
 };
-
-/// Describes the run on the processor or on the GPU, whichever --backend names.
-[[nodiscard]] inline RunInfo backend_run_info(const DriverOptions& options, std::string experiment, int argc,
-                                              const char* const* argv) {
-  return options.backend == "cuda" ? device_run_info(std::move(experiment), argc, argv, options.seed)
-                                   : run_info(std::move(experiment), argc, argv, options.seed, build_info());
-}
 
 }  // namespace gemma4::experiment

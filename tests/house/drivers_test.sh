@@ -195,7 +195,7 @@ test_numbers() {
     "$bin/synthesize" --shape tiny --layers 1 --out m.gguf --quiet --seed $value > /dev/null || fail "--seed $value was refused"
   done
   local -A first=([accuracy]=--contexts [throughput]=--context [statistics]=--depths [memory_plan]=--context [breakdown]=--depths
-    [ablation]=--depths [draft]=--depths [generate]=--context [golden]=--chunk [parity]=--prompt-tokens)
+    [ablation]=--depths [draft]=--depths [settings]=--depth [generate]=--context [golden]=--chunk [parity]=--prompt-tokens)
   for driver in "${!first[@]}"; do
     for value in -1 1e3 9223372036854775807 9223372036854775808 99999999999999999999; do
       refuses "${first[$driver]}" "$value" "$driver" --model "$data/nano-Q4_K_M.gguf"
@@ -270,6 +270,83 @@ test_sessions() { # a text that was read is not read again, by another process, 
   grep -q 'new.session.*File too large' <<< "$said" || fail "a full disk: $said"
   [ -e new.session ] && fail "half a session is there"
   nothing_left 'generate --session'
+  sessions_of_tables
+}
+
+cells() { # cells FILE COLUMN...: those columns of every row
+  awk -v want="${*:2}" 'BEGIN {FPAT = "([^,]*)|(\"([^\"]|\"\")*\")"; n = split(want, name, " ")}
+    {line = $0; while (match(line, /"([^"]|"")*"/)) line = substr(line, 1, RSTART - 1) "q" substr(line, RSTART + RLENGTH)
+     split(line, cell, ",")}
+    NR == 1 {for (i in cell) at[cell[i]] = i; next}
+    {out = ""; for (i = 1; i <= n; i++) {if (!(name[i] in at)) {print "no column " name[i]; exit 1} out = out " " cell[at[name[i]]]}; print out}' "$1"
+}
+flip() { # flip FILE: a byte of its largest tensors
+  local at=$(($(stat -c %s "$1") * 2 / 3))
+  printf "\\x$(printf %02x $((255 - $(od -An -tu1 -j $at -N 1 "$1"))))" | dd of="$1" bs=1 seek=$at conv=notrunc 2> /dev/null
+}
+# The same table without a file, with one that is made, and with one that is used; and what is refused, by WORDS.
+same_tables() { # same_tables NAME COLUMNS FILE COMMAND...
+  local name=$1 columns=$2 file=$3 made before
+  rm -f ./*.csv
+  "${@:4}" --quiet --out plain.csv > /dev/null || fail "$name: control"
+  "${@:4}" --quiet --out made.csv --session t.session > /dev/null || fail "$name: a session is not made"
+  [ -s "$file" ] || fail "$name: there is no $file"
+  before=$(cksum "$file")
+  "${@:4}" --quiet --out used.csv --session t.session > /dev/null || fail "$name: a session is not used"
+  [ "$before" = "$(cksum "$file")" ] || fail "$name: writes a session that it only used"
+  # shellcheck disable=SC2086
+  for made in made used; do
+    [ "$(cells plain.csv $columns)" = "$(cells $made.csv $columns)" ] ||
+      fail "$name: another table with a session $made: $(cells plain.csv $columns) and $(cells $made.csv $columns)"
+  done
+  [ -n "$(cells plain.csv $columns)" ] || fail "$name: nothing was compared"
+  cp "$file" whole.session && flip "$file"
+  refused "$name, a damaged file" 'checksum .*damaged' "${@:4}" --session t.session
+  mv whole.session "$file"
+}
+refused() { # refused NAME WORDS COMMAND...
+  local said
+  said=$("${@:3}" --quiet --out - 2>&1) && fail "$1 is taken"
+  grep -q "^error: .*$2" <<< "$said" || fail "$1: $said"
+}
+sessions_of_tables() {
+  local model=(--model "$data/nano-Q4_K_M.gguf" --ids "$data/heldout-ids.u16") columns run
+  columns='cache range nll kl_mean kl_max cosine status'
+  run=("$bin/accuracy" "${model[@]}" --window 4 --cache "tq4,bf16@chunk=7")
+  same_tables 'accuracy --depths' "$columns" t.session.tq4 "${run[@]}" --depths 56,72 --chunk 24
+  [ -s t.session.bf16 ] && [ -s t.session.bf16@chunk=7 ] || fail "accuracy: not a file a case: $(echo t.session*)"
+  refused 'a longer prefix' 'holds 48 tokens, and this run looks at positions from 24' "${run[@]}" --depths 40 --chunk 24 --session t.session
+  refused 'another text' 'holds another text' "$bin/accuracy" "${model[@]:0:2}" --depths 56 --window 4 --chunk 24 --cache tq4 --session t.session
+  refused 'all positions' 'nothing in front' "${accuracy[@]}" --session t.session
+  refused 'the first chunk' 'nothing in front' "${run[@]}" --depths 56 --chunk 56 --session t.session
+  refused 'two prompts' 'one text, --prompts is 2' "$bin/accuracy" "${model[@]}" --trajectory 5 --prompts 2 --session t.session
+  refused 'recall' 'asks all along' "$bin/accuracy" "${model[@]}" --recall "$data/recall-public-8192.gguf" --session t.session
+  rm -f t.session*
+  same_tables 'accuracy --trajectory' 'cache range first_difference agreement status' t.session.tq4 "$bin/accuracy" \
+    "${model[@]}" --trajectory 5 --prompts 1 --prompt-len 60 --chunk 24 --cache tq4,sim-int8
+  rm -f t.session*
+  run=("$bin/draft" "${model[@]}" --depths 40,160 --sites 1 --window 6 --drafts 3 --chunk 24)
+  same_tables 'draft' 'n_depth n_draft tokens_a_step n_step same_text status' t.session "${run[@]}" --cache tq4
+  refused 'two caches' 'needs one --cache' "${run[@]}" --cache tq4,bf16 --session t.session
+  rm -f t.session*
+  run=("$bin/settings" "${model[@]}" --chunk 24 --cache tq4)
+  same_tables 'settings' 'setting n_gen tokens_a_step n_same text_digest status' t.session "${run[@]}" --depth 60 --window 20
+  [ "$(cells plain.csv n_read status | sort | uniq -c | xargs)" = '10 60 ok' ] || fail "settings: $(cells plain.csv n_read status)"
+  [ "$(cells used.csv n_read | sort -u | xargs)" = 0 ] || fail "settings reads what was there: $(cells used.csv n_read)"
+  [ "$(cells plain.csv text_digest | sort -u | wc -l)" -gt 3 ] || fail "settings: all wrote the same: $(cells plain.csv text_digest)"
+  [ "$(cells plain.csv setting n_same | grep -cE '^ (greedy|draft=.*) 20$')" = 6 ] || fail "settings: drafts changed the text"
+  # A setting's text hangs on none that came before it.
+  "${run[@]}" --depth 60 --window 20 --settings temperature=1+top-k=40,draft=3,temperature=0.7 --quiet --out other.csv > /dev/null || fail "settings: in another order"
+  [ "$(cells other.csv setting text_digest | sort)" = "$(cells plain.csv setting text_digest | grep -E '^ (temperature=1\+top-k=40|draft=3|temperature=0.7) ' | sort)" ] ||
+    fail "settings: in another order other texts: $(cells other.csv setting text_digest)"
+  # Longer than can be taken back: each begins from the file, and the first tokens are those of before.
+  refused 'a long window' 'give a --session' "${run[@]}" --window 70
+  "${run[@]}" --depth 60 --window 70 --settings greedy,draft=3,temperature=1 --quiet --out long.csv --session t.session > /dev/null || fail "settings: a long window"
+  [ "$(cells long.csv setting n_same | head -n 2 | xargs)" = 'greedy 70 draft=3 70' ] || fail "settings, a long window: $(cells long.csv setting n_same)"
+  refused 'a depth behind the file' 'holds 60 tokens, --depth is 50' "${run[@]}" --depth 50 --session t.session
+  refused 'switches of the reference' "switches are a device's" "${run[@]}" --settings greedy,off=graph
+  refused 'a setting that is none' "'hot' is not understood" "${run[@]}" --settings hot
+  nothing_left 'a table with a session'
 }
 
 test_"$part"

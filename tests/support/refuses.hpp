@@ -9,12 +9,12 @@
 
 namespace gemma4::testkit {
 
-/// Success when `call` throws std::invalid_argument with a message that holds each of `parts`.
-template <class TCall>
+/// Success when `call` throws a `TError` with a message that holds each of `parts`.
+template <class TError = std::invalid_argument, class TCall>
 [[nodiscard]] testing::AssertionResult refuses(const TCall& call, const std::vector<std::string>& parts) {
   try {
     call();
-  } catch (const std::invalid_argument& error) {
+  } catch (const TError& error) {
     const std::string message = error.what();
     for (const std::string& part : parts) {
       if (message.find(part) == std::string::npos) {

@@ -99,18 +99,59 @@ void forward_pieces(Model<TBackend>& model, std::span<const std::int32_t> tokens
 
 }  // namespace detail
 
+/// The ids up to `end` through a model that holds the first of them, in chunks counted from where it is; with logits of
+/// the last one. `on_chunk(n_token)` after each.
+template <Backend TBackend, class TOnChunk>
+void read_to(Model<TBackend>& model, std::span<const std::int32_t> ids, std::int64_t end, std::int64_t chunk,
+             TOnChunk&& on_chunk) {
+  detail::LogitRows last{model.backend().config().vocab, {}};
+  last.values.resize(static_cast<std::size_t>(last.vocab));
+  while (model.position() < end) {
+    const std::int64_t begin = model.position(), count = std::min(chunk, end - begin);
+    std::vector<std::int64_t> rows;
+    if (begin + count == end) rows.push_back(count - 1);
+    detail::forward_pieces(model, ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)), rows,
+                           last);
+    on_chunk(count);
+  }
+}
+
+/// Where a comparison begins. Nobody looks at what is before, so that the caches may hold it from wherever it came.
+template <class TBackend>
+struct AccuracyStart {
+  std::int64_t position = 0;
+  /// Brings the model of a backend, which is empty, there.
+  std::function<void(std::size_t backend, Model<TBackend>& model)> bring = {};
+};
+
+namespace detail {
+
+template <class TBackend, class TOnModel>
+void bring_all(std::vector<Model<TBackend>>& models, const AccuracyStart<TBackend>& start, TOnModel&& on_model) {
+  for (std::size_t b = 0; b < models.size() && start.position > 0; ++b) {
+    start.bring(b, models[b]);
+    require(models[b].position() == start.position, "measure_positions: backend ", b, " was brought to ",
+            models[b].position(), ", need ", start.position);
+    on_model();
+  }
+}
+
+}  // namespace detail
+
 /// Runs the backends over the ids in lockstep, chunk by chunk, and compares their logits at `positions` (increasing);
 /// position p predicts ids[p + 1]. The first backend is the base of every comparison, its own included. Entry i of a
 /// trace is positions[i]. `on_chunk(n_done)` after each chunk of each backend, in positions times backends. The logits
 /// of a position are the same whatever else is asked for, so that few positions of a long text cost little. A backend
 /// of shorter chunks takes each of these in pieces of its own length.
+/// @param start at or before the first position; chunks are counted from there
 /// @throws std::invalid_argument before any work when ids or positions do not fit
 /// @throws NotFiniteError when a backend's numbers are not finite, with its place among the backends
 template <Backend TBackend, class TOnChunk>
 [[nodiscard]] std::vector<AccuracyTrace> measure_positions(std::span<TBackend* const> backends,
                                                            std::span<const std::int32_t> ids,
                                                            std::span<const std::int64_t> positions, std::int64_t chunk,
-                                                           TOnChunk&& on_chunk) {
+                                                           TOnChunk&& on_chunk,
+                                                           const AccuracyStart<TBackend>& start = {}) {
   using Clock = std::chrono::steady_clock;
   require(!backends.empty(), "measure_positions: no backend");
   require(!positions.empty() && positions.front() >= 0 && std::ranges::is_sorted(positions, std::less_equal<>{}),
@@ -118,6 +159,8 @@ template <Backend TBackend, class TOnChunk>
   const std::int64_t n_position = positions.back() + 1;
   require(n_position < static_cast<std::int64_t>(ids.size()), "measure_positions: ", n_position, " positions need ",
           n_position + 1, " ids, there are ", ids.size());
+  require(start.position >= 0 && start.position <= positions.front(), "measure_positions: begins at ", start.position,
+          ", behind the first position ", positions.front());
   const std::int64_t vocab = backends.front()->config().vocab;
   for (const std::int32_t id : ids) {
     require(id >= 0 && id < vocab, "measure_positions: id ", id, " is outside the vocabulary [0, ", vocab, ")");
@@ -129,21 +172,22 @@ template <Backend TBackend, class TOnChunk>
   std::vector<double> seconds(backends.size());
   detail::LogitRows base{vocab, {}}, test{vocab, {}};
   std::int64_t n_done = 0;
+  detail::bring_all(models, start, [&] { on_chunk(n_done += start.position); });
   std::size_t first = 0;  // position of the chunk that is compared next
-  for (std::int64_t begin = 0; begin < n_position; begin += chunk) {
+  for (std::int64_t begin = start.position; begin < n_position; begin += chunk) {
     const std::int64_t count = std::min(chunk, n_position - begin);
     std::vector<std::int64_t> rows;
     for (std::size_t i = first; i < positions.size() && positions[i] < begin + count; ++i) {
       rows.push_back(positions[i] - begin);
     }
     for (std::size_t b = 0; b < backends.size(); ++b) {
-      const auto start = Clock::now();
+      const auto begun = Clock::now();
       detail::LogitRows& logits = b == 0 ? base : test;
       logits.values.resize(std::max(logits.values.size(), rows.size() * static_cast<std::size_t>(vocab)));
       detail::forward_pieces(models[b], ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(count)),
                              rows, logits);
       detail::require_finite(models[b], ids.first(static_cast<std::size_t>(begin + count)), b);
-      seconds[b] += std::chrono::duration<double>(Clock::now() - start).count();
+      seconds[b] += std::chrono::duration<double>(Clock::now() - begun).count();
       const auto n_row = static_cast<std::int64_t>(rows.size());
 #if defined(_OPENMP)  // nothing below throws: the ids were looked at
 #pragma omp parallel for schedule(static)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -44,19 +45,24 @@ struct TrajectoryTask {
   return task;
 }
 
+template <class TBackend>
+using PromptReader = std::function<void(Model<TBackend>& model, std::span<const std::int32_t> prompt)>;
+
 /// The greedy text after every prompt, [n_prompt][n_token]: the largest logit, the lowest token among equals. A step is
 /// one token through the model, as in decoding. `on_token(n_done)` counts over all prompts.
+/// @param read brings a model, which is empty, behind a prompt, with logits of its last token; none: by prefill
 /// @throws NotFiniteError when the numbers behind a text are not finite
 template <Backend TBackend, class TOnToken>
 [[nodiscard]] std::vector<std::vector<std::int32_t>> greedy_texts(TBackend& backend, const TrajectoryTask& task,
-                                                                  std::int64_t chunk, TOnToken&& on_token) {
+                                                                  std::int64_t chunk, TOnToken&& on_token,
+                                                                  const PromptReader<TBackend>& read = {}) {
   Model<TBackend> model(backend);
   std::vector<float> logits(static_cast<std::size_t>(backend.config().vocab));
   std::vector<std::vector<std::int32_t>> texts;
   std::int64_t n_done = 0;
   for (const auto& prompt : task.prompts) {
     model.reset();
-    model.prefill(prompt, chunk, [](std::int64_t) {});
+    read ? read(model, prompt) : model.prefill(prompt, chunk, [](std::int64_t) {});
     std::vector<std::int32_t>& text = texts.emplace_back();
     for (std::int64_t i = 0; i < task.n_token; ++i) {
       backend.copy_logits(0, logits);

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <span>
 #include <utility>
 #include <vector>
@@ -14,11 +16,29 @@
 /// What rings held at a position, on the host: from there a sequence can be had again at any later one.
 namespace gemma4 {
 
+/// Leaves elements as the memory has them: what is filled at once need not be zero before.
+template <class T>
+struct UnsetAllocator : std::allocator<T> {
+  template <class TOther>
+  struct rebind {
+    using other = UnsetAllocator<TOther>;
+  };
+  template <class TElement, class... TArguments>
+  void construct(TElement* at, TArguments&&... arguments) {
+    if constexpr (sizeof...(arguments) == 0) {
+      ::new (static_cast<void*>(at)) TElement;
+    } else {
+      ::new (static_cast<void*>(at)) TElement(std::forward<TArguments>(arguments)...);
+    }
+  }
+};
+using HostBytes = std::vector<std::byte, UnsetAllocator<std::byte>>;
+
 /// Rings' rows of the window before `position`, and rows of full layers that were not final then, in the order of the
 /// layers and their parts. For the 31B 16.8 MB a sliding layer, 839 MB in all.
 struct RingCheckpoint {
   std::int64_t position = 0;
-  std::vector<std::byte> bytes;
+  HostBytes bytes;
 };
 
 /// The rows of a checkpoint, in order.
@@ -46,8 +66,7 @@ struct RingCheckpoint {
 template <class TBackend>
 [[nodiscard]] RingCheckpoint take_checkpoint(TBackend& backend, std::span<const StoredLayer> layers,
                                              std::int64_t window, std::int64_t position) {
-  RingCheckpoint kept{.position = position,
-                      .bytes = std::vector<std::byte>(checkpoint_bytes(layers, window, position))};
+  RingCheckpoint kept{.position = position, .bytes = HostBytes(checkpoint_bytes(layers, window, position))};
   std::span<std::byte> room = kept.bytes;
   for (const PartRows& rows : checkpoint_rows(layers, window, position)) {
     copy_rows(backend, rows, 0, room.first(rows.bytes()));

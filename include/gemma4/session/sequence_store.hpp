@@ -136,18 +136,14 @@ class SequenceStore {
     info.passes.assign(model_.passes().begin(), model_.passes().end());
     std::vector<SessionTensor> tensors;
     for (Saved& saved : saved_rows(info)) {
-      tensors.push_back({saved.name, TensorType::kI8, saved.dims, [this, rows = saved.rows](auto offset, auto room) {
-                           copy_rows(backend(), rows, offset, room);
+      tensors.push_back({.name = saved.name, .dims = saved.dims, .read = [this, rows = saved.rows](auto at, auto room) {
+                           copy_rows(backend(), rows, at, room);
                          }});
     }
     for (const RingCheckpoint& kept : checkpoints_) {
-      tensors.push_back(
-          {checkpoint_name(kept.position),
-           TensorType::kI8,
-           {static_cast<std::int64_t>(kept.bytes.size())},
-           [bytes = std::span<const std::byte>(kept.bytes)](std::size_t offset, std::span<std::byte> room) {
-             std::ranges::copy(bytes.subspan(offset, room.size()), room.begin());
-           }});
+      tensors.push_back({.name = checkpoint_name(kept.position),
+                         .dims = {static_cast<std::int64_t>(kept.bytes.size())},
+                         .host = kept.bytes});
     }
     write_session(path, info, std::move(tensors));
   }
@@ -170,14 +166,18 @@ class SequenceStore {
     begin_anew();
     try {
       const std::vector<Saved> into = saved_rows(info);  // a reset may have moved them
+      std::vector<SessionTarget> targets;
       for (std::size_t i = 0; i < into.size(); ++i) {
         if (tensors[i] == nullptr) continue;
-        file.blocks(*tensors[i], [&](std::size_t offset, std::span<const std::byte> bytes) {
-          set_rows(backend(), into[i].rows, offset, bytes);
-        });
+        targets.push_back({.tensor = tensors[i], .visit = [this, &rows = into[i].rows](auto offset, auto bytes) {
+                             set_rows(backend(), rows, offset, bytes);
+                           }});
       }
-      for (std::size_t i = 0; i < kept.size(); ++i)
-        checkpoints_.push_back(read_checkpoint(file, *kept[i], info.checkpoints[i]));
+      for (std::size_t i = 0; i < kept.size(); ++i) {
+        checkpoints_.push_back({.position = info.checkpoints[i], .bytes = HostBytes(kept[i]->data.size())});
+        targets.push_back({.tensor = kept[i], .host = checkpoints_.back().bytes});
+      }
+      file.read(targets);
       if (!info.logits.empty()) backend().set_logits(info.logits);
       resume(info.passes, info.position, info.ring_first);
     } catch (...) {
@@ -330,16 +330,6 @@ class SequenceStore {
       tensors.push_back(&file.tensor(checkpoint_name(position), {bytes}));
     }
     return tensors;
-  }
-
-  [[nodiscard]] static RingCheckpoint read_checkpoint(const SessionFile& file, const GgufTensor& tensor,
-                                                      std::int64_t position) {
-    RingCheckpoint kept{.position = position, .bytes = {}};
-    kept.bytes.reserve(tensor.data.size());
-    file.blocks(tensor, [&](std::size_t, std::span<const std::byte> bytes) {
-      kept.bytes.insert(kept.bytes.end(), bytes.begin(), bytes.end());
-    });
-    return kept;
   }
 
   void require_tokens(const SessionFile& file) const {

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -49,6 +51,22 @@ inline constexpr std::uint32_t kSessionVersion = 1;
 inline constexpr std::string_view kSessionArchitecture = "gemma4-session";
 inline constexpr std::size_t kSessionBlock = std::size_t{1} << 20;
 inline constexpr std::string_view kChecksumsTensor = "checksums";
+
+/// A block of the tensor of that number.
+struct SessionBlock {
+  std::size_t tensor = 0, offset = 0, bytes = 0;
+};
+
+/// Those of tensors of so many bytes, in order.
+[[nodiscard]] inline std::vector<SessionBlock> session_blocks(std::span<const std::size_t> bytes) {
+  std::vector<SessionBlock> blocks;
+  for (std::size_t tensor = 0; tensor < bytes.size(); ++tensor) {
+    for (std::size_t offset = 0; offset < bytes[tensor]; offset += kSessionBlock) {
+      blocks.push_back({tensor, offset, std::min(kSessionBlock, bytes[tensor] - offset)});
+    }
+  }
+  return blocks;
+}
 
 struct SessionInfo {
   std::uint64_t model_hash = 0;

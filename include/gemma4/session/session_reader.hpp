@@ -5,7 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -16,9 +18,18 @@
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/gguf/mapped_file.hpp"
 #include "gemma4/session/block_hash.hpp"
+#include "gemma4/session/block_pipe.hpp"
 #include "gemma4/session/session_info.hpp"
 
 namespace gemma4 {
+
+/// A tensor of a session that is wanted, and where its bytes go: to visit(offset, bytes), block after block on the
+/// thread of whoever reads, or straight into `host`, which is as long.
+struct SessionTarget {
+  const GgufTensor* tensor = nullptr;
+  std::function<void(std::size_t, std::span<const std::byte>)> visit = {};
+  std::span<std::byte> host = {};
+};
 
 /// A session file (gemma4/session/session_info.hpp), mapped. Once it is open its keys, its extents, its padding and
 /// what is small in it are checked; blocks of the caches are checked one by one as they are read.
@@ -58,18 +69,32 @@ class SessionFile {
   [[nodiscard]] bool has_tensor(std::string_view name) const { return gguf_->find_tensor(name) != nullptr; }
   [[nodiscard]] std::size_t n_tensor() const { return gguf_->tensors().size(); }
 
-  /// Calls visit(offset, bytes) for the blocks of a tensor in order, each after it was checked.
-  template <class TVisit>
-  void blocks(const GgufTensor& tensor, TVisit&& visit) const {
-    const std::size_t first = first_hash_.find(tensor.name)->second;
-    for (std::size_t offset = 0, i = 0; offset < tensor.data.size(); offset += kSessionBlock, ++i) {
-      const auto block = tensor.data.subspan(offset, std::min(kSessionBlock, tensor.data.size() - offset));
-      const std::uint64_t found = block_hash(block, first + i), expected = hash(first + i);
-      require_format(found == expected, name_, ": tensor '", tensor.name, "', bytes ", offset, " to ",
-                     offset + block.size(), ": checksum ", detail::hash_text(found), ", the file says ",
-                     detail::hash_text(expected), "; it was damaged");
-      visit(offset, block);
+  /// Reads tensors in the order given; what is visited, or left in a host's memory, was checked. Holds a few blocks at
+  /// a time.
+  /// @param n_thread that read and check ahead; none given: as n_pipe_thread() has it
+  /// @throws FormatError naming the first block that does not have its checksum
+  void read(std::span<const SessionTarget> targets, std::optional<int> n_thread = {}) const {
+    std::vector<std::size_t> bytes;
+    for (const SessionTarget& target : targets) {
+      bytes.push_back(target.tensor->data.size());
+      require(target.host.empty() || target.host.size() == bytes.back(), name_, ": room of ", target.host.size(),
+              " B for tensor '", target.tensor->name, "' of ", bytes.back());
     }
+    const std::vector<SessionBlock> blocks = session_blocks(bytes);
+    const auto room_of = [&](const SessionBlock& block, std::span<std::byte> slot) {
+      const std::span<std::byte> host = targets[block.tensor].host;
+      return host.empty() ? slot.first(block.bytes) : host.subspan(block.offset, block.bytes);
+    };
+    const auto fetch = [&](std::size_t index, std::span<std::byte> slot) {
+      const SessionBlock& block = blocks[index];
+      fetch_block(*targets[block.tensor].tensor, block.offset, room_of(block, slot));
+    };
+    const auto visit = [&](std::size_t index, std::span<std::byte> slot) {
+      const SessionBlock& block = blocks[index];
+      if (targets[block.tensor].visit) targets[block.tensor].visit(block.offset, room_of(block, slot));
+    };
+    const int n = n_thread.value_or(n_pipe_thread(std::reduce(bytes.begin(), bytes.end())));
+    pipe_blocks(blocks.size(), PipeFirst::kThreads, n, visit, fetch);
   }
 
  private:
@@ -81,6 +106,20 @@ class SessionFile {
     return text + "]";
   }
   [[nodiscard]] std::uint64_t hash(std::size_t index) const { return static_cast<std::uint64_t>(hashes_[index]); }
+
+  /// A block of a tensor, from the file or the image, checked. Any thread may.
+  void fetch_block(const GgufTensor& tensor, std::size_t offset, std::span<std::byte> room) const {
+    if (mapped_.bytes().empty()) {
+      std::ranges::copy(tensor.data.subspan(offset, room.size()), room.begin());
+    } else {
+      mapped_.read_at(tensor.file_offset + offset, room);
+    }
+    const std::size_t index = first_hash_.find(tensor.name)->second + offset / kSessionBlock;
+    const std::uint64_t found = block_hash(room, index), expected = hash(index);
+    require_format(found == expected, name_, ": tensor '", tensor.name, "', bytes ", offset, " to ",
+                   offset + room.size(), ": checksum ", detail::hash_text(found), ", the file says ",
+                   detail::hash_text(expected), "; it was damaged");
+  }
 
   void require_version() const {
     const auto architecture = gguf_->get<std::string>("general.architecture");
@@ -96,7 +135,8 @@ class SessionFile {
     const std::span<const GgufTensor> tensors = gguf_->tensors();
     require_format(!tensors.empty() && tensors.back().name == kChecksumsTensor, name_, ": the last tensor is not '",
                    kChecksumsTensor, "'");
-    hashes_ = data_as<std::int64_t>(tensors.back());
+    const auto hashes = data_as<std::int64_t>(tensors.back());
+    hashes_.assign(hashes.begin(), hashes.end());
     std::size_t n_hash = 1;
     std::size_t end = tensors.front().file_offset;
     const std::size_t header = end;
@@ -153,16 +193,17 @@ class SessionFile {
     if (found == nullptr) return {};
     require_format(found->dims.size() == 1, name_, ": tensor '", name, "' has ", found->dims.size(),
                    " dimensions, expected 1");
-    const std::span<const T> values = data_as<T>(*found);
-    blocks(*found, [](std::size_t, std::span<const std::byte>) {});
-    return {values.begin(), values.end()};
+    std::vector<T> values(data_as<T>(*found).size());
+    const SessionTarget target{.tensor = found, .host = std::as_writable_bytes(std::span(values))};
+    read(std::span(&target, 1));
+    return values;
   }
 
   std::string name_;
   MappedFile mapped_;
   std::optional<GgufFile> gguf_;
   SessionInfo info_;
-  std::span<const std::int64_t> hashes_;
+  std::vector<std::int64_t> hashes_;                            ///< a copy: the file's may end before, once it is open
   std::map<std::string, std::size_t, std::less<>> first_hash_;  ///< of a tensor's first block among the checksums
 };
 

@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <iterator>
+#include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -13,17 +16,19 @@
 
 #include "gemma4/gguf/gguf_writer.hpp"
 #include "gemma4/session/block_hash.hpp"
+#include "gemma4/session/block_pipe.hpp"
 #include "gemma4/session/session_info.hpp"
 
 /// Writes a session file (gemma4/session/session_info.hpp).
 namespace gemma4 {
 
-/// A tensor of a session, and how its bytes come: read(offset, room) fills `room`.
+/// A tensor of a session, and how its bytes come: read(offset, room) fills `room`, or they lie in `host`.
 struct SessionTensor {
   std::string name;
   TensorType type = TensorType::kI8;
   std::vector<std::int64_t> dims;
-  std::function<void(std::size_t, std::span<std::byte>)> read;
+  std::function<void(std::size_t, std::span<std::byte>)> read = {};  ///< called on the thread of whoever saves
+  std::span<const std::byte> host = {};
 
   [[nodiscard]] std::size_t bytes() const {
     auto count = static_cast<std::size_t>(block_bytes(type));
@@ -35,18 +40,34 @@ struct SessionTensor {
 /// Numbers of the host as a tensor; they outlive it.
 template <class T>
 [[nodiscard]] SessionTensor session_tensor(std::string name, const std::vector<T>& values) {
-  return {std::move(name),
-          *plain_tensor_type<T>(),
-          {static_cast<std::int64_t>(values.size())},
-          [bytes = std::as_bytes(std::span(values))](std::size_t offset, std::span<std::byte> room) {
-            std::ranges::copy(bytes.subspan(offset, room.size()), room.begin());
-          }};
+  return {.name = std::move(name),
+          .type = *plain_tensor_type<T>(),
+          .dims = {static_cast<std::int64_t>(values.size())},
+          .host = std::as_bytes(std::span(values))};
 }
 
 namespace detail {
 
-[[nodiscard]] constexpr std::size_t n_session_block(std::size_t bytes) {
-  return (bytes + kSessionBlock - 1) / kSessionBlock;
+/// Fills, hashes and writes the tensors. @return the checksums, behind that of the header
+[[nodiscard]] inline std::vector<std::uint64_t> write_blocks(GgufWriter& writer, std::span<const SessionTensor> tensors,
+                                                             std::span<const SessionBlock> blocks, int n_thread) {
+  std::vector<std::uint64_t> hashes(1 + blocks.size());
+  hashes[0] = block_hash(std::as_bytes(std::span(writer.header())), 0);
+  const auto fill = [&](std::size_t index, std::span<std::byte> room) {
+    const SessionBlock& block = blocks[index];
+    const SessionTensor& tensor = tensors[block.tensor];
+    if (tensor.host.empty()) tensor.read(block.offset, room.first(block.bytes));
+  };
+  const auto write = [&](std::size_t index, std::span<std::byte> room) {
+    const SessionBlock& block = blocks[index];
+    const std::span<const std::byte> host = tensors[block.tensor].host;
+    const std::span<const std::byte> bytes =
+        host.empty() ? room.first(block.bytes) : host.subspan(block.offset, block.bytes);
+    hashes[1 + index] = block_hash(bytes, 1 + index);
+    writer.write_at(block.tensor, block.offset, bytes);
+  };
+  pipe_blocks(blocks.size(), PipeFirst::kCaller, n_thread, fill, write);
+  return hashes;
 }
 
 inline void set_session_keys(GgufWriter& writer, const SessionInfo& info) {
@@ -72,11 +93,12 @@ inline void set_session_keys(GgufWriter& writer, const SessionInfo& info) {
 }  // namespace detail
 
 /// Writes the file beside `path` and moves it there in one step: an old one stays until then, and after an error for
-/// good. Holds a block at a time.
+/// good. Room for all of it is asked of the disk first. Holds a few blocks at a time.
 /// @param tensors those of the caches and checkpoints, in order; empty ones are left out
+/// @param n_thread that hash and write while the next blocks are filled; none given: as n_pipe_thread() has it
 /// @throws std::system_error naming the path when the system refuses, as where the disk is full
 inline void write_session(const std::filesystem::path& path, const SessionInfo& info,
-                          std::vector<SessionTensor> tensors) {
+                          std::vector<SessionTensor> tensors, std::optional<int> n_thread = {}) {
   std::vector<SessionTensor> all;
   all.push_back(session_tensor("tokens", info.tokens));
   all.push_back(session_tensor("passes", info.passes));
@@ -86,25 +108,16 @@ inline void write_session(const std::filesystem::path& path, const SessionInfo& 
 
   GgufWriter writer(path);
   detail::set_session_keys(writer, info);
-  std::size_t n_hash = 1;
+  std::vector<std::size_t> bytes;
   for (const SessionTensor& tensor : all) {
     writer.add_tensor(tensor.name, tensor.type, tensor.dims);
-    n_hash += detail::n_session_block(tensor.bytes());
+    bytes.push_back(tensor.bytes());
   }
-  writer.add_tensor(kChecksumsTensor, TensorType::kI64, {static_cast<std::int64_t>(n_hash)});
+  const std::vector<SessionBlock> blocks = session_blocks(bytes);
+  writer.add_tensor(kChecksumsTensor, TensorType::kI64, {static_cast<std::int64_t>(1 + blocks.size())});
   writer.place();
-
-  std::vector<std::uint64_t> hashes = {block_hash(std::as_bytes(std::span(writer.header())), 0)};
-  std::vector<std::byte> block(kSessionBlock);
-  for (std::size_t index = 0; index < all.size(); ++index) {
-    const std::size_t bytes = all[index].bytes();
-    for (std::size_t offset = 0; offset < bytes; offset += kSessionBlock) {
-      const auto room = std::span(block).first(std::min(kSessionBlock, bytes - offset));
-      all[index].read(offset, room);
-      hashes.push_back(block_hash(room, hashes.size()));
-      writer.write_at(index, offset, room);
-    }
-  }
+  const int n = n_thread.value_or(n_pipe_thread(std::reduce(bytes.begin(), bytes.end())));
+  const std::vector<std::uint64_t> hashes = detail::write_blocks(writer, all, blocks, n);
   writer.write_at(all.size(), 0, std::as_bytes(std::span(hashes)));
   writer.finish();
 }
