@@ -7,6 +7,7 @@
 #include <span>
 
 #include "cuda/device/device_info.cuh"
+#include "cuda/quantized_linear/codes_ahead.cuh"
 #include "cuda/quantized_linear/int8_activations.cuh"
 #include "cuda/quantized_linear/int8_tokens.cuh"
 #include "cuda/quantized_linear/stages.cuh"
@@ -36,23 +37,51 @@ struct LinearPlan {
   LinearPath path = LinearPath::kDot;
   int n_token = 1;  ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8 (kInt8: 4 to 16)
   int n_slot = 0;   ///< stages in flight
-  bool is_tall = false;      ///< stages of more rows, see detail::stage_rows()
-  bool is_by_chunk = false;  ///< kInt8: activations are in shared memory chunk by chunk
-  bool is_every = false;     ///< by the kernel that knows all formats, see detail::is_of_four_formats()
+  bool is_tall = false;                   ///< stages of more rows, see detail::stage_rows()
+  int most_rows = detail::kMaxStageRows;  ///< of a stage, whatever its type
+  bool is_by_chunk = false;               ///< kInt8: activations are in shared memory chunk by chunk
+  bool is_every = false;                  ///< by the kernel that knows all formats, see detail::is_of_four_formats()
   std::int64_t slot_bytes = 0;
   std::int64_t smem_bytes = 0;
   std::int64_t smem_limit_bytes = 0;  ///< what the kernel is allowed, whatever it uses: one value for all launches
   int n_block = 1;
   int n_warp = 8;        ///< of a block, that multiply
   bool overlap = false;  ///< with the kernel before: from sm_90 on
+
+  [[nodiscard]] int rows_of_stage(TensorType type) const {
+    return std::min(detail::stage_rows(type, is_tall), most_rows);
+  }
 };
+
+/// Values of a call, of all its tokens, from which their codes are made ahead, where there is room for them. By
+/// arithmetic: 1 token of the wide rows, 2 of those of 8192 columns, 4 of any; not measured yet (`linear`,
+/// --codes-from).
+inline constexpr std::int64_t kCodesFromValues = 16384;
+
+/// What may be done otherwise in products by a dot product a token; the same bits in any case. Until a table says what
+/// is faster (`linear`, --variant: 1, 2 and 4, added).
+///
+/// By arithmetic, for ffn_down of the 31B in Q4_0 or Q4_K (5376 rows of four chunks, 97 KB for eight): 264 blocks have
+/// 16 rows each, and 144 of them a ticket of eight more, which the others do not help with; and a ring of three stages
+/// is 73 KB, one of seven stages of four rows 85 KB.
+struct LinearVariant {
+  bool half_tickets = false;     ///< 1: dealt rows come four at a time where stages have eight
+  bool low_stages = false;       ///< 2: all stages of one token are of four rows, where rows are several chunks
+  bool deals_of_launch = false;  ///< 4: dealt rows are a share of the launch's rows, not of its last matrix
+
+  [[nodiscard]] static constexpr LinearVariant of(int sum) { return {(sum & 1) != 0, (sum & 2) != 0, (sum & 4) != 0}; }
+};
+inline constexpr LinearVariant kLinearVariant = LinearVariant::of(0);
 
 /// How a product for few tokens may run; the same bits in any case.
 struct LinearOptions {
   /// For dynamic row scheduling: 8 bytes of device memory, zero before the first launch, from which blocks that end
   /// early take rows (tickets). Null: each block has an equal share. Products of one stream may share it.
   LinearTickets* tickets = nullptr;
-  bool overlap = true;  ///< programmatic dependent launch, where the device has it
+  LinearVariant variant = kLinearVariant;
+  bool overlap = true;                         ///< programmatic dependent launch, where the device has it
+  LinearCodes codes;                           ///< room for codes that are made ahead
+  std::int64_t codes_from = kCodesFromValues;  ///< values of a call from which that is done
   std::int64_t int8_from =
       kInt8FromTokens;  ///< tokens of a call from which it takes LinearPath::kInt8, where that fits
 
@@ -85,14 +114,16 @@ namespace detail {
 /// @param types of the matrices that share the input; only packed types count
 /// @throws std::invalid_argument when not even one token fits into the device's shared memory
 [[nodiscard]] inline LinearPlan plan_linear_decode(std::int64_t cols, std::int64_t n_token,
-                                                   std::span<const TensorType> types, const DeviceInfo& device) {
+                                                   std::span<const TensorType> types, const DeviceInfo& device,
+                                                   const LinearVariant& variant = kLinearVariant) {
   LinearPlan plan{.smem_limit_bytes = device.smem_limit_bytes, .overlap = device.compute_capability >= 90};
   const std::int64_t half = detail::half_of_smem(device.smem_limit_bytes);
   plan.is_tall = n_token == 1 && row_chunks(cols) == 1 &&
                  std::all_of(types.begin(), types.end(), [](TensorType type) { return type == TensorType::kQ6K; });
   plan.is_every = !std::all_of(types.begin(), types.end(), detail::is_of_four_formats);
+  if (variant.low_stages && n_token == 1 && row_chunks(cols) > 1) plan.most_rows = detail::kTaskRows;
   for (const TensorType type : types) {
-    const std::int64_t bytes = detail::stage_rows(type, plan.is_tall) * chunk_bytes(type, chunk_groups(cols));
+    const std::int64_t bytes = plan.rows_of_stage(type) * chunk_bytes(type, chunk_groups(cols));
     plan.slot_bytes = std::max(plan.slot_bytes, (bytes + 127) / 128 * 128);
   }
   plan.n_token = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(n_token, 1, 8))));
@@ -189,9 +220,10 @@ inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, in
 
 /// @param path where it fits
 [[nodiscard]] inline LinearPlan plan_linear(LinearPath path, std::int64_t cols, std::int64_t n_token,
-                                            std::span<const TensorType> types, const DeviceInfo& device) {
+                                            std::span<const TensorType> types, const DeviceInfo& device,
+                                            const LinearVariant& variant = kLinearVariant) {
   return path == LinearPath::kInt8 ? plan_linear_int8(cols, n_token, types, device)
-                                   : plan_linear_decode(cols, n_token, types, device);
+                                   : plan_linear_decode(cols, n_token, types, device, variant);
 }
 
 }  // namespace gemma4::cuda
