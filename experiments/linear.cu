@@ -160,9 +160,9 @@ void run(int argc, char** argv) {
       ->capture_default_str();
   int variant = 0;  // until a table says what is faster, and cuda::kLinearVariant is that alone
   add_whole(app, "--variant", variant,
-            "Products by dot products done otherwise, a sum of: 1 dealt rows by fours, 2 stages of four rows, 4 dealt "
-            "rows a share of the launch",
-            {0, 7});
+            "Products done otherwise, a sum of: 1 dealt rows by fours, 2 stages of four rows, 4 dealt rows a share of "
+            "the launch (1, 2, 4: dot), 8 all activations in one block where two would have a chunk (int8)",
+            {0, 15});
   std::int64_t codes_from = -1;
   add_whole(app, "--codes-from", codes_from,
             "Values of a call, of all its tokens, from which a launch in front makes its activations codes; -1: never",

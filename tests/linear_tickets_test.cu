@@ -126,7 +126,7 @@ RC_GTEST_PROP(LinearTicketsGpu, DealtRowsHaveTheBitsOfEqualShares, ()) {
   const Results expected = products.run({}, device);
   RC_ASSERT(products.run({.dealt = true}, device) == expected);
   const How how{.dealt = *rc::gen::arbitrary<bool>(),
-                .variant = LinearVariant::of(*rc::gen::inRange(0, 8)),
+                .variant = LinearVariant::of(*rc::gen::inRange(0, 16)),
                 .codes_ahead = *rc::gen::arbitrary<bool>(),
                 .int8 = *rc::gen::arbitrary<bool>()};
   device.sm_count = *rc::gen::inRange(1, 40);  // so that a block has many stages
@@ -163,8 +163,11 @@ TEST(LinearTicketsGpu, CodesMadeAheadAreThoseOfTheProduct) {
       device.sm_count = 1;
       const Results expected = products.run({}, device);
       for (const bool int8 : {false, true}) {
-        EXPECT_TRUE(products.run({.dealt = true, .codes_ahead = true, .int8 = int8}, device) == expected)
-            << type_name(type) << ", " << cols << " columns, " << (int8 ? "int8" : "dot");
+        for (const LinearVariant variant : {LinearVariant::of(0), LinearVariant::of(15)}) {
+          EXPECT_TRUE(products.run({true, variant, true, int8}, device) == expected)
+              << type_name(type) << ", " << cols << " columns, " << (int8 ? "int8" : "dot") << ", "
+              << (variant.int8_whole ? "otherwise" : "as it is");
+        }
       }
     }
   }

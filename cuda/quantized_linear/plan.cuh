@@ -53,13 +53,13 @@ struct LinearPlan {
   }
 };
 
-/// Values of a call, of all its tokens, from which their codes are made ahead, where there is room for them. By
-/// arithmetic: 1 token of the wide rows, 2 of those of 8192 columns, 4 of any; not measured yet (`linear`,
-/// --codes-from).
-inline constexpr std::int64_t kCodesFromValues = 16384;
+/// Values of a call, of all its tokens, from which their codes are made ahead, where there is room for them. More than
+/// there may be, as long as no table says from where on that is faster (`linear`, --codes-from); by arithmetic 16384:
+/// one token of the wide rows, two of 8192 columns, four of any.
+inline constexpr std::int64_t kCodesFromValues = std::int64_t{1} << 40;
 
-/// What may be done otherwise in products by a dot product a token; the same bits in any case. Until a table says what
-/// is faster (`linear`, --variant: 1, 2 and 4, added).
+/// What may be done otherwise in products; the same bits in any case. Until a table says what is faster (`linear`,
+/// --variant: 1, 2, 4 and 8, added). The first three are of dot products.
 ///
 /// By arithmetic, for ffn_down of the 31B in Q4_0 or Q4_K (5376 rows of four chunks, 97 KB for eight): 264 blocks have
 /// 16 rows each, and 144 of them a ticket of eight more, which the others do not help with; and a ring of three stages
@@ -68,8 +68,11 @@ struct LinearVariant {
   bool half_tickets = false;     ///< 1: dealt rows come four at a time where stages have eight
   bool low_stages = false;       ///< 2: all stages of one token are of four rows, where rows are several chunks
   bool deals_of_launch = false;  ///< 4: dealt rows are a share of the launch's rows, not of its last matrix
+  bool int8_whole = false;       ///< 8: one block with all activations, before two with a chunk of them
 
-  [[nodiscard]] static constexpr LinearVariant of(int sum) { return {(sum & 1) != 0, (sum & 2) != 0, (sum & 4) != 0}; }
+  [[nodiscard]] static constexpr LinearVariant of(int sum) {
+    return {(sum & 1) != 0, (sum & 2) != 0, (sum & 4) != 0, (sum & 8) != 0};
+  }
 };
 inline constexpr LinearVariant kLinearVariant = LinearVariant::of(0);
 
@@ -80,7 +83,7 @@ struct LinearOptions {
   LinearTickets* tickets = nullptr;
   LinearVariant variant = kLinearVariant;
   bool overlap = true;                         ///< programmatic dependent launch, where the device has it
-  LinearCodes codes;                           ///< room for codes that are made ahead
+  LinearCodes codes = {};                      ///< room for codes that are made ahead
   std::int64_t codes_from = kCodesFromValues;  ///< values of a call from which that is done
   std::int64_t int8_from =
       kInt8FromTokens;  ///< tokens of a call from which it takes LinearPath::kInt8, where that fits
@@ -190,7 +193,8 @@ inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, in
 /// each be made codes twice, and take the room of the ring. Where a call's tokens do not fit, fewer a launch; where not
 /// even four do (Q8_0 on devices of 99 KB), a plan of LinearPath::kDot.
 [[nodiscard]] inline LinearPlan plan_linear_int8(std::int64_t cols, std::int64_t n_token,
-                                                 std::span<const TensorType> types, const DeviceInfo& device) {
+                                                 std::span<const TensorType> types, const DeviceInfo& device,
+                                                 const LinearVariant& variant = kLinearVariant) {
   LinearPlan plan{.path = LinearPath::kInt8,
                   .smem_limit_bytes = device.smem_limit_bytes,
                   .overlap = device.compute_capability >= 90};
@@ -209,8 +213,8 @@ inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, in
     return plan.n_slot >= 2 && (is_enough || is_last);
   };
   for (plan.n_token = n_token <= 4 ? 4 : n_token <= 8 ? 8 : 16; plan.n_token >= 4; plan.n_token /= 2) {
-    if ((plan.n_token == 4 && (fits(2, false, false) || fits(2, is_wide_row, false))) || fits(1, false, false) ||
-        fits(1, is_wide_row, true)) {
+    if ((plan.n_token == 4 && fits(2, false, false)) || (variant.int8_whole && fits(1, false, false)) ||
+        (plan.n_token == 4 && fits(2, is_wide_row, false)) || fits(1, false, false) || fits(1, is_wide_row, true)) {
       plan.smem_bytes = detail::int8_smem(cols, plan.n_token, plan.is_by_chunk, plan.n_slot, plan.slot_bytes).total;
       return plan;
     }
@@ -222,7 +226,7 @@ inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, in
 [[nodiscard]] inline LinearPlan plan_linear(LinearPath path, std::int64_t cols, std::int64_t n_token,
                                             std::span<const TensorType> types, const DeviceInfo& device,
                                             const LinearVariant& variant = kLinearVariant) {
-  return path == LinearPath::kInt8 ? plan_linear_int8(cols, n_token, types, device)
+  return path == LinearPath::kInt8 ? plan_linear_int8(cols, n_token, types, device, variant)
                                    : plan_linear_decode(cols, n_token, types, device, variant);
 }
 
