@@ -92,9 +92,8 @@ template <class TIn>
 inline constexpr int kManyPieces = sizeof(TIn) == 2 ? 11 : 5;
 
 /// Quantises pieces `begin` to `end` of row `x`, 8 values each, with kThreads threads (whole warps, `thread` counts
-/// them). As many reads as
-/// registers hold are issued before the first use: the 21504 values of the widest row of the 31B wait for memory once.
-/// Null x: zeros.
+/// them). As many reads as registers hold are issued before the first use: the 21504 values of the widest row of the
+/// 31B wait for memory once. Null x: zeros.
 /// @tparam kUnroll reads a thread before the first use
 template <int kThreads, class TIn, int kUnroll = kManyPieces<TIn>>
 __device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activations, int n_group, int begin, int end,
