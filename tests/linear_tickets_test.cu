@@ -71,7 +71,7 @@ class Products {
                                              make_view(product.data() + n_token_ * rows_a, n_token_, rows_b)};
     LinearOptions options{.tickets = how.dealt ? tickets_.data() : nullptr, .variant = how.variant};
     if (how.codes_ahead) options.codes = {codes_.data(), codes_.size()}, options.codes_from = 0;
-    if (how.int8) options.int8_from = 1;
+    options.int8_from = how.int8 ? 1 : kMaxInt8Tokens + 1;
     const Graph graph = Graph::capture(stream_, [&] {
       for (int round = 0; round < 3; ++round) {
         quantized_linear_decode<float, float>(x, std::span<const PackedMatrix>(weights),
@@ -154,19 +154,31 @@ TEST(LinearTicketsGpu, MissingTicketIsSeenAndGone) {
   }
 }
 
-/// Rows of the 31B's widths, where activations are several chunks and the widest chunk has code of its own.
-TEST(LinearTicketsGpu, CodesMadeAheadAreThoseOfTheProduct) {
-  for (const TensorType type : {TensorType::kQ4_0, TensorType::kQ4K, TensorType::kIq4Xs, TensorType::kQ2K}) {
+/// The first token's part of results of several.
+Results first_token_of(const Results& results, std::int64_t n_token, std::int64_t rows_a, std::int64_t rows_b) {
+  Results first{results.product, results.gated};
+  first.product.erase(first.product.begin() + n_token * rows_a + rows_b, first.product.end());
+  first.product.erase(first.product.begin() + rows_a, first.product.begin() + n_token * rows_a);
+  first.gated.resize(static_cast<std::size_t>(rows_a));
+  return first;
+}
+
+/// Rows of the 31B's widths, where activations are several chunks, and where one token alone has code for the widest
+/// chunk, and table codes another product, in every way to run.
+TEST(LinearTicketsGpu, WideRowsHaveTheBitsOfAnyWay) {
+  for (const TensorType type :
+       {TensorType::kQ4_0, TensorType::kQ4K, TensorType::kIq4Nl, TensorType::kIq4Xs, TensorType::kQ2K}) {
     for (const std::int64_t cols : {std::int64_t{5376}, std::int64_t{8192}, std::int64_t{21504}}) {
-      Products products(type, TensorType::kQ6K, 9, 20, cols, 3, 11);
+      Products products(type, type, 9, 20, cols, 3, 11), alone(type, type, 9, 20, cols, 1, 11);
       DeviceInfo device = current_device();
       device.sm_count = 1;
-      const Results expected = products.run({}, device);
+      const Results expected = products.run({}, device), of_one = first_token_of(expected, 3, 9, 20);
       for (const bool int8 : {false, true}) {
         for (const LinearVariant variant : {LinearVariant::of(0), LinearVariant::of(15)}) {
-          EXPECT_TRUE(products.run({true, variant, true, int8}, device) == expected)
-              << type_name(type) << ", " << cols << " columns, " << (int8 ? "int8" : "dot") << ", "
-              << (variant.int8_whole ? "otherwise" : "as it is");
+          const auto what = ::testing::Message() << type_name(type) << ", " << cols << " columns, "
+                                                 << (int8 ? "int8" : "dot") << ", variant " << variant.low_stages;
+          EXPECT_TRUE(products.run({true, variant, true, int8}, device) == expected) << what;
+          EXPECT_TRUE(alone.run({true, variant, !int8, int8}, device) == of_one) << what << ", one token";
         }
       }
     }
