@@ -93,6 +93,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/qkv_prologue.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/quantized_linear.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/quantized_linear/activation_blocks.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/quantized_linear/codes_ahead.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/quantized_linear/dot.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/quantized_linear/dot_every.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/quantized_linear/few_tokens.cuh"

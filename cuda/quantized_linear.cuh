@@ -14,6 +14,7 @@
 #include "cuda/device/check.cuh"
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/quantized_linear/codes_ahead.cuh"
 #include "cuda/quantized_linear/few_tokens.cuh"
 #include "cuda/quantized_linear/int8_tokens.cuh"
 #include "cuda/quantized_linear/plain.cuh"
@@ -131,7 +132,8 @@ template <class TIn>
 }
 
 /// The same rows from `token` on.
-[[nodiscard]] inline LinearInput input_from(LinearInput input, std::int64_t token) {
+[[nodiscard]] inline LinearInput input_from(LinearInput input, std::int64_t token, std::int64_t cols) {
+  if (input.codes != nullptr) input.codes += linear_codes_bytes(token, cols);
   input.x = input.x_is_bf16 ? static_cast<const void*>(static_cast<const Bf16*>(input.x) + token * input.x_stride)
                             : static_cast<const void*>(static_cast<const float*>(input.x) + token * input.x_stride);
   return input;
@@ -139,14 +141,27 @@ template <class TIn>
 
 inline constexpr int kSharePercent = 80;
 
-/// Rows of the last matrix that each block has before the rest of them is dealt: whole stages. (On an H200 a step of
-/// the 31B was slower with 90 %, and slower with 60 %; `ablation`, dynamic_rows, has it with equal shares of
-/// everything.)
-[[nodiscard]] inline std::int32_t share_of_rows(std::span<const PackedMatrix> weights, const LinearPlan& plan) {
+/// How rows of the last matrix are dealt.
+struct LinearDeal {
+  std::int32_t share_rows;   ///< that each block has before the rest of them is dealt: as many as whole stages
+  std::int32_t ticket_rows;  ///< those of a stage, or fewer
+};
+
+/// (On an H200 a step of the 31B was slower with 90 % shared, and slower with 60 %; `ablation`, dynamic_rows, has it
+/// with equal shares of everything.)
+[[nodiscard]] inline LinearDeal deal_rows(std::span<const PackedMatrix> weights, const LinearVariant& variant,
+                                          const LinearPlan& plan) {
   const PackedMatrix& last = weights.back();
-  const int step = plan.path == LinearPath::kInt8 ? kInt8StageRows : stage_rows(last.type, plan.is_tall);
-  const std::int64_t shared = last.rows * kSharePercent / 100;
-  return static_cast<std::int32_t>(shared / plan.n_block / step * step);
+  const bool is_int8 = plan.path == LinearPath::kInt8;
+  const int step = is_int8 ? kInt8StageRows : plan.rows_of_stage(last.type);
+  std::int64_t shared = last.rows * kSharePercent / 100;
+  if (variant.deals_of_launch && !is_int8) {
+    std::int64_t rows = 0;
+    for (const PackedMatrix& weight : weights) rows += weight.rows;
+    shared = std::max<std::int64_t>(0, last.rows - rows * (100 - kSharePercent) / 100);
+  }
+  return {.share_rows = static_cast<std::int32_t>(shared / plan.n_block / step * step),
+          .ticket_rows = variant.half_tickets && !is_int8 ? std::min(step, kTaskRows) : step};
 }
 
 /// A matrix as the kernels take it, without its output.
@@ -172,6 +187,7 @@ inline void set_plan(LinearParams& params, std::int64_t cols, std::span<const Pa
   params.n_slot = plan.n_slot;
   params.is_tall = plan.is_tall;
   params.slot_bytes = static_cast<std::int32_t>(plan.slot_bytes);
+  params.most_rows = plan.most_rows;
   params.is_by_chunk = plan.is_by_chunk;
   params.n_set = plan.n_token > 8 ? 2 : 1;
   params.pass_rows = plan.is_by_chunk ? kInt8PassRows : kInt8StageRows;
@@ -181,7 +197,22 @@ inline void set_plan(LinearParams& params, std::int64_t cols, std::span<const Pa
                         : linear_smem(cols, plan.n_token, plan.n_slot, params.slot_bytes);
   // A ticket is a stage of rows, whose chunks would have to be there at once.
   params.tickets = plan.is_by_chunk ? nullptr : options.tickets;
-  if (params.tickets != nullptr) params.share_rows = share_of_rows(weights, plan);
+  if (params.tickets == nullptr) return;
+  const LinearDeal deal = deal_rows(weights, options.variant, plan);
+  params.ticket_rows = deal.ticket_rows, params.share_rows = deal.share_rows;
+}
+
+/// The input, with codes made by a launch of their own where there is room for them and that is faster.
+[[nodiscard]] inline LinearInput with_codes_ahead(const LinearSource& source, const LinearOptions& options,
+                                                  bool overlap, cudaStream_t stream) {
+  LinearInput input = source.input;
+  if (options.codes.data == nullptr || source.n_token * source.cols < options.codes_from) return input;
+  const std::int64_t need = linear_codes_bytes(source.n_token, source.cols);
+  require(options.codes.n_bytes >= need, "quantized_linear: room for codes of ", options.codes.n_bytes, " B, need ",
+          need, " B for ", source.n_token, " tokens of ", source.cols, " values");
+  launch_linear_codes(input, source.n_token, source.cols, options.codes.data, overlap, stream);
+  input.codes = options.codes.data;
+  return input;
 }
 
 /// Packed matrices that share their input, in one launch for each plan.n_token tokens.
@@ -208,11 +239,12 @@ void packed_decode(const LinearSource& source, std::span<const PackedMatrix> wei
     params.matrix[i].out_stride = outs[i].stride[0];
   }
   LinearPlan plan = plan_linear(frame.options.path(source.n_token), cols, source.n_token,
-                                std::span<const TensorType>(types, weights.size()), device);
+                                std::span<const TensorType>(types, weights.size()), device, frame.options.variant);
   plan.overlap = plan.overlap && frame.options.overlap;
   set_plan(params, cols, weights, frame.options, plan);
+  const LinearInput input = with_codes_ahead(source, frame.options, plan.overlap, stream);
   for (std::int64_t token = 0; token < source.n_token; token += plan.n_token) {
-    params.input = input_from(source.input, token);
+    params.input = input_from(input, token, cols);
     params.n_token = static_cast<std::int32_t>(std::min<std::int64_t>(plan.n_token, source.n_token - token));
     for (std::size_t i = 0; i < weights.size(); ++i) params.matrix[i].out = outs[i].data + token * outs[i].stride[0];
     launch_linear_decode(params, plan, stream);

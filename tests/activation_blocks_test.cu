@@ -25,7 +25,7 @@ constexpr int kThreads = 256;
 template <class TIn>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const TIn* x, int n_group, int n_piece, std::uint8_t* out) {
   extern __shared__ __align__(16) std::uint8_t blocks[];
-  detail::quantize_row<kThreads>(x, blocks, n_group, n_piece, static_cast<int>(threadIdx.x));
+  detail::quantize_row<kThreads>(x, blocks, n_group, 0, n_piece, static_cast<int>(threadIdx.x));
   __syncthreads();
   const int n_word = n_group * detail::kActivationBytesPerGroup / 4;
   for (int i = static_cast<int>(threadIdx.x); i < n_word; i += kThreads) {

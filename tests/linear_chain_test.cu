@@ -29,6 +29,8 @@ bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
 /// Steps of a model as long as a decode step: every product reads what the one before wrote.
 class Chain {
  public:
+  static constexpr std::int64_t kFfn = 3072;
+
   Chain() : device_(current_device()) {
     for (std::uint32_t i = 0; i < kLayers; ++i) {
       // Two kernels in turn: that of the four formats and that of all.
@@ -42,9 +44,12 @@ class Chain {
   }
 
   /// The residual stream behind `n_layer` layers.
-  /// @param dealt  rows by ticket, all products with the same tickets
-  std::vector<float> run(std::size_t n_layer, bool overlap, bool as_graph, bool dealt = false) {
-    const LinearOptions options{.tickets = dealt ? tickets_.data() : nullptr};
+  /// @param dealt       rows by ticket, all products with the same tickets
+  /// @param codes_from  values of a product from which its codes are made ahead, all in the same room; 0: never
+  std::vector<float> run(std::size_t n_layer, bool overlap, bool as_graph, bool dealt = false,
+                         std::int64_t codes_from = 0) {
+    LinearOptions options{.tickets = dealt ? tickets_.data() : nullptr};
+    if (codes_from > 0) options.codes = {codes_.data(), codes_.size()}, options.codes_from = codes_from;
     DeviceInfo device = device_;
     if (!overlap) device.compute_capability = std::min(device.compute_capability, 80);
     residual_ = DeviceBuffer<float>(random_activations(kHidden, 77));
@@ -58,7 +63,7 @@ class Chain {
   }
 
  private:
-  static constexpr std::int64_t kHidden = 1024, kFfn = 3072;
+  static constexpr std::int64_t kHidden = 1024;
   static constexpr std::size_t kLayers = 24;
   struct Layer {
     DeviceWeights square, gate_up, down;
@@ -92,6 +97,7 @@ class Chain {
 
   DeviceInfo device_;
   DeviceBuffer<LinearTickets> tickets_{std::vector<LinearTickets>(1)};
+  DeviceBuffer<std::uint8_t> codes_{linear_codes_bytes(1, kFfn)};
   gemma4::cuda::Stream stream_;
   std::vector<Layer> layers_;
   DeviceBuffer<float> residual_{kHidden}, pending_{kHidden}, between_{kHidden},
@@ -109,6 +115,8 @@ TEST(LinearChainGpu, OverlapAndGraphDoNotChangeABit) {
     EXPECT_TRUE(same_bytes(chain.run(100, true, false), expected));
     EXPECT_TRUE(same_bytes(chain.run(100, true, true), expected));
     EXPECT_TRUE(same_bytes(chain.run(100, true, true, true), expected)) << "rows dealt";
+    EXPECT_TRUE(same_bytes(chain.run(100, true, true, true, 1), expected)) << "codes made ahead";
+    EXPECT_TRUE(same_bytes(chain.run(100, true, true, true, Chain::kFfn), expected)) << "those of the wide rows alone";
   }
   EXPECT_FALSE(same_bytes(chain.run(99, true, true), expected));
 }

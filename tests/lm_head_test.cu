@@ -59,7 +59,7 @@ TEST(LmHeadPlan, Refusals) {
   const auto call = [&](std::int64_t n_row, float cap) {
     return [&, n_row, cap] {
       lm_head<float>(make_view(memory.data(), n_row, 256), table, cap, make_view(memory.data(), n_row, 4), DeviceInfo{},
-                     nullptr);
+                     nullptr, {.int8_from = kMaxInt8Tokens + 1});
     };
   };
   EXPECT_TRUE(refuses(call(1, 0.0f), {"softcap is 0"}));

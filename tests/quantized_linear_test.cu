@@ -333,7 +333,8 @@ TEST(QuantizedLinearPlan, Refusals) {
   const auto call = [&](std::int64_t n_token, std::int64_t cols, std::int64_t out_cols) {
     return [&, n_token, cols, out_cols] {
       quantized_linear_decode<float, float>(make_view(memory.data(), n_token, cols), weight,
-                                            make_view(memory.data(), n_token, out_cols), DeviceInfo{}, nullptr);
+                                            make_view(memory.data(), n_token, out_cols), DeviceInfo{}, nullptr,
+                                            {.int8_from = kMaxInt8Tokens + 1});
     };
   };
   EXPECT_TRUE(refuses(call(1, 512, 4), {"width 512", "256 columns"}));

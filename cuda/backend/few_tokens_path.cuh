@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <span>
@@ -33,6 +34,11 @@ class FewTokensPath {
     fresh_ = reinterpret_cast<Bf16*>(carver.take<std::byte>(bytes.fresh));
     activation_ = reinterpret_cast<Bf16*>(carver.take<std::byte>(bytes.activation));
     gate_up_ = reinterpret_cast<float*>(carver.take<std::byte>(bytes.gate_up));
+    // Codes have the place of gate and up, which are there between two launches, if at all.
+    const ModelConfig& config = context.config();
+    const std::int64_t widest = std::max({config.hidden, config.ffn_hidden, gemma4::detail::qkv_widths(config).q});
+    const LinearCodes room{reinterpret_cast<std::uint8_t*>(gate_up_), bytes.gate_up};
+    if (room.n_bytes >= linear_codes_bytes(std::min(max_chunk, kDecodeChunk), widest)) codes_ = room;
   }
 
   void project_qkv(std::int64_t layer, Pass& pass) const {
@@ -71,8 +77,9 @@ class FewTokensPath {
     const std::span<float> scratch(gate_up_,
                                    static_cast<std::size_t>(2 * pass.n_token() * context_.config().ffn_hidden));
     normalise(weights.ffn_norm, pass);
-    gate_up_decode(normed(pass), weights.gate_up, scratch, activation(pass), context_.device, context_.stream,
-                   products(pass));
+    LinearOptions options = products(pass);
+    if (!weights.gate_up.is_fused()) options.codes = {};  // their room is that of the products
+    gate_up_decode(normed(pass), weights.gate_up, scratch, activation(pass), context_.device, context_.stream, options);
   }
 
   void down(std::int64_t layer, Pass& pass) const {
@@ -87,7 +94,7 @@ class FewTokensPath {
   }
 
   [[nodiscard]] LinearOptions products(const Pass& pass) const {
-    return {.tickets = pass.dynamic_rows ? tickets_ : nullptr, .overlap = pass.overlap};
+    return {.tickets = pass.dynamic_rows ? tickets_ : nullptr, .overlap = pass.overlap, .codes = codes_};
   }
 
   /// How the products run, for the eye.
@@ -135,6 +142,7 @@ class FewTokensPath {
   float *pending_ = nullptr, *qkv_ = nullptr, *gate_up_ = nullptr;
   Bf16 *attended_ = nullptr, *fresh_ = nullptr, *activation_ = nullptr;
   LinearTickets* tickets_ = nullptr;
+  LinearCodes codes_ = {};
 };
 
 }  // namespace gemma4::cuda

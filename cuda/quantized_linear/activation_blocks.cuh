@@ -8,6 +8,7 @@
 #include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/vector_io.cuh"
 #include "gemma4/float16.hpp"
+#include "gemma4/plan/packed_rows.hpp"
 #include "gemma4/platform.hpp"
 
 /// Activations as 8-bit integers in blocks of 32, made by each thread block for itself in shared memory.
@@ -19,6 +20,11 @@
 namespace gemma4::cuda::detail {
 
 inline constexpr int kActivationBytesPerGroup = 40;
+
+/// Groups of a token's activations: an even number, so that each token begins at 16 bytes.
+[[nodiscard]] constexpr std::int64_t activation_groups(std::int64_t cols) {
+  return (row_groups(cols) + 1) / 2 * 2;
+}
 
 /// 1.5 * 2^23: added to a float below 2^22, it rounds it to an integer, to nearest even, and leaves that in the low
 /// bits; subtracted from a float with these bits plus an integer, it converts the integer. kMagic is its bits.
@@ -81,28 +87,32 @@ __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t
   }
 }
 
-/// Quantises row `x` of n_piece * 8 values with kThreads threads (whole warps, `thread` counts them). As many reads as
-/// registers hold are issued before the first use: the 21504 values of the widest row of the 31B wait for memory once.
-/// Null x: zeros.
-template <int kThreads, class TIn>
-__device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activations, int n_group, int n_piece,
+/// Reads of eight values that registers hold where nothing else is under way.
+template <class TIn>
+inline constexpr int kManyPieces = sizeof(TIn) == 2 ? 11 : 5;
+
+/// Quantises pieces `begin` to `end` of row `x`, 8 values each, with kThreads threads (whole warps, `thread` counts
+/// them). As many reads as registers hold are issued before the first use: the 21504 values of the widest row of the
+/// 31B wait for memory once. Null x: zeros.
+/// @tparam kUnroll reads a thread before the first use
+template <int kThreads, class TIn, int kUnroll = kManyPieces<TIn>>
+__device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activations, int n_group, int begin, int end,
                                              int thread) {
-  constexpr int kUnroll = sizeof(TIn) == 2 ? 11 : 5;
-  for (int first = 0; first < n_piece; first += kUnroll * kThreads) {
+  for (int first = begin; first < end; first += kUnroll * kThreads) {
     RawValues<8, TIn> raw[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int piece = first + i * kThreads + thread;
       raw[i].clear();
-      if (x != nullptr && piece < n_piece) raw[i].load_from_l2(x + 8 * piece);
+      if (x != nullptr && piece < end) raw[i].load_from_l2(x + 8 * piece);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      if (first + i * kThreads >= n_piece) break;
+      if (first + i * kThreads >= end) break;
       const int piece = first + i * kThreads + thread;
       float values[8];
       raw[i].widen(values);
-      quantize_eight(values, activations, n_group, piece / 4, piece < n_piece);
+      quantize_eight(values, activations, n_group, piece / 4, piece < end);
     }
   }
 }

@@ -62,6 +62,10 @@ struct ScaledMeta {
 template <TensorType kType>
 struct LinearFormat;
 
+/// The format as the kernel for kTokens tokens has it: weights that one token alone multiplies may stay as they are.
+template <TensorType kType, int kTokens>
+struct LinearFormatFor : LinearFormat<kType> {};
+
 /// sum q x = s_x ((d s) (sum of codes) - (dmin m) (sum of x codes))
 template <>
 struct LinearFormat<TensorType::kQ4K> {

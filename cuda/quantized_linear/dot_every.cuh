@@ -146,11 +146,47 @@ struct LinearFormat<TensorType::kQ5_1> {
   }
 };
 
+/// A value that is known when compiled, in a register of each lane: what depends on the thread is not kept once a warp
+/// and copied before each use. (Blocks have one layer, so nothing is added.)
+[[nodiscard]] __device__ __forceinline__ std::uint32_t lane_register(std::uint32_t value) {
+  return value + threadIdx.z;
+}
+
+/// Table codes as they lie in memory, for one token. Bit 3 of a code, as a byte permutation takes it, replicates a
+/// sign: four codes select a byte of the table's lower half, which is negative, or -1; their complements select 0, or a
+/// byte of the upper half from its end, which is positive, and 1 for the -1. So two products in the place of one do
+/// what choosing between the halves does in four operations.
+struct TableCodes {
+  uint4 codes;
+
+  __device__ __forceinline__ void load_table_codes(const std::uint8_t* from) {
+    codes = *reinterpret_cast<const uint4*>(from);
+  }
+  /// sum t[q] x
+  [[nodiscard]] __device__ __forceinline__ float products(const LaneActivation& x, int) const {
+    const std::uint32_t lower0 = lane_register(kTableWord0), lower4 = lane_register(kTableWord4),
+                        upper0 = lane_register(kUpperReversed0), upper4 = lane_register(kUpperReversed4),
+                        minus_one = lane_register(~0u);
+    const std::uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};
+    int sum = kMagic;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t second = word[i] >> 16;
+      // The complement as a product, since the pipe of logic has the most to do.
+      sum = dot4(permute_bytes(lower0, lower4, word[i]), x.low[i], sum);
+      sum = dot4(permute_bytes(upper0, upper4, word[i] * minus_one + minus_one), x.low[i], sum);
+      sum = dot4(permute_bytes(lower0, lower4, second), x.high[i], sum);
+      sum = dot4(permute_bytes(upper0, upper4, second * minus_one + minus_one), x.high[i], sum);
+    }
+    return from_magic(sum);
+  }
+};
+
 /// sum d t[q] x = s_x d sum t[q] x
-template <>
-struct LinearFormat<TensorType::kIq4Nl> {
+template <class TCodes>
+struct Iq4NlFormat {
   struct Weights {
-    ByteCodes codes;
+    TCodes codes;
     float scale;
     __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group) {
       codes.load_table_codes(chunk + 16 * group);
@@ -161,17 +197,24 @@ struct LinearFormat<TensorType::kIq4Nl> {
     return __fmaf_rn(__fmul_rn(w.scale, x.scale), w.codes.products(x, 0), sum);
   }
 };
+template <>
+struct LinearFormat<TensorType::kIq4Nl> : Iq4NlFormat<ByteCodes> {};
+template <>
+struct LinearFormatFor<TensorType::kIq4Nl, 1> : Iq4NlFormat<TableCodes> {};
 
 /// sum d (s - 32) t[q] x = s_x (d (s - 32)) sum t[q] x
-template <>
-struct LinearFormat<TensorType::kIq4Xs> {
+template <class TCodes>
+struct Iq4XsFormat {
   struct Weights {
-    ByteCodes codes;
+    TCodes codes;
     float scale;
     __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group) {
       codes.load_table_codes(chunk + 16 * group);
       const uint2 meta = *reinterpret_cast<const uint2*>(chunk + 16 * groups + (group & ~7));
-      const std::uint32_t bits = iq4_xs_scale(meta, group) | 0x4B000000u;  // 2^23 and an integer below it
+      // 2^23 and an integer below it: iq4_xs_scale(), in two operations where the exponent is in a register.
+      const int j = group & 7;
+      const std::uint32_t bits =
+          ((meta.y >> (4 * j)) & 15u) | (((meta.x >> (12 + 2 * j)) & 0x30u) | lane_register(0x4B000000u));
       const float s = __fsub_rn(__uint_as_float(bits), 8388608.0f + float{Iq4XsBlock::kScaleOffset});
       scale = __fmul_rn(__low2float(reinterpret_cast<const __half2&>(meta.x)), s);
     }
@@ -180,6 +223,10 @@ struct LinearFormat<TensorType::kIq4Xs> {
     return __fmaf_rn(__fmul_rn(w.scale, x.scale), w.codes.products(x, 0), sum);
   }
 };
+template <>
+struct LinearFormat<TensorType::kIq4Xs> : Iq4XsFormat<ByteCodes> {};
+template <>
+struct LinearFormatFor<TensorType::kIq4Xs, 1> : Iq4XsFormat<TableCodes> {};
 
 /// sum d s (q - 4) x = s_x d (s_0 (sum_low q x - 4 sum_low x) + s_1 (the same of the upper 16)), all but s_x d in
 /// integers, 8 times, since some codes lie in memory so: at most 2 * 8 * 32 * 16 * 4 * 127 < 2^22.
@@ -211,12 +258,13 @@ struct LinearFormat<TensorType::kQ3K> {
 };
 
 /// sum (d s q - dmin m) x = s_x (d (s_0 sum_low q x + s_1 sum_high q x) - dmin (m_0 sum_low x + m_1 sum_high x)), the
-/// inner sums in integers, the first of them 4 times: at most 2 * 4 * 15 * 16 * 3 * 127 < 2^22.
+/// inner sums in integers, the first of them 4 times, the second 16 times: at most 2 * 4 * 15 * 16 * 3 * 127 < 2^22 and
+/// 2 * 16 * 15 * 16 * 127 < 2^22. A half's products, 4 times 16 * 3 * 127 at most, are 16 bits with a sign.
 template <>
 struct LinearFormat<TensorType::kQ2K> {
   struct Weights {
-    std::uint32_t low[4], high[4];  ///< those of odd index 4 times the codes
-    std::uint32_t scales, minima;   ///< bytes 0 and 1
+    std::uint32_t low[4], high[4];    ///< those of odd index 4 times the codes
+    std::uint32_t scales, minima_16;  ///< bytes 0 and 1; 16 times the minima
     float2 steps;
     __device__ __forceinline__ void load(const std::uint8_t* chunk, int groups, int group) {
       const uint2 codes = *reinterpret_cast<const uint2*>(chunk + 8 * group);
@@ -228,7 +276,7 @@ struct LinearFormat<TensorType::kQ2K> {
         low[i] = x & 0x03030303u, low[i + 1] = x & 0x0C0C0C0Cu;
         high[i] = y & 0x03030303u, high[i + 1] = y & 0x0C0C0C0Cu;
       }
-      scales = pairs & 0x0F0Fu, minima = (pairs >> 4) & 0x0F0Fu;
+      scales = pairs & 0x0F0Fu, minima_16 = pairs & 0xF0F0u;
     }
   };
   [[nodiscard]] static __device__ __forceinline__ float term(const Weights& w, const LaneActivation& x, float sum) {
@@ -236,10 +284,12 @@ struct LinearFormat<TensorType::kQ2K> {
                     dot4(w.low[1], x.low[1], dot4(w.low[3], x.low[3], 0));
     const int high = 4 * dot4(w.high[0], x.high[0], dot4(w.high[2], x.high[2], 0)) +
                      dot4(w.high[1], x.high[1], dot4(w.high[3], x.high[3], 0));
-    const int products = static_cast<int>(w.scales & 15u) * low + static_cast<int>(w.scales >> 8) * high;
-    const float minima = from_magic(dot2(x.sums, w.minima, kMagic));
-    sum = __fmaf_rn(__fmul_rn(w.steps.x, x.scale * 0x1p-2f), from_magic(kMagic + products), sum);
-    return __fmaf_rn(-w.steps.y, __fmul_rn(x.scale, minima), sum);
+    const std::uint32_t halves =
+        permute_bytes(static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(high), 0x5410u);
+    const float products = from_magic(dot2(halves, w.scales, kMagic));
+    const float minima = from_magic(dot2(x.sums, w.minima_16, kMagic));
+    sum = __fmaf_rn(__fmul_rn(w.steps.x, x.scale * 0x1p-2f), products, sum);
+    return __fmaf_rn(-w.steps.y, __fmul_rn(x.scale * 0x1p-4f, minima), sum);
   }
 };
 

@@ -69,7 +69,7 @@ template <int kRows>
 template <TensorType kType, int kTokens, int kStageRows>
 __device__ __forceinline__ void multiply_stage(const std::uint8_t* slot, int groups, int group, int n_row,
                                                const LaneActivation (&x)[kTokens], float* partials) {
-  using Format = LinearFormat<kType>;
+  using Format = LinearFormatFor<kType, kTokens>;
   constexpr int kRows = kTokens == 1 ? kStageRows : kTaskRows;
   const int lane = threadIdx.x & 31;
   const int bytes = static_cast<int>(chunk_bytes(kType, groups));
@@ -103,7 +103,7 @@ inline constexpr int kShortGroups = 8;
 template <TensorType kType, int kTokens>
 __device__ __forceinline__ void multiply_short(const std::uint8_t* slot, int groups, int group, int n_row,
                                                const LaneActivation (&x)[kTokens], float* partials) {
-  using Format = LinearFormat<kType>;
+  using Format = LinearFormatFor<kType, kTokens>;
   const int lane = threadIdx.x & 31;
   const int bytes = static_cast<int>(chunk_bytes(kType, groups));
 #pragma unroll
@@ -218,17 +218,25 @@ __device__ __forceinline__ void finish_stages(const LinearParams& params, unsign
   if (params.tickets != nullptr && lane == 0) end_tickets(*params.tickets);
 }
 
-/// One task of a stage, of a type that is known when compiled.
+/// One task of a stage, of a type that is known when compiled. The widest chunk, which most rows of the 31B consist of,
+/// has code of its own in the kernel of all formats: places in a slot are then part of the loads, of which 3 a row and
+/// lane were computed (Q2_K: 381 instructions for 8 rows, and 415 without).
 template <TensorType kType, int kTokens>
 __device__ __forceinline__ void multiply_task(const std::uint8_t* slot, int groups, int group, int n_row,
                                               const LaneActivation (&x)[kTokens], float* partials, bool is_short,
                                               bool is_tall) {
+  constexpr bool kOneOfAll = kTokens == 1 && !is_of_four_formats(kType);
+  constexpr int kRows = stage_rows(kType, false);
   if (is_short) {
     multiply_short<kType, kTokens>(slot, groups, group, n_row, x, partials);
   } else if (kTokens == 1 && kType == TensorType::kQ6K && is_tall) {
     multiply_stage<kType, kTokens, stage_rows(kType, true)>(slot, groups, group, n_row, x, partials);
+  } else if (kTokens == 1 && kRows > kTaskRows && n_row <= kTaskRows) {
+    multiply_stage<kType, kTokens, kTaskRows>(slot, groups, group, n_row, x, partials);
+  } else if (kOneOfAll && groups == kMaxChunkGroups) {
+    multiply_stage<kType, kTokens, kRows>(slot, kMaxChunkGroups, group, n_row, x, partials);
   } else {
-    multiply_stage<kType, kTokens, stage_rows(kType, false)>(slot, groups, group, n_row, x, partials);
+    multiply_stage<kType, kTokens, kRows>(slot, groups, group, n_row, x, partials);
   }
 }
 
@@ -281,8 +289,8 @@ __device__ __forceinline__ void for_packed_type(TensorType type, TBody&& body) {
 template <int kTokens, bool kEvery>
 __device__ __forceinline__ void multiply(const LinearParams& params, unsigned char* smem) {
   std::uint8_t* const activations = smem + params.smem.activations;
-  load_and_quantize<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
-                                                activations);
+  load_activations<kTokens, 32 * kLinearWarps>(params.input, params.n_token, params.n_piece, params.n_group,
+                                               activations);
   named_barrier_sync<1, 32 * kLinearWarps>();
   const RingBarriers barriers(params, smem);
   float* const partials = reinterpret_cast<float*>(smem + params.smem.partials);

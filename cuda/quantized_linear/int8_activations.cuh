@@ -88,12 +88,68 @@ __device__ __forceinline__ void quantize_columns(const TIn* x, std::int64_t stri
   }
 }
 
+/// Copies the codes of n_there groups of each of n_token rows, from group `first` on, out of rows that were made blocks
+/// before (activation_blocks.cuh) with row_group groups each. Halves of blocks and tails of all tokens are one list, as
+/// the pieces of quantize_columns() are.
+template <int kSet, int kThreads>
+__device__ __forceinline__ void copy_columns(const std::uint8_t* codes, int row_group, int n_token, int first,
+                                             int n_there, std::uint8_t* columns, int n_group) {
+  using Layout = Int8Columns<kSet>;
+  constexpr int kUnroll = 4;
+  const std::uint32_t each = 3 * static_cast<std::uint32_t>(n_there), inverse = 0xFFFFFFFFu / each + 1;
+  const int n_part = n_token * static_cast<int>(each), thread = static_cast<int>(threadIdx.x);
+  struct Part {
+    int token, kind, group;  ///< kind 0 and 1: half of a block; 2: its tail
+  };
+  const auto part_of = [&](int at) {
+    const int token = static_cast<int>(__umulhi(static_cast<std::uint32_t>(at), inverse));
+    const int in_row = at - token * static_cast<int>(each), kind = (in_row >= n_there) + (in_row >= 2 * n_there);
+    return Part{token, kind, in_row - kind * n_there};
+  };
+  for (int begin = thread; begin < n_part; begin += kUnroll * kThreads) {
+    uint4 bits[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (begin + i * kThreads >= n_part) break;
+      const Part part = part_of(begin + i * kThreads);
+      const std::uint8_t* const row = codes + part.token * row_group * kActivationBytesPerGroup;
+      const int group = first + part.group;
+      if (part.kind == 2) {
+        const uint2 tail = __ldcg(reinterpret_cast<const uint2*>(row + 32 * row_group) + group);
+        bits[i].x = tail.x, bits[i].y = tail.y;
+      } else {
+        bits[i] = __ldcg(reinterpret_cast<const uint4*>(row) + part.kind * row_group + group);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (begin + i * kThreads >= n_part) break;
+      const Part part = part_of(begin + i * kThreads);
+      const int column = part.token % kSet;
+      std::uint8_t* const set = columns + part.token / kSet * Layout::bytes(n_group);
+      if (part.kind == 2) {
+        float* const tail =
+            reinterpret_cast<float*>(set + Layout::code_bytes(n_group)) + Layout::tail(part.group, column);
+        const int low = static_cast<std::int16_t>(bits[i].y & 0xFFFFu),
+                  high = static_cast<std::int32_t>(bits[i].y) >> 16;
+        tail[0] = __uint_as_float(bits[i].x);
+        tail[Layout::kSumBehind] = __fmul_rn(__uint_as_float(bits[i].x), static_cast<float>(low + high));
+      } else {
+        *reinterpret_cast<uint4*>(set + column * Layout::pitch(n_group) + 16 * (part.kind * n_group + part.group)) =
+            bits[i];
+      }
+    }
+  }
+}
+
 /// The pieces from `first` on of all rows, waiting for the kernel in front, which may have written them.
 template <int kSet, int kThreads>
-__device__ __forceinline__ void load_columns(const LinearInput& in, int n_token, int first, int n_piece,
+__device__ __forceinline__ void load_columns(const LinearInput& in, int row_group, int n_token, int first, int n_piece,
                                              std::uint8_t* columns, int n_group) {
   wait_for_previous_kernel();
-  if (in.x_is_bf16) {
+  if (in.codes != nullptr) {
+    copy_columns<kSet, kThreads>(in.codes, row_group, n_token, first / 4, n_piece / 4, columns, n_group);
+  } else if (in.x_is_bf16) {
     quantize_columns<kSet, kThreads>(static_cast<const Bf16*>(in.x) + 8 * first, in.x_stride, n_token, n_piece, columns,
                                      n_group);
   } else {

@@ -59,7 +59,6 @@ inline constexpr int kInt8PassRows = 128;  ///< where activations come chunk by 
 /// pass, and no more than a chunk at a time.
 struct ByPasses {
   static constexpr bool kKeepsSums = true;
-  [[nodiscard]] static __device__ __forceinline__ int rows(const LinearParams&, TensorType) { return kInt8StageRows; }
   [[nodiscard]] static __device__ __forceinline__ std::uint32_t pitch(const LinearMatrix& matrix,
                                                                       const LinearStage& stage, std::uint32_t) {
     return stage.is_last_chunk ? matrix.last_pitch : matrix.chunk_pitch;
@@ -83,7 +82,7 @@ struct ByPasses {
           if (!is_dealt) break;
           row = next(stage);
           if (row < 0) break;
-          end = min(row + kInt8StageRows, matrix.rows);
+          end = min(row + params.ticket_rows, matrix.rows);
         }
         stage.pass_row = row;
         const int pass_end = min(row + params.pass_rows, end);
@@ -287,7 +286,8 @@ template <int kSet, int kWarps>
 __device__ __forceinline__ void load_chunk(const LinearParams& params, std::uint8_t* activations, int chunk) {
   const int first = params.is_by_chunk ? 4 * chunk * params.full_groups : 0;
   const int n_piece = params.is_by_chunk ? min(4 * params.full_groups, params.n_piece - first) : params.n_piece;
-  load_columns<kSet, 32 * kWarps>(params.input, params.n_token, first, n_piece, activations, params.n_group);
+  const int row_group = (params.n_piece / 4 + 1) / 2 * 2;  // activation_groups()
+  load_columns<kSet, 32 * kWarps>(params.input, row_group, params.n_token, first, n_piece, activations, params.n_group);
   named_barrier_sync<1, 32 * kWarps>();
 }
 

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "cuda/device/device_info.cuh"
+#include "cuda/quantized_linear/codes_ahead.cuh"
 #include "cuda/quantized_linear/int8_activations.cuh"
 #include "cuda/quantized_linear/int8_tokens.cuh"
 #include "cuda/quantized_linear/stages.cuh"
@@ -37,23 +38,54 @@ struct LinearPlan {
   LinearPath path = LinearPath::kDot;
   int n_token = 1;  ///< that one launch takes: 1, 2, 4 or 8; wide rows leave room for fewer than 8 (kInt8: 4 to 16)
   int n_slot = 0;   ///< stages in flight
-  bool is_tall = false;      ///< stages of more rows, see detail::stage_rows()
-  bool is_by_chunk = false;  ///< kInt8: activations are in shared memory chunk by chunk
-  bool is_every = false;     ///< by the kernel that knows all formats, see detail::is_of_four_formats()
+  bool is_tall = false;                   ///< stages of more rows, see detail::stage_rows()
+  int most_rows = detail::kMaxStageRows;  ///< of a stage, whatever its type
+  bool is_by_chunk = false;               ///< kInt8: activations are in shared memory chunk by chunk
+  bool is_every = false;                  ///< by the kernel that knows all formats, see detail::is_of_four_formats()
   std::int64_t slot_bytes = 0;
   std::int64_t smem_bytes = 0;
   std::int64_t smem_limit_bytes = 0;  ///< what the kernel is allowed, whatever it uses: one value for all launches
   int n_block = 1;
   int n_warp = 8;        ///< of a block, that multiply
   bool overlap = false;  ///< with the kernel before: from sm_90 on
+
+  [[nodiscard]] int rows_of_stage(TensorType type) const {
+    return std::min(detail::stage_rows(type, is_tall), most_rows);
+  }
 };
+
+/// Values of a call, of all its tokens, from which their codes are made ahead, where there is room for them. More than
+/// there may be, as long as no table says from where on that is faster (`linear`, --codes-from); by arithmetic 16384:
+/// one token of the wide rows, two of 8192 columns, four of any.
+inline constexpr std::int64_t kCodesFromValues = std::int64_t{1} << 40;
+
+/// What may be done otherwise in products; the same bits in any case. Until a table says what is faster (`linear`,
+/// --variant: 1, 2, 4 and 8, added). The first three are of dot products.
+///
+/// By arithmetic, for ffn_down of the 31B in Q4_0 or Q4_K (5376 rows of four chunks, 97 KB for eight): 264 blocks have
+/// 16 rows each, and 144 of them a ticket of eight more, which the others do not help with; and a ring of three stages
+/// is 73 KB, one of seven stages of four rows 85 KB.
+struct LinearVariant {
+  bool half_tickets = false;     ///< 1: dealt rows come four at a time where stages have eight
+  bool low_stages = false;       ///< 2: all stages of one token are of four rows, where rows are several chunks
+  bool deals_of_launch = false;  ///< 4: dealt rows are a share of the launch's rows, not of its last matrix
+  bool int8_whole = false;       ///< 8: one block with all activations, before two with a chunk of them
+
+  [[nodiscard]] static constexpr LinearVariant of(int sum) {
+    return {(sum & 1) != 0, (sum & 2) != 0, (sum & 4) != 0, (sum & 8) != 0};
+  }
+};
+inline constexpr LinearVariant kLinearVariant = LinearVariant::of(0);
 
 /// How a product for few tokens may run; the same bits in any case.
 struct LinearOptions {
   /// For dynamic row scheduling: 8 bytes of device memory, zero before the first launch, from which blocks that end
   /// early take rows (tickets). Null: each block has an equal share. Products of one stream may share it.
   LinearTickets* tickets = nullptr;
-  bool overlap = true;  ///< programmatic dependent launch, where the device has it
+  LinearVariant variant = kLinearVariant;
+  bool overlap = true;                         ///< programmatic dependent launch, where the device has it
+  LinearCodes codes = {};                      ///< room for codes that are made ahead
+  std::int64_t codes_from = kCodesFromValues;  ///< values of a call from which that is done
   std::int64_t int8_from =
       kInt8FromTokens;  ///< tokens of a call from which it takes LinearPath::kInt8, where that fits
 
@@ -86,14 +118,16 @@ namespace detail {
 /// @param types of the matrices that share the input; only packed types count
 /// @throws std::invalid_argument when not even one token fits into the device's shared memory
 [[nodiscard]] inline LinearPlan plan_linear_decode(std::int64_t cols, std::int64_t n_token,
-                                                   std::span<const TensorType> types, const DeviceInfo& device) {
+                                                   std::span<const TensorType> types, const DeviceInfo& device,
+                                                   const LinearVariant& variant = kLinearVariant) {
   LinearPlan plan{.smem_limit_bytes = device.smem_limit_bytes, .overlap = device.compute_capability >= 90};
   const std::int64_t half = detail::half_of_smem(device.smem_limit_bytes);
   plan.is_tall = n_token == 1 && row_chunks(cols) == 1 &&
                  std::all_of(types.begin(), types.end(), [](TensorType type) { return type == TensorType::kQ6K; });
   plan.is_every = !std::all_of(types.begin(), types.end(), detail::is_of_four_formats);
+  if (variant.low_stages && n_token == 1 && row_chunks(cols) > 1) plan.most_rows = detail::kTaskRows;
   for (const TensorType type : types) {
-    const std::int64_t bytes = detail::stage_rows(type, plan.is_tall) * chunk_bytes(type, chunk_groups(cols));
+    const std::int64_t bytes = plan.rows_of_stage(type) * chunk_bytes(type, chunk_groups(cols));
     plan.slot_bytes = std::max(plan.slot_bytes, (bytes + 127) / 128 * 128);
   }
   plan.n_token = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(n_token, 1, 8))));
@@ -160,7 +194,8 @@ inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, in
 /// each be made codes twice, and take the room of the ring. Where a call's tokens do not fit, fewer a launch; where not
 /// even four do (Q8_0 on devices of 99 KB), a plan of LinearPath::kDot.
 [[nodiscard]] inline LinearPlan plan_linear_int8(std::int64_t cols, std::int64_t n_token,
-                                                 std::span<const TensorType> types, const DeviceInfo& device) {
+                                                 std::span<const TensorType> types, const DeviceInfo& device,
+                                                 const LinearVariant& variant = kLinearVariant) {
   LinearPlan plan{.path = LinearPath::kInt8,
                   .smem_limit_bytes = device.smem_limit_bytes,
                   .overlap = device.compute_capability >= 90};
@@ -179,8 +214,8 @@ inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, in
     return plan.n_slot >= 2 && (is_enough || is_last);
   };
   for (plan.n_token = n_token <= 4 ? 4 : n_token <= 8 ? 8 : 16; plan.n_token >= 4; plan.n_token /= 2) {
-    if ((plan.n_token == 4 && (fits(2, false, false) || fits(2, is_wide_row, false))) || fits(1, false, false) ||
-        fits(1, is_wide_row, true)) {
+    if ((plan.n_token == 4 && fits(2, false, false)) || (variant.int8_whole && fits(1, false, false)) ||
+        (plan.n_token == 4 && fits(2, is_wide_row, false)) || fits(1, false, false) || fits(1, is_wide_row, true)) {
       plan.smem_bytes = detail::int8_smem(cols, plan.n_token, plan.is_by_chunk, plan.n_slot, plan.slot_bytes).total;
       return plan;
     }
@@ -190,9 +225,10 @@ inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, in
 
 /// @param path where it fits
 [[nodiscard]] inline LinearPlan plan_linear(LinearPath path, std::int64_t cols, std::int64_t n_token,
-                                            std::span<const TensorType> types, const DeviceInfo& device) {
-  return path == LinearPath::kInt8 ? plan_linear_int8(cols, n_token, types, device)
-                                   : plan_linear_decode(cols, n_token, types, device);
+                                            std::span<const TensorType> types, const DeviceInfo& device,
+                                            const LinearVariant& variant = kLinearVariant) {
+  return path == LinearPath::kInt8 ? plan_linear_int8(cols, n_token, types, device, variant)
+                                   : plan_linear_decode(cols, n_token, types, device, variant);
 }
 
 }  // namespace gemma4::cuda

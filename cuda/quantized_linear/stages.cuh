@@ -83,11 +83,6 @@ struct LinearSmem {
   std::int32_t sums;  ///< of the chunks before, of ByPasses
 };
 
-/// Groups of a token's activations in shared memory: an even number, so that each token begins at 16 bytes.
-[[nodiscard]] constexpr std::int64_t activation_groups(std::int64_t cols) {
-  return (row_groups(cols) + 1) / 2 * 2;
-}
-
 /// @param n_token as compiled: 1, 2, 4 or 8
 [[nodiscard]] constexpr LinearSmem linear_smem(std::int64_t cols, int n_token, int n_slot, int slot_bytes) {
   const std::int64_t ring = std::int64_t{n_slot} * slot_bytes;
@@ -118,12 +113,14 @@ struct LinearParams {
   std::int32_t n_task;  ///< of a full chunk
   std::int32_t n_slot;
   std::int32_t slot_bytes;
-  bool is_tall;             ///< see stage_rows()
-  LinearTickets* tickets;   ///< null: each block has an equal share of every matrix
-  std::int32_t share_rows;  ///< of the last matrix that each block has; the others are dealt, a stage a ticket
-  std::int32_t n_set;       ///< of eight columns, of int8_tokens.cuh
-  std::int32_t pass_rows;   ///< of ByPasses: rows whose chunks are walked before the next rows are begun
-  bool is_by_chunk;         ///< of ByPasses: activations are there chunk by chunk
+  bool is_tall;              ///< see stage_rows()
+  std::int32_t most_rows;    ///< of a stage of ByRows
+  LinearTickets* tickets;    ///< null: each block has an equal share of every matrix
+  std::int32_t share_rows;   ///< of the last matrix that each block has; the others are dealt
+  std::int32_t ticket_rows;  ///< of a ticket, which is one stage
+  std::int32_t n_set;        ///< of eight columns, of int8_tokens.cuh
+  std::int32_t pass_rows;    ///< of ByPasses: rows whose chunks are walked before the next rows are begun
+  bool is_by_chunk;          ///< of ByPasses: activations are there chunk by chunk
   LinearSmem smem;
   bool out_is_bf16;
   LinearEpilogue epilogue;
@@ -183,7 +180,7 @@ template <bool kEvery>
 struct ByRows {
   static constexpr bool kKeepsSums = false;  ///< between chunks, in shared memory
   [[nodiscard]] static __device__ __forceinline__ int rows(const LinearParams& params, TensorType type) {
-    return stage_rows<kEvery>(type, params.is_tall);
+    return min(stage_rows<kEvery>(type, params.is_tall), params.most_rows);
   }
   [[nodiscard]] static __device__ __forceinline__ std::uint32_t pitch(const LinearMatrix&, const LinearStage&,
                                                                       std::uint32_t bytes) {
@@ -214,7 +211,7 @@ __device__ __forceinline__ void ByRows<kEvery>::for_each(const LinearParams& par
         if (!is_dealt) break;
         row = next(stage);
         if (row < 0) break;
-        end = min(row + step, matrix.rows);
+        end = min(row + params.ticket_rows, matrix.rows);
       }
       stage.row = row;
       stage.n_row = min(step, end - row);
@@ -274,14 +271,13 @@ __device__ __forceinline__ void init_ring(const LinearParams& params, unsigned c
 
 /// The copying warp: takes a ticket for the stage to come, and notes its rows. It waits for the kernel in front, which
 /// may have the same tickets; that one has ended long before, where a block's share fills the ring.
-template <class TOrder>
 __device__ __forceinline__ int take_ticket(const LinearParams& params, unsigned char* smem, const LinearStage& stage) {
   const RingBarriers barriers(params, smem);
   const LinearMatrix& matrix = params.matrix[params.n_matrix - 1];
   const int lane = threadIdx.x & 31;
   wait_for_previous_kernel();
   const int ticket = warp_value(lane == 0 ? static_cast<int>(atomicAdd(&params.tickets->next, 1u)) : 0);
-  int row = params.share_rows * static_cast<int>(gridDim.x) + TOrder::rows(params, matrix.type) * ticket;
+  int row = params.share_rows * static_cast<int>(gridDim.x) + params.ticket_rows * ticket;
   if (row >= matrix.rows) row = -1;
   mbarrier_wait(barriers.empty + 8 * stage.slot, stage.phase ^ 1u);
   if (lane == 0) note_of(params, smem, stage) = row;
@@ -309,7 +305,7 @@ __device__ __forceinline__ void copy_stages(const LinearParams& params, unsigned
   const std::uint64_t policy = evict_first_policy();  // weights are not read again before everything else has been
 #endif
   int n_asked = 0;
-  const auto next = [&](const LinearStage& stage) { return take_ticket<TOrder>(params, smem, stage); };
+  const auto next = [&](const LinearStage& stage) { return take_ticket(params, smem, stage); };
   TOrder::for_each(params, next, [&](const LinearMatrix& matrix, const LinearStage& stage) {
     if (n_asked > 0 && n_asked < params.n_slot) mbarrier_wait(barriers.full + 8 * (n_asked - 1), 0);
     ++n_asked;

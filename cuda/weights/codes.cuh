@@ -26,15 +26,26 @@ inline constexpr std::uint32_t kTableWord0 = table_word(0), kTableWord4 = table_
 /// further on. Bits 0-2 of a code select a byte of the table's lower and of its upper half, both at once for four
 /// codes; bit 3, spread over a byte, chooses between them. 10 operations and a product for eight values.
 __device__ __forceinline__ void look_up_codes(std::uint32_t word, std::uint32_t& low, std::uint32_t& high) {
-  constexpr std::uint32_t kSignsOfBytes = 0xBA98u;  // each byte's sign, eight times
-  const std::uint32_t places = word & 0x77777777u, upper_places = places >> 16;
-  const std::uint32_t low_top = permute_bytes(word, 0, kSignsOfBytes);
-  const std::uint32_t high_top = permute_bytes(word << 4, 0, kSignsOfBytes);
+  // Signs of bytes, each eight times: odd codes have bit 3 there in the word, even ones in the word shifted.
+  constexpr std::uint32_t kTopsOfLow = 0x9D8Cu, kTopsOfHigh = 0xBFAEu;
+  const std::uint32_t places = word & 0x77777777u, upper_places = places >> 16, shifted = word << 4;
+  const std::uint32_t low_top = permute_bytes(word, shifted, kTopsOfLow);
+  const std::uint32_t high_top = permute_bytes(word, shifted, kTopsOfHigh);
   low = (permute_bytes(kTableWord0, kTableWord4, places) & ~low_top) |
         (permute_bytes(kTableWord8, kTableWord12, places) & low_top);
   high = (permute_bytes(kTableWord0, kTableWord4, upper_places) & ~high_top) |
          (permute_bytes(kTableWord8, kTableWord12, upper_places) & high_top);
 }
+
+/// Word i of the upper half of the table from its end: byte e is value 15 - 4i - e, and 1.
+[[nodiscard]] constexpr std::uint32_t reversed_table_word(int i) {
+  std::uint32_t word = 0;
+  for (int e = 0; e < 4; ++e) {
+    word |= std::uint32_t{static_cast<std::uint8_t>(kIq4Values[15 - 4 * i - e] + 1)} << (8 * e);
+  }
+  return word;
+}
+inline constexpr std::uint32_t kUpperReversed0 = reversed_table_word(0), kUpperReversed4 = reversed_table_word(1);
 
 /// The scale of a group of IQ4_XS with its offset, from the first 8 bytes of the block: 0 to 63.
 [[nodiscard]] __device__ __forceinline__ std::uint32_t iq4_xs_scale(const uint2& meta, int group) {

@@ -38,8 +38,8 @@
 ///   fifth bits: byte e of 4 holds, in bit j, that of weight 4j + e, in bit 4 + j that of weight 16 + 4j + e
 ///   upper bits (Q6_K): bytes e and 4 + e of 8 hold, in bits 2j and 2j + 1, those of weights 4j + e and 16 + 4j + e
 ///   codes of two bits: as the upper bits of Q6_K
-///   table codes: word j of 4 holds, in bits 0-2 of nibbles e and 4 + e, those of weights 4j + e and 16 + 4j + e, as a
-///         byte permutation takes them; bit 3 of the former in bit 7 of byte e, that of the latter in bit 3
+///   table codes: word j of 4 holds, in nibbles e and 4 + e, those of weights 4j + e and 16 + 4j + e: half a word is
+///         what a byte permutation takes
 ///   codes of three bits: byte e of word 0 holds weight e from bit 0, weight 4 + e from bit 3, bits 0-1 of weight
 ///         8 + e from bit 6; word 1 the same, 16 weights further on; word 2 weight 12 + e from bit 0, weight 28 + e
 ///         from bit 3, bit 2 of weights 8 + e and 24 + e in bits 6 and 7

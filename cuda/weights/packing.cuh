@@ -91,31 +91,25 @@ struct BlockPacking<Q51Block> {
   }
 };
 
-/// Where the table code of weight w of a group lies: its word, bits 0-2 from bit `shift` on, bit 3.
+/// Where the table code of weight w of a group lies: its word, and the first of four bits.
 struct TablePlace {
-  int word, shift, top;
+  int word, shift;
 };
 [[nodiscard]] GEMMA4_HD constexpr TablePlace table_place(int w) {
-  const int upper = w / 16, e = w % 4;
-  return {w % 16 / 4, 16 * upper + 4 * e, 8 * e + (upper == 0 ? 7 : 3)};
+  return {w % 16 / 4, w / 16 * 16 + w % 4 * 4};
 }
 
 /// Codes of a group: in the file weights b and 16 + b in byte b.
 GEMMA4_HD constexpr void pack_table_codes(const std::uint8_t* from, std::uint8_t* codes) {
   for (int b = 0; b < 16; ++b) codes[b] = 0;
   for (int w = 0; w < 32; ++w) {
-    const TablePlace to = table_place(w);
-    const unsigned code = nibble(from[w % 16], w / 16);
-    put_bits(codes + 4 * to.word, to.shift, code & 7u);
-    put_bits(codes + 4 * to.word, to.top, code >> 3);
+    put_bits(codes + 4 * table_place(w).word, table_place(w).shift, nibble(from[w % 16], w / 16));
   }
 }
 GEMMA4_HD constexpr void unpack_table_codes(const std::uint8_t* codes, std::uint8_t* to) {
   for (int b = 0; b < 16; ++b) to[b] = 0;
   for (int w = 0; w < 32; ++w) {
-    const TablePlace from = table_place(w);
-    const std::uint8_t* const word = codes + 4 * from.word;
-    put_bits(to + w % 16, 4 * (w / 16), get_bits(word, from.shift, 3) | get_bits(word, from.top, 1) << 3);
+    put_bits(to + w % 16, 4 * (w / 16), get_bits(codes + 4 * table_place(w).word, table_place(w).shift, 4));
   }
 }
 

@@ -40,7 +40,13 @@ struct Pool {
 
 class LinearBench {
  public:
-  explicit LinearBench(std::uint64_t seed) : rows_(seed), device_(cuda::current_device()) {
+  /// @param variant     see cuda::LinearVariant
+  /// @param codes_from  see cuda::LinearOptions; below zero: no room for codes
+  LinearBench(std::uint64_t seed, const cuda::LinearVariant& variant, std::int64_t codes_from)
+      : rows_(seed), device_(cuda::current_device()), variant_(variant), codes_from_(codes_from) {
+    if (codes_from >= 0) {
+      codes_ = cuda::DeviceBuffer<std::uint8_t>(cuda::linear_codes_bytes(cuda::kMaxInt8Tokens, kMaxCols));
+    }
     x_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxInt8Tokens * kMaxCols);
     normed_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxInt8Tokens * kHidden);
     fill_random(x_.data(), x_.size(), static_cast<std::uint32_t>(seed) + 7, stream_);
@@ -162,7 +168,7 @@ class LinearBench {
     const int n_launch = static_cast<int>(n_copy * ((15 + n_copy) / n_copy));
     return time_calls(stream_, {.n_launch = n_launch, .n_warmup = 4, .n_repeat = 30}, [&](int i) {
       enqueue(launch, weights.bytes.data() + weights.begin[static_cast<std::size_t>(i % n_copy)], width.n_token,
-              Start::kPlain, {.tickets = tickets_.data(), .int8_from = width.int8_from()});
+              Start::kPlain, options_of(width));
     });
   }
 
@@ -171,8 +177,7 @@ class LinearBench {
                                   Start start) {
     return time_calls(stream_, {.n_launch = 1, .n_warmup = 3, .n_repeat = 20}, [&](int) {
       for (std::size_t i = 0; i < launches.size(); ++i) {
-        enqueue(launches[i], weights.bytes.data() + weights.begin[i], width.n_token, start,
-                {.tickets = tickets_.data(), .int8_from = width.int8_from()});
+        enqueue(launches[i], weights.bytes.data() + weights.begin[i], width.n_token, start, options_of(width));
       }
     });
   }
@@ -207,6 +212,14 @@ class LinearBench {
     return std::abs(out - exact) / bound;
   }
 
+  [[nodiscard]] cuda::LinearOptions options_of(const Width& width) {
+    return {.tickets = tickets_.data(),
+            .variant = variant_,
+            .codes = {codes_.data(), codes_.size()},
+            .codes_from = codes_from_,
+            .int8_from = width.int8_from()};
+  }
+
   [[nodiscard]] const Pool& pool_of(TensorType type, std::int64_t cols) {
     const auto key = std::pair(type, cols);
     const auto found = pools_.find(key);
@@ -238,6 +251,9 @@ class LinearBench {
 
   SyntheticRows rows_;
   cuda::DeviceInfo device_;
+  cuda::LinearVariant variant_;
+  std::int64_t codes_from_ = 0;
+  cuda::DeviceBuffer<std::uint8_t> codes_;
   cuda::Stream stream_;
   std::map<std::pair<TensorType, std::int64_t>, Pool> pools_;
   cuda::DeviceBuffer<Bf16> x_, normed_;
