@@ -265,7 +265,7 @@ RC_GTEST_PROP(DraftAssistant, LogitsAreNearThoseOfTheReferenceAndTheLikeliestIsP
   const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
   const auto tokens = any_tokens(model.small.weights.config, *rc::gen::inRange(1, *rc::gen::element(5, 120)));
   const auto n_token = static_cast<std::int64_t>(tokens.size());
-  cuda::Backend backend(model.packed, draft_options(cache, n_draft, 256, &model.assistant));
+  cuda::Backend backend(model.packed, draft_options(cache, n_draft, 256, true, &model.assistant));
   cuda::Session session(backend);
   session.prefill(tokens, 64);
   const Drafts drafts = drafts_of(backend, n_draft);
@@ -293,7 +293,7 @@ RC_GTEST_PROP(DraftAssistant, RejectedTokensLeaveNoTraceInWhatIsDraftedBehindThe
   const DraftedModel model(any_drafted_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
   const std::string cache = *rc::gen::element<std::string>("bf16", "tq4", "kv5r4");
   const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
-  const auto options = draft_options(cache, n_draft, 256, &model.assistant);
+  const auto options = draft_options(cache, n_draft, 256, true, &model.assistant);
   cuda::Backend plain_backend(model.packed, options), backend(model.packed, options);
   cuda::Session plain(plain_backend), drafting(backend, {.n_draft = n_draft});
   const auto prompt = any_tokens(model.small.weights.config, *rc::gen::inRange(1, 80));
@@ -317,7 +317,7 @@ RC_GTEST_PROP(DraftAssistant, TheTextIsThatOfPlainStepsAndAReplayDraftsAsALaunch
   const DraftedModel model(any_drafted_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
   const std::string cache = *rc::gen::element<std::string>("tq4", "kv5r4", "bf16");
   const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
-  const auto options = draft_options(cache, n_draft, 256, &model.assistant);
+  const auto options = draft_options(cache, n_draft, 256, true, &model.assistant);
   cuda::Backend plain_backend(model.packed, draft_options(cache, 0)), backend(model.packed, options);
   cuda::Backend eager_backend(model.packed, options);
   cuda::Session plain(plain_backend), drafting(backend, {.n_draft = n_draft});
@@ -337,7 +337,7 @@ RC_GTEST_PROP(DraftAssistant, TheTextIsThatOfPlainStepsAndAReplayDraftsAsALaunch
 
 TEST(DraftAssistant, ARestoredSequenceIsDraftedForAsItWasBefore) {
   const DraftedModel model(gemma4_tiny());
-  const auto options = draft_options("tq4", 3, 256, &model.assistant);
+  const auto options = draft_options("tq4", 3, 256, true, &model.assistant);
   cuda::Backend backend(model.packed, options), other(model.packed, options);
   cuda::Session session(backend, {.n_draft = 3}), restored(other, {.n_draft = 3});
   const testkit::TempDir folder;
@@ -352,7 +352,7 @@ TEST(DraftAssistant, ARestoredSequenceIsDraftedForAsItWasBefore) {
 
 TEST(DraftAssistant, LookupBesideItIsLookup) {
   const DraftedModel model(gemma4_tiny());
-  cuda::Backend backend(model.packed, draft_options("tq4", 3, 256, &model.assistant));
+  cuda::Backend backend(model.packed, draft_options("tq4", 3, 256, true, &model.assistant));
   cuda::Backend other(model.packed, draft_options("tq4", 3));
   cuda::Session session(backend, {.lag = 1, .n_draft = 3}), lookup(other, {.lag = 1, .n_draft = 3});
   for (cuda::Session* one : {&session, &lookup}) one->prefill(std::vector<std::int32_t>(40, 5), 64);
@@ -370,7 +370,7 @@ TEST(DraftAssistant, LookupBesideItIsLookup) {
 
 TEST(DraftAssistant, TakesWhatIsPlannedAndRefusesWhatDoesNotSuit) {
   const DraftedModel model(gemma4_tiny());
-  const auto options = draft_options("tq4", 3, 256, &model.assistant);
+  const auto options = draft_options("tq4", 3, 256, true, &model.assistant);
   const cuda::Backend backend(model.packed, options), plain(model.packed, draft_options("tq4", 3));
   const MemoryPlan& plan = backend.plan();
   EXPECT_EQ(model.packed.bytes() + model.assistant.bytes() + backend.device_bytes(),
@@ -381,8 +381,8 @@ TEST(DraftAssistant, TakesWhatIsPlannedAndRefusesWhatDoesNotSuit) {
   const auto refused = [&](const cuda::BackendOptions& wrong, std::vector<std::string> words) {
     return testkit::refuses([&] { cuda::Backend(model.packed, wrong); }, words);
   };
-  EXPECT_TRUE(refused(draft_options("tq4", 0, 256, &model.assistant), {"max_draft 0"}));
-  EXPECT_TRUE(refused(draft_options("sim-int8-tail8", 3, 256, &model.assistant), {"sim-int8-tail8"}));
+  EXPECT_TRUE(refused(draft_options("tq4", 0, 256, true, &model.assistant), {"max_draft 0"}));
+  EXPECT_TRUE(refused(draft_options("sim-int8-tail8", 3, 256, true, &model.assistant), {"sim-int8-tail8"}));
   ModelConfig wider = gemma4_tiny();
   wider.hidden *= 2;
   const DraftedModel other(wider);
