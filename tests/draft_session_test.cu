@@ -398,7 +398,7 @@ TEST(DraftAssistant, TextOfATrainedModelIsThatOfPlainStepsInHalfAsMany) {
       reference::read_golden_drafts(kData / "nano-assistant/nano-assistant-golden.gguf").ids;
   for (const std::string cache : {"kv5r4", "tq4", "bf16"}) {
     cuda::Backend plain_backend(packed, draft_options(cache, 0, 2048));
-    cuda::Backend backend(packed, draft_options(cache, 3, 2048, &assistant));
+    cuda::Backend backend(packed, draft_options(cache, 3, 2048, true, &assistant));
     cuda::Session plain(plain_backend), drafting(backend, {.n_draft = 3});
     for (const auto& [n_prompt, n_token] : {std::pair{30, 40}, std::pair{570, 1000}}) {
       for (cuda::Session* session : {&plain, &drafting}) {
