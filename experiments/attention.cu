@@ -12,6 +12,7 @@
 #include "experiments/gpu_run_info.cuh"
 #include "experiments/support/attention_caches.cuh"
 #include "experiments/support/attention_measure.cuh"
+#include "experiments/support/attention_rows.cuh"
 #include "experiments/support/sliding_measure.cuh"
 #include "gemma4/config.hpp"
 #include "gemma4/plan/memory_plan.hpp"
@@ -25,12 +26,32 @@ struct Options {
   std::vector<std::string> one_vector = {"kv5r4", "kv4r4"};
   int tile = -1;  ///< of kKvDecodeTiles, where it takes the format; -1: as planned
   std::vector<std::int64_t> n_queries = {1, 4, 8, 2048};
+  std::vector<std::int64_t> rows = {};  ///< drafted rows of a step
   std::int64_t buffer_len = 131072;
   std::int64_t n_head = 32, n_head_kv = 4, head_dim = 512;
 };
 
+/// Drafted rows, which must have the bits of a call each: at once, and in a call each.
+void add_rows(const Options& options, std::vector<Case>& cases) {
+  for (const std::int64_t n_row : options.rows) {
+    const AttentionShape shape{.batch = 1,
+                               .n_query = n_row,
+                               .n_head = options.n_head,
+                               .n_head_kv = options.n_head_kv,
+                               .head_dim = options.head_dim,
+                               .buffer_len = options.buffer_len};
+    for (const std::int64_t context : options.driver.contexts) {
+      if (context < n_row || context > options.buffer_len) continue;
+      for (const std::string& kind : options.one_vector) {
+        for (const char* const phase : {"rows", "rows_apart"}) cases.push_back({kind, phase, shape, context});
+      }
+    }
+  }
+}
+
 std::vector<Case> cases_of(const Options& options) {
   std::vector<Case> cases;
+  add_rows(options, cases);
   for (const std::int64_t n_query : options.n_queries) {
     AttentionShape shape{.batch = 1,
                          .n_query = n_query,
@@ -95,6 +116,12 @@ Measurement measure_full(const Case& c, TCaches& caches, std::uint32_t seed, cud
   return c.phase == "update" ? measure_update(c, caches, seed, stream) : measure_attention(c, caches, seed, stream);
 }
 
+Measurement measure_one_vector(const Case& c, KvCaches& caches, std::uint32_t seed, cudaStream_t stream) {
+  if (c.phase != "rows" && c.phase != "rows_apart") return measure_full(c, caches, seed, stream);
+  KvRows rows(caches, c.phase == "rows");
+  return measure_attention(c, rows, seed, stream);
+}
+
 void measure(const Options& options, ResultTable& table) {
   const cuda::Stream stream;
   const auto seed = static_cast<std::uint32_t>(options.driver.seed);
@@ -114,7 +141,7 @@ void measure(const Options& options, ResultTable& table) {
     if (c.phase.starts_with("rows")) return measure_sliding_rows(c, c.phase == "rows", seed, stream);
     if (c.kind == "sliding") return measure_sliding_attention(c, seed, stream);
     if (c.kind == "tq4") return measure_full(c, tq4, seed, stream);
-    if (c.kind != "bf16") return measure_full(c, one_vector.at(c.kind), seed, stream);
+    if (c.kind != "bf16") return measure_one_vector(c, one_vector.at(c.kind), seed, stream);
     Bf16Caches bf16(c.shape, seed, stream);
     return measure_attention(c, bf16, seed, stream);
   };
@@ -132,6 +159,9 @@ void run(int argc, char** argv) {
   add_contexts(app, options.driver);
   add_whole(app, "--n-query", options.n_queries, "Queries of a call, and new tokens of an update, comma-separated",
             {1, 4096})
+      ->delimiter(',');
+  add_whole(app, "--rows", options.rows, "Drafted rows over one vector, at once and in a call each, comma-separated",
+            {1, cuda::KvRowsPlan::kMostRows})
       ->delimiter(',');
   app.add_option("--one-vector", options.one_vector, "Formats of one vector for K and V, comma-separated")
       ->delimiter(',')

@@ -177,8 +177,10 @@ class KvCaches {
     return cuda::plan_kv_attention(shape, format_.options, options, cuda::current_device(), choice);
   }
   void attend(int i, const cuda::KvAttentionPlan& plan, const TimedCall& call) {
-    cuda::kv_attention({call.q, weight_.data(), cache(i), codec_, call.options, call.kv_len, call.out}, plan,
-                       call.workspace, call.stream);
+    cuda::kv_attention(call_of(i, call), plan, call.workspace, call.stream);
+  }
+  [[nodiscard]] cuda::KvAttentionCall call_of(int i, const TimedCall& call) {
+    return {call.q, weight_.data(), cache(i), codec_, call.options, call.kv_len, call.out};
   }
   void update(int i, const View<const Bf16, 4>& k, const View<const Bf16, 4>& v, const cuda::DevicePositions& positions,
               cudaStream_t stream) {
