@@ -112,7 +112,8 @@ class LayerCaches {
                                          const ExecutionPolicy& policy) const {
     LayerCachePlan plan = this->plan(1, context_, of_one);
     plan.rows = {.n_row = n_row, .overlap = device_.compute_capability >= 90 && policy.launch_overlap};
-    if (full_) {
+    if (full_ && !plan.fuses_prologue) plan.rows.full = RowByRow{"norms, RoPE and storing are a launch each"};
+    if (full_ && plan.fuses_prologue) {
       FullPlanWish wish = full_wish(plan, context_, policy);
       wish.n_query = n_row;
       wish.overlap = plan.rows.overlap;
