@@ -113,12 +113,13 @@ class LayerCaches {
   /// @param policy of what takes all of them at once
   /// @param rings_at_once whether sliding layers do, where they can
   [[nodiscard]] LayerCachePlan plan_rows(std::int64_t n_row, const ExecutionPolicy& of_one,
-                                         const ExecutionPolicy& policy, bool rings_at_once) const {
+                                         const ExecutionPolicy& policy, bool rings_at_once = false) const {
     LayerCachePlan plan = this->plan(1, context_, of_one);
     plan.rows = {.n_row = n_row, .overlap = device_.compute_capability >= 90 && policy.launch_overlap};
     plan.rows.sliding = plan_sliding_rows(plan.sliding.step, n_row, device_);
     if (!rings_at_once && plan.rows.sliding.fits()) plan.rows.sliding.misfit = "it is switched off";
-    if (full_) {
+    if (full_ && !plan.fuses_prologue) plan.rows.full = RowByRow{"norms, RoPE and storing are a launch each"};
+    if (full_ && plan.fuses_prologue) {
       FullPlanWish wish = full_wish(plan, context_, policy);
       wish.n_query = n_row;
       wish.overlap = plan.rows.overlap;

@@ -16,7 +16,6 @@
 #include "experiments/support/sliding_measure.cuh"
 #include "gemma4/config.hpp"
 #include "gemma4/plan/memory_plan.hpp"
-#include "gemma4/step_limits.hpp"
 
 namespace gemma4::experiment {
 namespace {
@@ -30,6 +29,16 @@ struct Options {
   std::int64_t buffer_len = 131072;
   std::int64_t n_head = 32, n_head_kv = 4, head_dim = 512;
 };
+
+/// A sliding layer of the 31B model with the ring that its steps of so many tokens have.
+AttentionShape ring_of_steps(std::int64_t n_token) {
+  return {.batch = 1,
+          .n_query = n_token,
+          .n_head = 32,
+          .n_head_kv = 16,
+          .head_dim = 256,
+          .buffer_len = ring_slots(gemma4_31b().window)};
+}
 
 /// Drafted rows, which must have the bits of a call each: at once, and in a call each.
 void add_rows(const Options& options, std::vector<Case>& cases) {
@@ -75,11 +84,12 @@ std::vector<Case> cases_of(const Options& options) {
     const AttentionShape ring{
         .batch = 1, .n_query = n_query, .n_head = 32, .n_head_kv = 16, .head_dim = 256, .buffer_len = 1024};
     cases.push_back({"sliding", n_query <= cuda::kTq4DecodeQueries ? "decode" : "prefill", ring, 5000 + n_query});
-    if (n_query > kDecodeChunk) continue;
-    AttentionShape step = ring;
-    step.buffer_len = ring_slots(gemma4_31b().window);
-    for (const char* phase : {"step", "rows", "rows_apart"}) {
-      if ((n_query == 1) == (phase == std::string("step"))) cases.push_back({"sliding", phase, step, 5000 + n_query});
+    if (n_query == 1) cases.push_back({"sliding", "step", ring_of_steps(1), 5001});
+  }
+  for (const std::int64_t n_row : options.rows) {
+    if (n_row < 2) continue;
+    for (const char* const phase : {"rows", "rows_apart"}) {
+      cases.push_back({"sliding", phase, ring_of_steps(n_row), 5000 + n_row});
     }
   }
   return cases;
@@ -122,6 +132,12 @@ Measurement measure_one_vector(const Case& c, KvCaches& caches, std::uint32_t se
   return measure_attention(c, rows, seed, stream);
 }
 
+Measurement measure_sliding(const Case& c, std::uint32_t seed, cudaStream_t stream) {
+  if (c.phase == "step") return measure_sliding_step(c, seed, stream);
+  if (c.phase == "rows" || c.phase == "rows_apart") return measure_sliding_rows(c, c.phase == "rows", seed, stream);
+  return measure_sliding_attention(c, seed, stream);
+}
+
 void measure(const Options& options, ResultTable& table) {
   const cuda::Stream stream;
   const auto seed = static_cast<std::uint32_t>(options.driver.seed);
@@ -137,9 +153,7 @@ void measure(const Options& options, ResultTable& table) {
   }
   Progress bar("attention", static_cast<std::int64_t>(cases.size()), progress_options(options.driver, "case"));
   const auto measure_case = [&](const Case& c) {
-    if (c.phase == "step") return measure_sliding_step(c, seed, stream);
-    if (c.phase.starts_with("rows")) return measure_sliding_rows(c, c.phase == "rows", seed, stream);
-    if (c.kind == "sliding") return measure_sliding_attention(c, seed, stream);
+    if (c.kind == "sliding") return measure_sliding(c, seed, stream);
     if (c.kind == "tq4") return measure_full(c, tq4, seed, stream);
     if (c.kind != "bf16") return measure_one_vector(c, one_vector.at(c.kind), seed, stream);
     Bf16Caches bf16(c.shape, seed, stream);
@@ -160,7 +174,8 @@ void run(int argc, char** argv) {
   add_whole(app, "--n-query", options.n_queries, "Queries of a call, and new tokens of an update, comma-separated",
             {1, 4096})
       ->delimiter(',');
-  add_whole(app, "--rows", options.rows, "Drafted rows over one vector, at once and in a call each, comma-separated",
+  add_whole(app, "--rows", options.rows,
+            "Drafted rows, at once and in a call each, over one vector and over a ring, comma-separated",
             {1, cuda::KvRowsPlan::kMostRows})
       ->delimiter(',');
   app.add_option("--one-vector", options.one_vector, "Formats of one vector for K and V, comma-separated")

@@ -44,7 +44,7 @@ const std::filesystem::path kData = GEMMA4_TEST_DATA;
 RC_GTEST_PROP(DraftSession, TheTextIsThatOfPlainStepsWhateverIsDrafted, ()) {
   const SmallModel small(any_config(), *rc::gen::inRange<std::uint64_t>(0, 1000));
   const cuda::PackedModel packed = cuda::load_model(*small.file);
-  const std::string cache = *rc::gen::element<std::string>("tq4", "bf16");
+  const std::string cache = *rc::gen::element<std::string>("tq4", "bf16", "kv5r4", "kv4r4");
   const std::int64_t n_draft = *rc::gen::inRange<std::int64_t>(1, draft::kMaxDrafts + 1);
   cuda::Backend plain_backend(packed, draft_options(cache, 0));
   cuda::Backend backend(packed,
@@ -105,7 +105,7 @@ TEST(DraftSession, AcceptanceIsWhatACountByHandSays) {
 RC_GTEST_PROP(DraftSession, WhatIsStoppedInTheMiddleOfAStepIsTakenBackExactly, ()) {
   const SmallModel small(any_config(), 8);
   const cuda::PackedModel packed = cuda::load_model(*small.file);
-  const std::string cache = *rc::gen::element<std::string>("tq4", "bf16");
+  const std::string cache = *rc::gen::element<std::string>("tq4", "bf16", "kv5r4", "kv4r4");
   cuda::Backend plain_backend(packed, draft_options(cache, 0)), backend(packed, draft_options(cache, 7));
   cuda::Session plain(plain_backend);
   cuda::Session drafting(backend, {.n_draft = *rc::gen::inRange<std::int64_t>(1, 8)});

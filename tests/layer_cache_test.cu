@@ -4,9 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/device/device_arena.cuh"
@@ -59,9 +62,10 @@ struct Caches {
   }
 
   /// One chunk through a layer. @return [n_token, n_head * head_dim]
+  /// @param as_rows each with the bits of a step of its own, at once
   template <class TIn>
   std::vector<float> attend(std::int64_t layer, const reference::Qkv<float>& raw, const cuda::QkNorms& norms,
-                            std::int64_t position) {
+                            std::int64_t position, bool as_rows = false) {
     const AttentionConfig& attention = config.attention(layer);
     const std::int64_t n = raw.q.rows(), head_dim = attention.head_dim;
     const auto upload = [&](const reference::Matrix<float>& m) {
@@ -87,6 +91,11 @@ struct Caches {
                                  .position = cuda::DeviceCount::on_host(position),
                                  .kv_len = cuda::DeviceCount::on_host(position + n),
                                  .positions = positions.data()};
+    if (as_rows) {
+      store_and_attend_rows(layer, projected, norms, positions.data(), n);
+      stream.synchronize();
+      return as_floats(q_out.to_host(stream));
+    }
     const cuda::LayerCachePlan plan = caches->plan(n, position + n, policy);
     if (plan.masks) {
       std::vector<std::uint8_t> shown(kContext, 0);
@@ -97,10 +106,41 @@ struct Caches {
     caches->attend(layer, projected, norms, chunk, plan, stream);
     if (caches->commits(layer, plan)) caches->commit(layer, projected, chunk, stream);
     stream.synchronize();
-    const std::vector<Bf16> out = q_out.to_host(stream);
+    return as_floats(q_out.to_host(stream));
+  }
+
+  [[nodiscard]] cuda::LayerCachePlan plan_rows(std::int64_t n_row) const {
+    ExecutionPolicy of_one = policy;
+    of_one.launch_overlap = false;
+    return caches->plan_rows(n_row, of_one, policy);
+  }
+  [[nodiscard]] std::vector<std::byte> full_bytes() {
+    const std::span<std::byte> bytes = arena.buffer("cache_full");
+    std::vector<std::byte> copy(bytes.size());
+    cuda::check(cudaMemcpyAsync(copy.data(), bytes.data(), bytes.size(), cudaMemcpyDeviceToHost, stream), "copy");
+    stream.synchronize();
+    return copy;
+  }
+  [[nodiscard]] static std::vector<float> as_floats(const std::vector<Bf16>& from) {
     std::vector<float> values;
-    for (const Bf16 value : out) values.push_back(to_float(value));
+    for (const Bf16 value : from) values.push_back(to_float(value));
     return values;
+  }
+  template <class TIn>
+  void store_and_attend_rows(std::int64_t layer, const cuda::ProjectedHeads<TIn>& projected, const cuda::QkNorms& norms,
+                             const std::int32_t* positions, std::int64_t n) {
+    std::vector<std::int32_t> lens(static_cast<std::size_t>(n));
+    cuda::check(cudaMemcpy(lens.data(), positions, lens.size() * sizeof(lens[0]), cudaMemcpyDeviceToHost), "copy");
+    for (std::int32_t& len : lens) ++len;
+    const cuda::DeviceBuffer<std::int32_t> kv_lens{std::span<const std::int32_t>(lens)};
+    const cuda::ChunkPlace chunk{.n_token = n,
+                                 .position = cuda::DeviceCount::on_device(positions),
+                                 .kv_len = cuda::DeviceCount::on_device(kv_lens.data() + n - 1),
+                                 .positions = positions};
+    const cuda::LayerCachePlan plan = plan_rows(n);
+    ASSERT_TRUE(caches->attends_rows(layer, plan)) << caches->rows(plan).back().why;
+    caches->store_rows(layer, projected, norms, chunk, plan, stream);
+    caches->attend_rows(layer, projected, norms, chunk, kv_lens.data(), plan, stream);
   }
 
   ModelConfig config;
@@ -257,6 +297,49 @@ TEST(LayerCache, TheSameCallsTwiceHaveTheSameBits) {
     };
     EXPECT_EQ(run(), run()) << format;
   }
+}
+
+/// Results and records. Control: rows one position on differ.
+TEST(LayerCache, RowsOfOneVectorAtOnceAreThoseOfAStepEach) {
+  const ModelConfig config = two_layers();
+  const Weights weights(config.full.head_dim);
+  const cuda::QkNorms norms{weights.q_device.data(), weights.k_device.data(), config.rms_epsilon};
+  for (const char* format : {"kv5r4", "kv4r4", "kv3r6", "kv5r4-haar"}) {
+    for (const auto& [position, n_row] : {std::pair<std::int64_t, std::int64_t>{20, 4}, {29, 8}, {47, 2}}) {
+      Caches at_once(config, format), one_by_one(config, format), control(config, format);
+      const reference::Qkv<float> before = random_projection(config, 1, 50, 3);
+      for (Caches* device : {&at_once, &one_by_one, &control}) device->attend<Bf16>(1, before, norms, 0);
+      const reference::Qkv<float> raw = random_projection(config, 1, n_row, 4);
+      const std::vector<float> found = at_once.attend<float>(1, raw, norms, position, true);
+      std::vector<float> expected;
+      for (std::int64_t row = 0; row < n_row; ++row) {
+        const reference::Qkv<float> one{raw.q.row(row), raw.k.row(row), raw.v.row(row)};
+        const std::vector<float> out = one_by_one.attend<float>(1, one, norms, position + row);
+        expected.insert(expected.end(), out.begin(), out.end());
+      }
+      EXPECT_EQ(found, expected) << format << ", " << n_row << " rows from position " << position << " on";
+      EXPECT_EQ(at_once.full_bytes(), one_by_one.full_bytes()) << format << ", the records";
+      EXPECT_NE(control.attend<float>(1, raw, norms, position + 1, true), expected) << format << ", the control";
+    }
+  }
+}
+
+TEST(LayerCache, PlansOfRowsSayWhetherTheyGoAtOnceAndWhyNot) {
+  const ModelConfig config = two_layers();
+  const auto row = [&](const char* format, const ExecutionPolicy& policy, std::int64_t n_row) {
+    Caches device(config, format, policy);
+    return device.caches->rows(device.plan_rows(n_row)).at(2);
+  };
+  EXPECT_EQ(row("kv5r4", {}, 4).path, "kv5r4 decode, 4 rows at once");
+  EXPECT_EQ(row("kv5r4", {}, 4).why, "");
+  for (const char* format : {"tq4", "bf16", "kv16r16"}) {
+    const StepPlanRow found = row(format, {}, 4);
+    EXPECT_EQ(found.path.find("4 rows one by one: "), 0u) << found.path;
+    EXPECT_NE(found.why.find("not at once: "), std::string::npos) << format << ": " << found.why;
+  }
+  ExecutionPolicy policy;
+  policy.qkv_prologue_fusion = false;
+  EXPECT_NE(row("kv5r4", policy, 4).why.find("a launch each"), std::string::npos);
 }
 
 TEST(LayerCache, PlansSayWhichPathAndWhyNot) {
