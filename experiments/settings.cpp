@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <span>
@@ -118,10 +119,15 @@ class Run {
     require(fill_.n_token() <= options_.depth, options_.session.string(), ": it holds ", fill_.n_token(),
             " tokens, --depth is ", options_.depth);
     if (fill_.has_file()) sequence().restore(fill_.file(), fill_.model_hash());
-    const Ids rest(ids_.begin() + fill_.n_token(), ids_.end());
-    n_read_ = static_cast<std::int64_t>(rest.size());
+    const auto rest = std::span(ids_).subspan(static_cast<std::size_t>(fill_.n_token()));
+    n_read_ = std::ssize(rest);
     Progress progress("fill", options_.depth, progress_options(options_, "tokens"));
-    if (n_read_ > 0) sequence().prefill(rest, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+    if (n_read_ > 1) {
+      sequence().prefill(rest.first(rest.size() - 1), options_.chunk,
+                         [&](std::int64_t done) { progress.update(fill_.n_token() + done); });
+    }
+    // By itself, as it goes through the model again behind a window that is taken back: the same bits for all settings.
+    if (n_read_ > 0) sequence().prefill(rest.last(1), 1, {});
     fill_s_ = seconds_since(start);
     if (options_.session.empty() || fill_.has_file()) return;
     const Clock::time_point saving = Clock::now();
