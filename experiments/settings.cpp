@@ -3,7 +3,9 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <iterator>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -47,7 +49,8 @@ constexpr std::int64_t kShortWindow = kMaxRewind - draft::kMaxDrafts - 1;
 const TableShape kShape = {
     .parameters = {"model", "model_desc", "text", "backend", "context", "n_batch", "type_k", "type_v", "setting",
                    "drafter", "temperature", "top_k", "top_p", "n_draft", "n_depth", "n_gen", "off", "plan"},
-    .measures = {"avg_ts", "us_a_token", "tokens_a_step", "n_same", "text_digest", "n_read", "fill_s", "begin_s"},
+    .measures = {"avg_ts", "us_a_token", "tokens_a_step", "n_same", "text_digest", "n_read", "fill_s", "begin_s",
+                 "save_s", "file_bytes"},
     .shown = {"setting", "n_depth", "n_gen", "avg_ts", "tokens_a_step", "n_same", "n_read", "fill_s", "begin_s"}};
 
 class Run {
@@ -87,7 +90,10 @@ class Run {
       const auto bytes = std::as_bytes(std::span(text));
       row.set("text_digest",
               gemma4::detail::hash_text(fnv1a({reinterpret_cast<const char*>(bytes.data()), bytes.size()})));
-      row.set("n_same", n_same).set("n_read", n_read_).set("fill_s", fill_s_).set("begin_s", begin_s).commit();
+      row.set("n_same", n_same).set("n_read", n_read_).set("fill_s", fill_s_).set("begin_s", begin_s);
+      if (save_s_) row.set("save_s", *save_s_);
+      if (fill_.has_file()) row.set("file_bytes", static_cast<std::int64_t>(fill_.file_bytes()));
+      row.commit();
     }
   }
 
@@ -113,13 +119,20 @@ class Run {
     require(fill_.n_token() <= options_.depth, options_.session.string(), ": it holds ", fill_.n_token(),
             " tokens, --depth is ", options_.depth);
     if (fill_.has_file()) sequence().restore(fill_.file(), fill_.model_hash());
-    const Ids rest(ids_.begin() + fill_.n_token(), ids_.end());
-    n_read_ = static_cast<std::int64_t>(rest.size());
+    const auto rest = std::span(ids_).subspan(static_cast<std::size_t>(fill_.n_token()));
+    n_read_ = std::ssize(rest);
     Progress progress("fill", options_.depth, progress_options(options_, "tokens"));
-    if (n_read_ > 0) sequence().prefill(rest, options_.chunk, [&](std::int64_t done) { progress.update(done); });
+    if (n_read_ > 1) {
+      sequence().prefill(rest.first(rest.size() - 1), options_.chunk,
+                         [&](std::int64_t done) { progress.update(fill_.n_token() + done); });
+    }
+    // By itself, as it goes through the model again behind a window that is taken back: the same bits for all settings.
+    if (n_read_ > 0) sequence().prefill(rest.last(1), 1, {});
     fill_s_ = seconds_since(start);
     if (options_.session.empty() || fill_.has_file()) return;
+    const Clock::time_point saving = Clock::now();
     fill_.make(sequence());
+    save_s_ = seconds_since(saving);
     fill_ = TextSession(options_.session, options_.model, ids_);
   }
 
@@ -160,6 +173,7 @@ class Run {
   std::unique_ptr<Writer> writer_;
   std::int64_t n_read_ = 0;
   double fill_s_ = 0;
+  std::optional<double> save_s_;  ///< where the file was made
 };
 
 void add_options(CLI::App& app, Options& options) {

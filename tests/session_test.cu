@@ -307,7 +307,7 @@ RC_GTEST_PROP(Session, RestoredIsNeverInterrupted, ()) {
   session.prefill(any_tokens(small.weights.config, n_prompt), *rc::gen::inRange<std::int64_t>(1, 65));
   if (n_step > 0) session.decode(n_step, settings);
   session.save(folder.file("s"), {.model_hash = 5});
-  session.prefill(turn, 32);
+  session.prefill(turn, 8);
   session.decode(40, settings);
 
   cuda::BackendOptions larger = small_options(cache, 300);
@@ -318,7 +318,7 @@ RC_GTEST_PROP(Session, RestoredIsNeverInterrupted, ()) {
   restored.decode(3, settings);
   other.poison(0xFF);
   restored.restore(SessionFile::open(folder.file("s")), 5);
-  restored.prefill(turn, 32);  // a chat's next turn: these tokens alone
+  restored.prefill(turn, 8);  // a chat's next turn: these tokens alone
   restored.decode(40, settings);
   RC_ASSERT(outcome(restored) == outcome(session));
   // The control: a byte of what was restored.
@@ -328,7 +328,7 @@ RC_GTEST_PROP(Session, RestoredIsNeverInterrupted, ()) {
   other.copy_stored(at, std::span(&byte, 1));
   byte ^= std::byte{0x21};
   other.set_stored(at, std::span<const std::byte>(&byte, 1));
-  restored.prefill(turn, 32);
+  restored.prefill(turn, 8);
   restored.decode(40, settings);
   RC_ASSERT(!(outcome(restored).logits == outcome(session).logits));
 }

@@ -69,6 +69,8 @@ class TextSession {
     return file_ ? static_cast<std::int64_t>(file_->info().tokens.size()) : 0;
   }
 
+  [[nodiscard]] std::uintmax_t file_bytes() const { return std::filesystem::file_size(path_); }
+
   /// Makes the file from `sequence`, a Sequence or a CudaSession, where one is asked for and there is none.
   template <class TSequence>
   void make(TSequence& sequence) const {
