@@ -40,8 +40,10 @@
 /// At 16.5 to 18.6 B a clock a multiprocessor issues 31 to 35 while 144 B come. Bytes out of shared memory for
 /// Q4_K: 5.6 and 8.6 clocks of 7.7 to 8.7, so that wide products are at the edge there, by the tails (4 of them): 16
 /// rows at a time would halve that, and need twice the sums. Making codes of 8 tokens of 5376 is 2 us of a
-/// multiprocessor's issue, done by each of them; by chunks it comes between the products. (Not measured yet: by
-/// arithmetic.)
+/// multiprocessor's issue, done by each of them; by chunks it comes between the products. Measured on an H100, chains
+/// of Q4_K_M: 1.30 of the time by dot products for one token, 0.74 for eight. From one token to four, a product's time
+/// grows by 1.2 us a token of 5376 values, 1.5 of 8192, 2.9 of 16384 and 4 of 21504: that is the making of codes, not
+/// the products, so codes_ahead.cuh. And rows that come by chunks are not dealt: 1.73 for one token of 16384 values.
 namespace gemma4::cuda {
 
 namespace detail {
