@@ -21,12 +21,12 @@
 #include "cuda/cache/layer_cache_plan.cuh"
 #include "cuda/cache/simulated_layer_cache.cuh"
 #include "cuda/cache/sliding_layer_cache.cuh"
+#include "cuda/cache/step_by_step.cuh"
 #include "cuda/cache/tq4_layer_cache.cuh"
 #include "cuda/device/device_arena.cuh"
 #include "cuda/device/device_count.cuh"
 #include "cuda/device/device_info.cuh"
 #include "cuda/qkv_prologue.cuh"
-#include "cuda/rms_norm.cuh"
 #include "cuda/rope.cuh"
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
@@ -188,7 +188,7 @@ class LayerCaches {
       qkv_prologue<TIn>({heads.q, heads.k, heads.v, norms, chunk.position, rope(layer), heads.q_out}, target, stream,
                         plan.overlap);
     };
-    if (!plan.fuses_prologue) prepare_step_by_step(layer, heads, norms, chunk, stream);
+    if (!plan.fuses_prologue) detail::prepare_step_by_step(heads, norms, chunk.position, rope(layer), stream);
     if (config_.sliding_layer(layer)) {  // commit() follows where the prologue did not store
       if (plan.fuses_prologue) sliding_->with_sink(index(layer), fresh, plan.sliding, prologue);
       return sliding_->quantise(fresh, stream);
@@ -378,23 +378,6 @@ class LayerCaches {
   void require_partials(const char* who, std::int64_t bytes) const {
     require(bytes <= static_cast<std::int64_t>(partials_.size()), "backend: ", who, " leaves ", bytes,
             " B of split keys, the memory plan has ", partials_.size(), " B; attention_partials_bytes() is too small");
-  }
-
-  /// The same as qkv_prologue(), a launch for each thing it does; what is handed on is rounded to bf16.
-  template <class TIn>
-  void prepare_step_by_step(std::int64_t layer, const ProjectedHeads<TIn>& heads, const QkNorms& norms,
-                            const ChunkPlace& chunk, cudaStream_t stream) const {
-    const auto rows = [](const auto& view) {
-      return make_view(view.data, view.extent[0] * view.extent[1], view.extent[2]);
-    };
-    const auto norm = [&](const View<TIn, 3>& from, const float* weight, const View<Bf16, 3>& to) {
-      rms_norm<TIn, Bf16>(rows(from), weight, norms.epsilon, rows(to), stream);
-    };
-    norm(heads.v, nullptr, heads.v_out);  // first: where v is k, k_out may be k
-    norm(heads.k, norms.k, heads.k_out);
-    norm(heads.q, norms.q, heads.q_out);
-    gemma4::cuda::rope<Bf16>(heads.k_out, chunk.position, rope(layer), stream);
-    gemma4::cuda::rope<Bf16>(heads.q_out, chunk.position, rope(layer), stream);
   }
 
   ModelConfig config_;

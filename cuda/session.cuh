@@ -7,7 +7,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <exception>
 #include <filesystem>
 #include <optional>
@@ -18,6 +17,7 @@
 
 #include "cuda/backend.cuh"
 #include "cuda/device/stream.cuh"
+#include "cuda/session/steps_under_way.cuh"
 #include "gemma4/draft/auto_drafts.hpp"
 #include "gemma4/draft/drafter.hpp"
 #include "gemma4/draft/step.hpp"
@@ -161,7 +161,7 @@ class Session {
     require(n_token >= 1, "session: ", n_token, " tokens to decode, need at least 1");
     require(has_logits_, "session: nothing to continue; prefill() first");
     model_.require_room(n_token);
-    UnderWay way{.first = position(), .n_wanted = n_token};
+    StepsUnderWay way{.first = position(), .n_wanted = n_token};
     DecodeResult result;
     std::exception_ptr failure;
     begin_.record(stream());
@@ -287,27 +287,7 @@ class Session {
 
   void append(std::span<const std::int32_t> tokens) { tokens_.insert(tokens_.end(), tokens.begin(), tokens.end()); }
 
-  /// Steps of one decode(): what the host knows of them, and those whose end it has not seen.
-  struct UnderWay {
-    std::int64_t first;                    ///< position at the beginning
-    std::int64_t n_wanted;                 ///< tokens
-    std::int64_t known = first;            ///< position behind the tokens that the host may read
-    std::int64_t farthest = first;         ///< position behind all that was written, rejected drafts among it
-    std::int64_t n_step = 0;               ///< enqueued
-    std::deque<std::int64_t> drafts = {};  ///< of each step under way, the oldest first
-
-    [[nodiscard]] std::int64_t n_known() const { return known - first; }
-    [[nodiscard]] std::int64_t n_known(std::int64_t at) const { return at - first; }
-    [[nodiscard]] std::int64_t n_under_way() const { return static_cast<std::int64_t>(drafts.size()); }
-    /// Position behind what the steps under way write at most.
-    [[nodiscard]] std::int64_t end() const {
-      std::int64_t end = known;
-      for (const std::int64_t n_draft : drafts) end += n_draft + 1;
-      return end;
-    }
-  };
-
-  [[nodiscard]] std::int64_t n_draft_of_next(const UnderWay& way) const {
+  [[nodiscard]] std::int64_t n_draft_of_next(const StepsUnderWay& way) const {
     if (!rule_) return options_.n_draft;
     if (!clock_.knows_plain()) return 0;
     double at_stake = 0;
@@ -317,7 +297,7 @@ class Session {
 
   /// As many steps as may be under way. Each gives at least one token, so that none is begun in vain; one drafts no
   /// more than are wanted behind it, or than there is room for.
-  void enqueue_what_may(UnderWay& way, const SamplerSettings& settings) {
+  void enqueue_what_may(StepsUnderWay& way, const SamplerSettings& settings) {
     while (way.n_under_way() <= options_.lag && way.n_known() + way.n_under_way() < way.n_wanted) {
       const std::int64_t n_wanted = way.n_wanted - way.n_known() - way.n_under_way();
       const std::int64_t n_room = backend().context() - way.end();
@@ -329,7 +309,7 @@ class Session {
   }
 
   /// Waits for the oldest step under way, and learns what it gave.
-  void finish_oldest(UnderWay& way, draft::Counts& counts) {
+  void finish_oldest(StepsUnderWay& way, draft::Counts& counts) {
     const std::int64_t n_draft = way.drafts.front(), step = way.n_step - way.n_under_way();
     done(step).synchronize();
     way.farthest = std::max(way.farthest, way.known + n_draft + 1);
@@ -376,7 +356,7 @@ class Session {
   }
 
   /// Of all steps the tokens of `result` stay. @return how many tokens were taken back
-  std::int64_t settle(UnderWay& way, DecodeResult& result) {
+  std::int64_t settle(StepsUnderWay& way, DecodeResult& result) {
     stream().synchronize();
     while (!way.drafts.empty()) finish_oldest(way, result.drafts);
     const std::int64_t n_back = way.n_known() - static_cast<std::int64_t>(result.tokens.size());

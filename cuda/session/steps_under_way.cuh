@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <deque>
+
+namespace gemma4::cuda {
+
+/// Steps of one decode(): what the host knows of them, and those whose end it has not seen.
+struct StepsUnderWay {
+  std::int64_t first;                    ///< position at the beginning
+  std::int64_t n_wanted;                 ///< tokens
+  std::int64_t known = first;            ///< position behind the tokens that the host may read
+  std::int64_t farthest = first;         ///< position behind all that was written, rejected drafts among it
+  std::int64_t n_step = 0;               ///< enqueued
+  std::deque<std::int64_t> drafts = {};  ///< of each step under way, the oldest first
+
+  [[nodiscard]] std::int64_t n_known() const { return known - first; }
+  [[nodiscard]] std::int64_t n_known(std::int64_t at) const { return at - first; }
+  [[nodiscard]] std::int64_t n_under_way() const { return static_cast<std::int64_t>(drafts.size()); }
+  /// Position behind what the steps under way write at most.
+  [[nodiscard]] std::int64_t end() const {
+    std::int64_t end = known;
+    for (const std::int64_t n_draft : drafts) end += n_draft + 1;
+    return end;
+  }
+};
+
+}  // namespace gemma4::cuda
