@@ -98,8 +98,6 @@ class Rows {
     return {out.begin() + row * size, out.begin() + (row + 1) * size};
   }
 
-  [[nodiscard]] const RowsCase& what() const { return case_; }
-
  private:
   [[nodiscard]] AttentionOptions options() const { return {.scale = case_.scale}; }
   /// @param n_valid behind these, norms are no numbers and codes others
