@@ -225,9 +225,9 @@ ModelConfig any_drafted_config() {
 }
 
 /// Acceptance figure: agreed, not derived. How roundings of 8 bits grow in nano's twelve layers and four chained steps
-/// has no bound that would say anything; it lies three and a half times above the worst row that was measured when it
-/// was set (0.0085 of its length), and below what the faults of tests/mutants/gpu.list show.
-constexpr double kGoldenLength = 0.03;
+/// has no bound that would say anything; it lies above twice the worst row that was measured when it was set (0.0085 of
+/// its length). Queries that are turned by one position too few are off by 0.03 in the first case.
+constexpr double kGoldenLength = 0.02;
 
 TEST(DraftAssistant, ProposesTheGoldenTokensFromTheGoldenLogits) {
   const GgufFile file = GgufFile::open(kData / "nano/nano-Q4_K_M.gguf");
