@@ -51,7 +51,8 @@ const TableShape kShape = {
                    "drafter", "temperature", "top_k", "top_p", "n_draft", "n_depth", "n_gen", "off", "plan"},
     .measures = {"avg_ts", "us_a_token", "tokens_a_step", "n_same", "text_digest", "n_read", "fill_s", "begin_s",
                  "save_s", "file_bytes"},
-    .shown = {"setting", "n_depth", "n_gen", "avg_ts", "tokens_a_step", "n_same", "n_read", "fill_s", "begin_s"}};
+    .shown = {"setting", "n_depth", "n_gen", "avg_ts", "tokens_a_step", "n_same", "n_read", "fill_s", "begin_s",
+              "save_s"}};
 
 class Run {
  public:
