@@ -53,10 +53,6 @@ using Ids = std::vector<std::int32_t>;
 /// Tokens that are written before a window.
 constexpr std::int64_t kBefore = 3;
 
-/// Steps that are under way while the host looks at one: what they give beyond a window has to be taken back with it.
-constexpr std::int64_t kLag = 1;
-constexpr std::int64_t kBeyond = (kLag + 1) * (draft::kMaxDrafts + 1) + draft::kMaxDrafts;
-
 [[nodiscard]] std::int64_t context_of(const Options& options) {
   return options.depths.back() + options.sites * options.stride + kBefore + options.window;
 }
@@ -68,7 +64,7 @@ constexpr std::int64_t kBeyond = (kLag + 1) * (draft::kMaxDrafts + 1) + draft::k
           .policy = options.policy(),
           .checkpoint_interval = options.checkpoint_interval(),
           .max_draft = draft::kMaxDrafts,
-          .lag = kLag,
+          .lag = kWriterLag,
           .sliding_rows = options.sliding_rows};
 }
 
@@ -235,7 +231,7 @@ void add_options(CLI::App& app, Options& options) {
   add_tokens(app, "--depths", options.depths, "Depths at which text is written, increasing")->delimiter(',');
   add_tokens(app, "--chunk", options.chunk, "Prompt tokens that go through the model at a time");
   add_whole(app, "--window", options.window, "Tokens written at a site; the caches can take back so many",
-            {1, kMaxRewind - 1 - kBeyond - kBefore});
+            {1, kMaxRewind - 1 - kBeyondWindow - kBefore});
   add_whole(app, "--sites", options.sites, "Places at a depth from which text is written", {1, 100000});
   add_whole(app, "--stride", options.stride, "Tokens of the text from one site to the next", {kMaxRewind, 1 << 20});
   add_session_at_depths(app, options);

@@ -32,7 +32,7 @@ struct Options : DriverOptions {
   std::string drafter = "lookup";
   std::int64_t depth = 2048;
   std::int64_t chunk = 512;
-  std::int64_t window = 48;
+  std::int64_t window = 32;
   std::filesystem::path session;
 };
 
@@ -44,7 +44,7 @@ using Clock = std::chrono::steady_clock;
 }
 
 /// Tokens that every cache can take back, rejected drafts among them: longer windows begin from a file.
-constexpr std::int64_t kShortWindow = kMaxRewind - draft::kMaxDrafts - 1;
+constexpr std::int64_t kShortWindow = kMaxRewind - 1 - kBeyondWindow;
 
 const TableShape kShape = {
     .parameters = {"model", "model_desc", "text", "backend", "context", "n_batch", "type_k", "type_v", "setting",
@@ -61,7 +61,7 @@ class Run {
         settings_(std::move(settings)),
         table_(table),
         desc_(model_desc(options.model)),
-        source_(load_writer_source(options, wish())),
+        source_(load_writer_source(options, wish(), DraftSettings{.drafter = options.drafter}.file())),
         ids_(text_ids(options, source_->vocab(), options.depth)),
         fill_(options.session, options.model, ids_),
         writer_(source_->make(wish())) {}
@@ -105,7 +105,8 @@ class Run {
             .context = options_.depth + options_.window,
             .max_chunk = std::max(options_.chunk, kDecodeChunk),
             .policy = options_.policy(),
-            .max_draft = drafts ? draft::kMaxDrafts : 0};
+            .max_draft = drafts ? draft::kMaxDrafts : 0,
+            .lag = kWriterLag};
   }
   [[nodiscard]] ExecutionPolicy policy_of(const DecodeSetting& setting) const {
     std::vector<std::string> off = options_.off;
@@ -218,7 +219,7 @@ void run(int argc, char** argv) {
   const std::int64_t n_back = has_tail ? 0 : kShortWindow;
   require(options.window <= n_back || !options.session.empty(), "--window ", options.window, ": the cache ",
           options.caches.front(), " can take back ", n_back, " tokens; give a --session to begin from");
-  require_drafter({.drafter = options.drafter}, options.backend == "cuda");
+  require_drafter({.drafter = options.drafter});
   for (const DecodeSetting& setting : settings) {
     require(setting.off.empty() || options.backend == "cuda", "--settings ", setting.name,
             ": the switches are a device's; give --backend cuda");

@@ -15,6 +15,12 @@
 /// One sequence that is continued in several ways, by either room: what drivers that compare them need of a model.
 namespace gemma4::experiment {
 
+/// Steps of a writer on a device that are under way while the host looks at one: few, since what they give beyond a
+/// window has to be taken back with it.
+inline constexpr std::int64_t kWriterLag = 1;
+/// Positions behind a window that they reach at most.
+inline constexpr std::int64_t kBeyondWindow = (kWriterLag + 1) * (draft::kMaxDrafts + 1) + draft::kMaxDrafts;
+
 /// A sequence on which one drafter after another writes.
 class Writer {
  public:
@@ -50,6 +56,6 @@ class WriterSource {
 /// @param drafter file of a drafter that a device holds beside the model; empty: none
 /// @param first what will be asked for first: refused here, before anything is loaded, where it does not fit a device
 [[nodiscard]] std::unique_ptr<WriterSource> load_writer_source(const DriverOptions& options, const CudaSettings& first,
-                                                             const std::filesystem::path& drafter = {});
+                                                               const std::filesystem::path& drafter = {});
 
 }  // namespace gemma4::experiment
