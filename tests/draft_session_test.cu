@@ -386,7 +386,7 @@ TEST(DraftAssistant, TakesWhatIsPlannedAndRefusesWhatDoesNotSuit) {
   ModelConfig wider = gemma4_tiny();
   wider.hidden *= 2;
   const DraftedModel other(wider);
-  EXPECT_THROW(cuda::Backend(model.packed, draft_options("tq4", 3, 256, &other.assistant)), FormatError);
+  EXPECT_THROW(cuda::Backend(model.packed, draft_options("tq4", 3, 256, true, &other.assistant)), FormatError);
 }
 
 TEST(DraftAssistant, TextOfATrainedModelIsThatOfPlainStepsInHalfAsMany) {

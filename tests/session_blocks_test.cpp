@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -116,6 +117,15 @@ TEST(PartRows, RefusesWhatIsNotThere) {
 
 constexpr PipeFirst kEither[] = {PipeFirst::kCaller, PipeFirst::kThreads};
 
+/// What a test wants of either side.
+struct Sides final : BlockSides {
+  using Side = std::function<void(std::size_t, std::span<std::byte>)>;
+  Sides(Side of_turn, Side of_work) : of_turn(std::move(of_turn)), of_work(std::move(of_work)) {}
+  void turn(std::size_t index, std::span<std::byte> room) override { of_turn(index, room); }
+  void work(std::size_t index, std::span<std::byte> room) override { of_work(index, room); }
+  Side of_turn, of_work;
+};
+
 /// Each block is taken by both sides, by the right one first, the caller's in order and on its own thread; what the
 /// first leaves in the room the second finds.
 TEST(BlockPipe, EveryBlockGoesItsWay) {
@@ -130,8 +140,7 @@ TEST(BlockPipe, EveryBlockGoesItsWay) {
           if (is_first) room.front() = room.back() = mark;
           n_wrong += room.front() != mark || room.back() != mark;
         };
-        pipe_blocks(
-            n_block, first, n_thread,
+        Sides sides(
             [&, caller = std::this_thread::get_id()](std::size_t index, std::span<std::byte> room) {
               n_wrong += std::this_thread::get_id() != caller;
               turns.push_back(index);
@@ -141,6 +150,7 @@ TEST(BlockPipe, EveryBlockGoesItsWay) {
               ++n_work;
               side(first == PipeFirst::kThreads, index, room);
             });
+        pipe_blocks(n_block, first, n_thread, sides);
         std::vector<std::size_t> in_order(n_block);
         for (std::size_t i = 0; i < n_block; ++i) in_order[i] = i;
         EXPECT_EQ(turns, in_order) << n_thread << " threads";
@@ -163,8 +173,8 @@ TEST(BlockPipe, TheEarliestFailureIsThrown) {
           };
           const auto none = [](std::size_t, std::span<std::byte>) {};
           try {
-            is_turn ? pipe_blocks(kBlocks, first, n_thread, side, none)
-                    : pipe_blocks(kBlocks, first, n_thread, none, side);
+            Sides sides = is_turn ? Sides(side, none) : Sides(none, side);
+            pipe_blocks(kBlocks, first, n_thread, sides);
             ADD_FAILURE() << "nothing was thrown";
           } catch (const std::runtime_error& error) {
             EXPECT_EQ(error.what(), std::to_string(bad)) << n_thread << " threads, the caller's side: " << is_turn;

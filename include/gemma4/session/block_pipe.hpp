@@ -20,6 +20,20 @@ namespace gemma4 {
 /// Who has a block first: who writes a file fills it and threads do the rest, who reads one gets it from them.
 enum class PipeFirst { kCaller, kThreads };
 
+/// The two sides of a block: turn() on the caller's thread, block after block, and work() on any. `room` holds
+/// kSessionBlock bytes and goes from one to the other.
+///
+/// A class with a name and no lambdas: closures of an inline function are laid out otherwise by nvcc's front end than
+/// by the host compiler, and where both compile it a program has one copy of what takes them (seen as a crash).
+struct BlockSides {
+  BlockSides() = default;
+  BlockSides(const BlockSides&) = delete;
+  BlockSides& operator=(const BlockSides&) = delete;
+  virtual ~BlockSides() = default;
+  virtual void turn(std::size_t index, std::span<std::byte> room) = 0;
+  virtual void work(std::size_t index, std::span<std::byte> room) = 0;
+};
+
 /// Threads that are worth their start for so many bytes; 0: the caller does all. Out of the page cache one thread
 /// brings 3 to 8 GB/s; what is written into one file waits for its lock, whatever the number.
 [[nodiscard]] inline int n_pipe_thread(std::size_t bytes) {
@@ -34,22 +48,21 @@ namespace detail {
 /// another side.
 class BlockPipe {
  public:
-  BlockPipe(std::size_t n_block, PipeFirst first, int n_thread)
-      : n_block_(n_block),
-        first_(first),
+  BlockPipe(std::size_t n_block, PipeFirst first, int n_thread, BlockSides& sides)
+      : sides_(sides),
+        n_block_(n_block),
+        caller_first_(first == PipeFirst::kCaller),
         n_thread_(n_thread),
         slots_(std::min(n_block, 2 * static_cast<std::size_t>(n_thread) + 1)) {
     for (Slot& slot : slots_) slot.bytes.resize(kSessionBlock);
   }
 
-  template <class TTurn, class TWork>
-  void run(TTurn&& turn, TWork&& work) {
-    const bool caller_first = first_ == PipeFirst::kCaller;
+  void run() {
     Crew crew(*this);
-    for (int i = 0; i < n_thread_; ++i) crew.threads.emplace_back([&] { work_all(!caller_first, work); });
+    for (int i = 0; i < n_thread_; ++i) crew.threads.emplace_back(&BlockPipe::work_all, this);
     for (std::size_t index = 0; index < n_block_; ++index) {
-      Slot& slot = await(index, caller_first ? 0 : 1);
-      turn(index, std::span<std::byte>(slot.bytes));
+      Slot& slot = await(index, caller_first_ ? 0 : 1);
+      sides_.turn(index, std::span<std::byte>(slot.bytes));
       pass_on(slot);
     }
     for (std::size_t index = n_block_ - slots_.size(); index < n_block_; ++index) (void)await(index, 2);
@@ -89,7 +102,7 @@ class BlockPipe {
   [[nodiscard]] Slot& await(std::size_t index, std::size_t n_half) {
     Slot& slot = slot_of(index);
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return slot.failure || slot.n_half == due(index, n_half); });
+    while (!slot.failure && slot.n_half != due(index, n_half)) changed_.wait(lock);
     if (slot.failure) std::rethrow_exception(slot.failure);
     return slot;
   }
@@ -103,18 +116,17 @@ class BlockPipe {
   }
 
   /// What each thread does. One that fails ends; those before its block go on, and the caller comes to it.
-  template <class TWork>
-  void work_all(bool is_first, TWork& work) {
+  void work_all() {
     for (;;) {
       std::unique_lock lock(mutex_);
       if (next_ == n_block_) return;
       const std::size_t index = next_++;
       Slot& slot = slot_of(index);
-      changed_.wait(lock, [&] { return stop_ || slot.n_half == due(index, is_first ? 0 : 1); });
+      while (!stop_ && slot.n_half != due(index, caller_first_ ? 1 : 0)) changed_.wait(lock);
       if (stop_) return;
       lock.unlock();
       try {
-        work(index, std::span<std::byte>(slot.bytes));
+        sides_.work(index, std::span<std::byte>(slot.bytes));
       } catch (...) {
         lock.lock();
         slot.failure = std::current_exception();
@@ -126,8 +138,9 @@ class BlockPipe {
     }
   }
 
+  BlockSides& sides_;
   std::size_t n_block_;
-  PipeFirst first_;
+  bool caller_first_;
   int n_thread_;
   std::vector<Slot> slots_;
 
@@ -139,19 +152,17 @@ class BlockPipe {
 
 }  // namespace detail
 
-/// Calls turn(i, room) for each i below n_block, in order and on this thread, and work(i, room) on one of `n_thread`
-/// threads, before or after; `room` holds kSessionBlock bytes and goes from one to the other. There is room for two
-/// blocks a thread and one more.
+/// Calls sides.turn(i, room) for each i below n_block, in order and on this thread, and sides.work(i, room) on one of
+/// `n_thread` threads, before or after. There is room for two blocks a thread and one more.
 /// @throws what turn or work does; of several blocks the earliest one's. No call is under way then
-template <class TTurn, class TWork>
-void pipe_blocks(std::size_t n_block, PipeFirst first, int n_thread, TTurn&& turn, TWork&& work) {
+inline void pipe_blocks(std::size_t n_block, PipeFirst first, int n_thread, BlockSides& sides) {
   if (n_block == 0) return;
-  if (n_thread > 0) return detail::BlockPipe(n_block, first, n_thread).run(turn, work);
+  if (n_thread > 0) return detail::BlockPipe(n_block, first, n_thread, sides).run();
   std::vector<std::byte> room(kSessionBlock);
   for (std::size_t index = 0; index < n_block; ++index) {
-    if (first == PipeFirst::kCaller) turn(index, std::span(room));
-    work(index, std::span(room));
-    if (first == PipeFirst::kThreads) turn(index, std::span(room));
+    if (first == PipeFirst::kCaller) sides.turn(index, std::span(room));
+    sides.work(index, std::span(room));
+    if (first == PipeFirst::kThreads) sides.turn(index, std::span(room));
   }
 }
 

@@ -81,23 +81,38 @@ class SessionFile {
               " B for tensor '", target.tensor->name, "' of ", bytes.back());
     }
     const std::vector<SessionBlock> blocks = session_blocks(bytes);
-    const auto room_of = [&](const SessionBlock& block, std::span<std::byte> slot) {
-      const std::span<std::byte> host = targets[block.tensor].host;
-      return host.empty() ? slot.first(block.bytes) : host.subspan(block.offset, block.bytes);
-    };
-    const auto fetch = [&](std::size_t index, std::span<std::byte> slot) {
-      const SessionBlock& block = blocks[index];
-      fetch_block(*targets[block.tensor].tensor, block.offset, room_of(block, slot));
-    };
-    const auto visit = [&](std::size_t index, std::span<std::byte> slot) {
-      const SessionBlock& block = blocks[index];
-      if (targets[block.tensor].visit) targets[block.tensor].visit(block.offset, room_of(block, slot));
-    };
+    Reading reading(*this, targets, blocks);
     const int n = n_thread.value_or(n_pipe_thread(std::reduce(bytes.begin(), bytes.end())));
-    pipe_blocks(blocks.size(), PipeFirst::kThreads, n, visit, fetch);
+    pipe_blocks(blocks.size(), PipeFirst::kThreads, n, reading);
   }
 
  private:
+  /// Blocks of a read(): fetched and checked, then visited.
+  class Reading final : public BlockSides {
+   public:
+    Reading(const SessionFile& file, std::span<const SessionTarget> targets, std::span<const SessionBlock> blocks)
+        : file_(file), targets_(targets), blocks_(blocks) {}
+
+    void work(std::size_t index, std::span<std::byte> slot) override {
+      const SessionBlock& block = blocks_[index];
+      file_.fetch_block(*targets_[block.tensor].tensor, block.offset, room_of(block, slot));
+    }
+    void turn(std::size_t index, std::span<std::byte> slot) override {
+      const SessionBlock& block = blocks_[index];
+      if (targets_[block.tensor].visit) targets_[block.tensor].visit(block.offset, room_of(block, slot));
+    }
+
+   private:
+    [[nodiscard]] std::span<std::byte> room_of(const SessionBlock& block, std::span<std::byte> slot) const {
+      const std::span<std::byte> host = targets_[block.tensor].host;
+      return host.empty() ? slot.first(block.bytes) : host.subspan(block.offset, block.bytes);
+    }
+
+    const SessionFile& file_;
+    std::span<const SessionTarget> targets_;
+    std::span<const SessionBlock> blocks_;
+  };
+
   SessionFile() = default;
 
   [[nodiscard]] static std::string extents(const std::vector<std::int64_t>& dims) {

@@ -48,26 +48,43 @@ template <class T>
 
 namespace detail {
 
-/// Fills, hashes and writes the tensors. @return the checksums, behind that of the header
-[[nodiscard]] inline std::vector<std::uint64_t> write_blocks(GgufWriter& writer, std::span<const SessionTensor> tensors,
-                                                             std::span<const SessionBlock> blocks, int n_thread) {
-  std::vector<std::uint64_t> hashes(1 + blocks.size());
-  hashes[0] = block_hash(std::as_bytes(std::span(writer.header())), 0);
-  const auto fill = [&](std::size_t index, std::span<std::byte> room) {
-    const SessionBlock& block = blocks[index];
-    const SessionTensor& tensor = tensors[block.tensor];
+/// Fills, hashes and writes the tensors.
+class BlockWriting final : public BlockSides {
+ public:
+  BlockWriting(GgufWriter& writer, std::span<const SessionTensor> tensors, std::span<const SessionBlock> blocks)
+      : writer_(writer), tensors_(tensors), blocks_(blocks), hashes_(1 + blocks.size()) {
+    hashes_[0] = block_hash(std::as_bytes(std::span(writer.header())), 0);
+  }
+
+  void turn(std::size_t index, std::span<std::byte> room) override {
+    const SessionBlock& block = blocks_[index];
+    const SessionTensor& tensor = tensors_[block.tensor];
     if (tensor.host.empty()) tensor.read(block.offset, room.first(block.bytes));
-  };
-  const auto write = [&](std::size_t index, std::span<std::byte> room) {
-    const SessionBlock& block = blocks[index];
-    const std::span<const std::byte> host = tensors[block.tensor].host;
+  }
+  void work(std::size_t index, std::span<std::byte> room) override {
+    const SessionBlock& block = blocks_[index];
+    const std::span<const std::byte> host = tensors_[block.tensor].host;
     const std::span<const std::byte> bytes =
         host.empty() ? room.first(block.bytes) : host.subspan(block.offset, block.bytes);
-    hashes[1 + index] = block_hash(bytes, 1 + index);
-    writer.write_at(block.tensor, block.offset, bytes);
-  };
-  pipe_blocks(blocks.size(), PipeFirst::kCaller, n_thread, fill, write);
-  return hashes;
+    hashes_[1 + index] = block_hash(bytes, 1 + index);
+    writer_.write_at(block.tensor, block.offset, bytes);
+  }
+  /// That of the header, and those of the blocks behind it.
+  [[nodiscard]] const std::vector<std::uint64_t>& hashes() const { return hashes_; }
+
+ private:
+  GgufWriter& writer_;
+  std::span<const SessionTensor> tensors_;
+  std::span<const SessionBlock> blocks_;
+  std::vector<std::uint64_t> hashes_;
+};
+
+/// @return the checksums, behind that of the header
+[[nodiscard]] inline std::vector<std::uint64_t> write_blocks(GgufWriter& writer, std::span<const SessionTensor> tensors,
+                                                             std::span<const SessionBlock> blocks, int n_thread) {
+  BlockWriting writing(writer, tensors, blocks);
+  pipe_blocks(blocks.size(), PipeFirst::kCaller, n_thread, writing);
+  return writing.hashes();
 }
 
 inline void set_session_keys(GgufWriter& writer, const SessionInfo& info) {
