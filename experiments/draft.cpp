@@ -35,7 +35,7 @@ struct Options : DriverOptions, SessionOptions {
   std::int64_t window = 32;
   std::int64_t sites = 8;
   std::int64_t stride = 64;
-  bool sliding_rows = false;
+  bool sliding_rows = true;
 };
 
 const std::vector<std::string> kParameters = {"model",   "model_desc", "text",   "backend", "context",
@@ -236,7 +236,7 @@ void add_options(CLI::App& app, Options& options) {
   add_whole(app, "--stride", options.stride, "Tokens of the text from one site to the next", {kMaxRewind, 1 << 20});
   add_session_at_depths(app, options);
   add_policy(app, options);
-  app.add_flag("--sliding-rows", options.sliding_rows,
+  app.add_flag("--sliding-rows,!--no-sliding-rows", options.sliding_rows,
                "The rows of a step go through a sliding layer in launches of up to four, not one by one; on a device");
   add_ids(app, options);
   add_seed(app, options);

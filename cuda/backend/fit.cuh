@@ -35,7 +35,7 @@ struct BackendOptions {
   RingSpec ring = {};  ///< of the sliding layers
   /// The rows of a step that drafts go through a sliding layer in launches of up to four, where they fit. The bits are
   /// the same.
-  bool sliding_rows = false;
+  bool sliding_rows = true;
   /// Proposes what a step drafts, in place of lookup; made for the model's shape, and outlives the backend. Null: none.
   const PackedAssistant* assistant = nullptr;
 };

@@ -66,6 +66,7 @@ class FullLayerCaches<KvFormat> {
 
   [[nodiscard]] RowsPlan plan_rows(const FullPlanWish& wish, const Plan& one, std::int64_t partials_bytes) const {
     if (one.path != KvPath::kDecode) return {.misfit = "no decode kernel reads bf16 records"};
+    if (wish.n_query < KvRowsPlan::kFewestRows) return {.misfit = "two rows take less time one by one"};
     KvDecodePlan of_one = one.decode;
     of_one.overlap = wish.overlap;
     return plan_kv_rows(shape_.attention(wish.n_query), of_one, wish.device, partials_bytes);

@@ -31,8 +31,7 @@ using KvDecodePlan = RecordDecodePlan<KvDecodeTile>;
     return tile.head_dim == shape.head_dim && tile.takes(format.v_bits, format.r_bits) &&
            tile.smem_bytes() <= device.smem_limit_bytes;
   };
-  const auto serves = [&](const KvDecodeTile& tile) { return fits(tile) && tile.is_measured(); };
-  const auto suits = [&](const KvDecodeTile& tile) { return serves(tile) && (tile.row_tiles > 1) == several; };
+  const auto suits = [&](const KvDecodeTile& tile) { return fits(tile) && (tile.row_tiles > 1) == several; };
   const auto plan = [&](const KvDecodeTile& tile) {
     return detail::plan_record_decode(who, shape, device, tile, tile.row_tiles, 1, choice);
   };
@@ -44,7 +43,7 @@ using KvDecodePlan = RecordDecodePlan<KvDecodeTile>;
     return plan(*choice.tile);
   }
   auto found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), suits);
-  if (found == kKvDecodeTiles.end()) found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), serves);
+  if (found == kKvDecodeTiles.end()) found = std::find_if(kKvDecodeTiles.begin(), kKvDecodeTiles.end(), fits);
   require(found != kKvDecodeTiles.end(), who, ": no tile for head_dim ", shape.head_dim, " and ", format.v_bits,
           " and ", format.r_bits, " bits fits ", device.smem_limit_bytes, " B of shared memory a block");
   return plan(*found);

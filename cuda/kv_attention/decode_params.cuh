@@ -65,8 +65,6 @@ struct KvDecodeTile {
   [[nodiscard]] constexpr int score_bytes() const { return teams * team_score_bytes(); }
   /// Of the ring's, so many that what follows is aligned to 16 bytes.
   [[nodiscard]] constexpr int barrier_bytes() const { return (teams * n_stage + 1) / 2 * 16; }
-  /// Whether a plan takes it unasked: not before it has been timed.
-  [[nodiscard]] constexpr bool is_measured() const { return team_warps <= 4; }
   /// Ring, q, scores, barriers, (m, l) of every team and row, two scales of every row.
   [[nodiscard]] constexpr int smem_bytes() const {
     return ring_bytes() + row_tiles * (q_tile_bytes() + 64) + score_bytes() + barrier_bytes() + 64 * teams;
@@ -81,16 +79,16 @@ struct KvDecodeTile {
 ///   4 x 2, four                          11.2   36.4    97.2    10.8   32.2    85.5
 ///   4 x 3, two                           11.2   37.8   102.1    10.9   32.7    88.6
 ///   4 x 4, one                           11.6   36.1   103.4    11.8   33.3    95.5
-/// Four queries of kv5r4 at 32768 keys, four row tiles a block: 4 x 2 teams, two records at a time 75.5, one 86.0; eight
-/// row tiles, 8 x 1, 124.9. Of five bits movmatrix is the faster way to turn a tile. Teams of eight warps come last and
-/// are for a choice alone, until they have been timed.
+///   8 x 2, two                           10.6   38.9   119.0
+/// Four queries of kv5r4 at 32768 keys, four row tiles a block: 4 x 2 teams, two records at a time 75.5, one 86.0;
+/// eight row tiles, 8 x 1, 124.9. Of five bits movmatrix is the faster way to turn a tile.
 inline constexpr std::array kKvDecodeTiles{
     // head_dim, v_bits, r_bits, team_warps, teams, n_stage, row_tiles, by_product, batch
     KvDecodeTile{512, 5, 4, 4, 2, 12, 1, false, 4}, KvDecodeTile{512, 4, 4, 4, 2, 12, 1, false, 4},
     KvDecodeTile{512, 5, 4, 4, 2, 8, 4, false, 2},  KvDecodeTile{512, 4, 4, 4, 2, 14, 4, true},
     KvDecodeTile{512, 0, 0, 4, 4, 6, 1, true},      KvDecodeTile{512, 0, 0, 4, 3, 3, 1, true},
     KvDecodeTile{256, 0, 0, 4, 4, 5, 1, true},      KvDecodeTile{128, 0, 0, 4, 4, 6, 1, true},
-    KvDecodeTile{64, 0, 0, 2, 4, 6, 1, true},       KvDecodeTile{512, 5, 4, 8, 2, 12, 1, false, 2},
+    KvDecodeTile{64, 0, 0, 2, 4, 6, 1, true},
 };
 
 namespace detail {

@@ -23,9 +23,9 @@ inline constexpr std::int64_t kMaxDecodeTokens = 8;  ///< of a call, as the kern
 inline constexpr std::int64_t kMaxInt8Tokens = 16;   ///< of a call on int8 tensor cores
 
 /// The threshold: tokens from which products run on int8 tensor cores, with the same bits. By measurement (`linear`,
-/// column path): the chain of a Q4_K_M step takes 12.0 ms there with 8 tokens against 16.1 on an H100, and 10.1 with 4
-/// against 9.0.
-inline constexpr std::int64_t kInt8FromTokens = 8;
+/// column path): the chain of a Q4_K_M step takes 11.5 ms there with 5 tokens against 16.0 on an H100, 12.0 with 8
+/// against 16.1, and 10.1 with 4 against 9.0.
+inline constexpr std::int64_t kInt8FromTokens = 5;
 
 /// What multiplies.
 enum class LinearPath : std::int32_t {
@@ -55,12 +55,14 @@ struct LinearPlan {
 };
 
 /// Values of a call, of all its tokens, from which their codes are made ahead, where there is room for them. More than
-/// there may be, as long as no table says from where on that is faster (`linear`, --codes-from); by arithmetic 16384:
-/// one token of the wide rows, two of 8192 columns, four of any.
+/// there may be, as long as no table says from where on that is faster (`linear`, --codes-from). By arithmetic 16384:
+/// one token of the wide rows, two of 8192 columns, four of any; on an H100 that is 3 % of ffn_down and nothing of a
+/// chain.
 inline constexpr std::int64_t kCodesFromValues = std::int64_t{1} << 40;
 
-/// What may be done otherwise in products; the same bits in any case. Until a table says what is faster (`linear`,
-/// --variant: 1, 2, 4 and 8, added). The first three are of dot products.
+/// What may be done otherwise in products; the same bits in any case (`linear`, --variant: 1, 2, 4 and 8, added). The
+/// first three are of dot products. On an H100 half_tickets takes 0.5 % off a chain with the norms between, of Q4_K_M
+/// and of Q4_0 alike, though attn_output by itself takes 5 % longer; deals_of_launch nothing; 2 was not timed.
 ///
 /// By arithmetic, for ffn_down of the 31B in Q4_0 or Q4_K (5376 rows of four chunks, 97 KB for eight): 264 blocks have
 /// 16 rows each, and 144 of them a ticket of eight more, which the others do not help with; and a ring of three stages
@@ -75,7 +77,7 @@ struct LinearVariant {
     return {(sum & 1) != 0, (sum & 2) != 0, (sum & 4) != 0, (sum & 8) != 0};
   }
 };
-inline constexpr LinearVariant kLinearVariant = LinearVariant::of(0);
+inline constexpr LinearVariant kLinearVariant = LinearVariant::of(1);
 
 /// How a product for few tokens may run; the same bits in any case.
 struct LinearOptions {

@@ -54,9 +54,9 @@ struct CudaSettings {
   std::int64_t checkpoint_interval = 0;
   /// Tokens that a step of a session drafts, at most, by the model's drafter or by lookup; 0: none.
   std::int64_t max_draft = 0;
-  bool auto_drafts = false;   ///< how many of them, draft::AutoDrafts decides
-  std::int64_t lag = 4;       ///< steps of a session that are under way while the host looks at a token
-  bool sliding_rows = false;  ///< the rows of such a step go through a sliding layer at once
+  bool auto_drafts = false;  ///< how many of them, draft::AutoDrafts decides
+  std::int64_t lag = 4;      ///< steps of a session that are under way while the host looks at a token
+  bool sliding_rows = true;  ///< the rows of such a step go through a sliding layer at once
 };
 
 /// A sequence on the device.
