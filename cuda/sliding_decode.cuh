@@ -95,7 +95,7 @@ auto for_sliding_head_dim(std::int64_t head_dim, TBody&& body) {
 
 /// How several neighbouring tokens of such a layer go, each with the bits of a launch of its own.
 struct SlidingRowsPlan {
-  SlidingDecodePlan one;                      ///< of a row
+  SlidingDecodePlan one = {};                 ///< of a row
   std::int64_t n_row = 0;                     ///< 2 to kDecodeChunk
   const char* misfit = "nothing is planned";  ///< why they go one by one; null: up to four a launch
   std::int64_t smem_bytes = 0;

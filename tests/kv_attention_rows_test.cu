@@ -27,7 +27,7 @@ using reference::KvCacheBuffer;
 
 struct RowsCase {
   std::int64_t n_row = 1, n_head = 8, n_head_kv = 1, head_dim = 512, kv_len = 1;  ///< kv_len of the first row
-  KvOptions format;
+  KvOptions format = {};
   float scale = 1.0f;  ///< of the scores: how often references rise
   std::uint64_t seed = 1;
 

@@ -54,7 +54,7 @@ struct KvRowsPlan {
   static_assert(kMostRows <= kKvRecordTokens, "rows have at most two counts of records");
 
   const char* misfit = nullptr;  ///< null: they go at once
-  AttentionShape shape;          ///< n_query are the rows
+  AttentionShape shape = {};     ///< n_query are the rows
   KvDecodePlan one = {};         ///< of a row by itself
   KvDecodeTile tile = {};
   std::int64_t rows_a_launch = 0;  ///< whose partials the workspace holds

@@ -23,7 +23,7 @@ class KvRows {
  public:
   struct Plan {
     cuda::KvAttentionPlan one;
-    cuda::KvRowsPlan rows;
+    cuda::KvRowsPlan rows = {};
     std::int64_t workspace_bytes = 0;
   };
 
