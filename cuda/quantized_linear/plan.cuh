@@ -23,8 +23,8 @@ inline constexpr std::int64_t kMaxDecodeTokens = 8;  ///< of a call, as the kern
 inline constexpr std::int64_t kMaxInt8Tokens = 16;   ///< of a call on int8 tensor cores
 
 /// The threshold: tokens from which products run on int8 tensor cores, with the same bits. By measurement (`linear`,
-/// column path): the chain of a Q4_K_M step takes 11.5 ms there with 5 tokens against 16.0 on an H100, 12.0 with 8
-/// against 16.1, and 10.1 with 4 against 9.0.
+/// column path): the chain of a Q4_K_M step takes 12.0 ms there with 8 tokens on an H100 against 16.1, and 10.1 with 4
+/// against 9.0; 5 to 8 tokens are one kernel on either path, and dot products take 16.0 with 5.
 inline constexpr std::int64_t kInt8FromTokens = 5;
 
 /// What multiplies.
