@@ -40,15 +40,20 @@ AttentionShape ring_of_steps(std::int64_t n_token) {
           .buffer_len = ring_slots(gemma4_31b().window)};
 }
 
+/// A full layer's.
+AttentionShape full_shape(const Options& options, std::int64_t n_query) {
+  return {.batch = 1,
+          .n_query = n_query,
+          .n_head = options.n_head,
+          .n_head_kv = options.n_head_kv,
+          .head_dim = options.head_dim,
+          .buffer_len = options.buffer_len};
+}
+
 /// Drafted rows, which must have the bits of a call each: at once, and in a call each.
 void add_rows(const Options& options, std::vector<Case>& cases) {
   for (const std::int64_t n_row : options.rows) {
-    const AttentionShape shape{.batch = 1,
-                               .n_query = n_row,
-                               .n_head = options.n_head,
-                               .n_head_kv = options.n_head_kv,
-                               .head_dim = options.head_dim,
-                               .buffer_len = options.buffer_len};
+    const AttentionShape shape = full_shape(options, n_row);
     for (const std::int64_t context : options.driver.contexts) {
       if (context < n_row || context > options.buffer_len) continue;
       for (const std::string& kind : options.one_vector) {
@@ -62,12 +67,7 @@ std::vector<Case> cases_of(const Options& options) {
   std::vector<Case> cases;
   add_rows(options, cases);
   for (const std::int64_t n_query : options.n_queries) {
-    AttentionShape shape{.batch = 1,
-                         .n_query = n_query,
-                         .n_head = options.n_head,
-                         .n_head_kv = options.n_head_kv,
-                         .head_dim = options.head_dim,
-                         .buffer_len = options.buffer_len};
+    AttentionShape shape = full_shape(options, n_query);
     for (const std::int64_t context : options.driver.contexts) {
       if (context < n_query || context > options.buffer_len) continue;
       const std::string phase = n_query <= cuda::kTq4DecodeQueries ? "decode" : "prefill";
