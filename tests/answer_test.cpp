@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <csignal>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -114,6 +115,7 @@ TEST(Answer, ALimitAndAFullContextAreToldApart) {
 }
 
 TEST(Answer, AnInterruptionEndsItBehindTheTokenThatCame) {
+  std::signal(SIGINT, SIG_DFL);  // whoever runs this in the background has it ignored, and Interruptions leaves it so
   const Interruptions interruptions;
   Scripted sequence(ids_of("a\nb\nc\nab"), 1000, [](std::size_t at) {
     if (at == 2) ::raise(SIGINT);

@@ -93,7 +93,8 @@ double subnormal(int multiples) {
   return multiples * 0x1p-25;
 }
 
-constexpr double kSlack = 1.005;  ///< f16 steps are off by up to 2^-11, and the divisions are done in float
+constexpr double kF16Rounding = 0x1p-11;  ///< relative, of a step that is no subnormal
+constexpr double kSlack = 1.005;          ///< for that, and for the divisions, which are done in float
 
 /// Q8_0: half a step of max|x| / 127.
 double q80_bound(std::span<const float> block) {
@@ -101,11 +102,12 @@ double q80_bound(std::span<const float> block) {
 }
 
 /// Q4_0: half a step of max|x| / 8. Values of the other side than the extreme's end at 7 steps: one that lies between
-/// 7.5 and 8 steps is up to a whole step short.
+/// 7.5 and 8 steps is up to a whole step short, and by what f16 takes of the 7.
 double q40_bound(std::span<const float> block, std::size_t i) {
   const Range range = range_of(block);
   const double step = range.magnitude / 8, side = range.max == range.magnitude ? 1 : -1;
-  return kSlack * std::max(0.5 * step, -side * static_cast<double>(block[i]) - 7 * step) + subnormal(8);
+  const double beyond = -side * static_cast<double>(block[i]) - 7 * (1 - kF16Rounding) * step;
+  return kSlack * std::max(0.5 * step, beyond) + subnormal(8);
 }
 
 /// Q6_K: with s = max|x| / 32 in the sub-block and d = max(s) / 127 in the block, the coded step is within d / 2 of s.

@@ -310,7 +310,7 @@ TEST(KvRowsPlan, EveryConfigurationAddsLikeOneOfOneRowAndFitsItsDevices) {
   EXPECT_FALSE(other.adds_like(kKvRowsTiles.front())) << "control: another number of teams divides records otherwise";
 }
 
-TEST(KvRowsPlan, WhatDoesNotFitIsSaidAndMisuseRefused) {
+TEST(KvRowsPlan, WhatDoesNotFitIsSaid) {
   const KvDecodePlan one = plan_of_one(kReal, {}, kLarge);
   const KvRowsPlan no_room = plan_kv_rows(kReal, one, kLarge, one.workspace_bytes);
   EXPECT_STREQ(no_room.misfit, "the workspace has room for what one row leaves of split keys");
@@ -329,7 +329,9 @@ TEST(KvRowsPlan, WhatDoesNotFitIsSaidAndMisuseRefused) {
   EXPECT_TRUE(refuses(plan([](AttentionShape& s) { s.batch = 2; }), {"batch 2", "need 1"}));
   KvRowsChoice choice{.tile = kKvRowsTiles.back()};
   EXPECT_TRUE(refuses([&] { (void)plan_kv_rows(kReal, one, kLarge, std::nullopt, choice); }, {"adds otherwise"}));
+}
 
+TEST(KvRowsGpu, AnotherPlanThanTheCallsIsRefused) {
   const RowsCase c{.n_row = 3, .head_dim = 64, .kv_len = 20};
   const Rows rows(c);
   const auto good =
