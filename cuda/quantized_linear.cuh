@@ -202,12 +202,18 @@ inline void set_plan(LinearParams& params, std::int64_t cols, std::span<const Pa
   params.ticket_rows = deal.ticket_rows, params.share_rows = deal.share_rows;
 }
 
-/// The input, with codes made by a launch of their own where there is room for them and that is faster.
+/// The input, with the codes that are there, or made by a launch of their own where there is room and that is faster.
 [[nodiscard]] inline LinearInput with_codes_ahead(const LinearSource& source, const LinearOptions& options,
                                                   bool overlap, cudaStream_t stream) {
   LinearInput input = source.input;
-  if (options.codes.data == nullptr || source.n_token * source.cols < options.codes_from) return input;
   const std::int64_t need = linear_codes_bytes(source.n_token, source.cols);
+  if (options.made.data != nullptr) {
+    require(options.made.n_bytes >= need, "quantized_linear: codes of ", options.made.n_bytes, " B, need ", need,
+            " B for ", source.n_token, " tokens of ", source.cols, " values");
+    input.codes = options.made.data;
+    return input;
+  }
+  if (options.codes.data == nullptr || source.n_token * source.cols < options.codes_from) return input;
   require(options.codes.n_bytes >= need, "quantized_linear: room for codes of ", options.codes.n_bytes, " B, need ",
           need, " B for ", source.n_token, " tokens of ", source.cols, " values");
   launch_linear_codes(input, source.n_token, source.cols, options.codes.data, overlap, stream);

@@ -11,6 +11,7 @@
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/vector_io.cuh"
 #include "cuda/residual_norm/row_norm.cuh"
+#include "cuda/weights/activation_blocks.cuh"
 #include "gemma4/checks.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/float16.hpp"
@@ -39,7 +40,9 @@ struct ResidualNormParams {
   const float* post_norm;
   const float* norm;
   float scale, epsilon;
-  bool whole_pieces;  ///< every piece has kRowPiece values, at a multiple of 16 bytes
+  bool whole_pieces;    ///< every piece has kRowPiece values, at a multiple of 16 bytes
+  std::uint8_t* codes;  ///< of h, [n_token, n_group] blocks, where pieces are whole; null: none
+  int n_group;
 };
 
 /// Eight values of a row as they are stored.
@@ -114,6 +117,18 @@ __device__ __forceinline__ void add_pending(const ResidualNormParams<TPending, T
   }
 }
 
+/// A piece of h becomes codes as it is stored, rounded. Every lane calls: four of them hold a block.
+template <class TPending, class TOut>
+__device__ __forceinline__ void store_piece_codes(const ResidualNormParams<TPending, TOut>& params, int p,
+                                                  const float (&piece)[kRowPiece]) {
+  float stored[kRowPiece];
+#pragma unroll
+  for (int i = 0; i < kRowPiece; ++i) stored[i] = to_float(from_float<TOut>(piece[i]));
+  std::uint8_t* const row = params.codes + std::int64_t{blockIdx.x} * params.n_group * kActivationBytesPerGroup;
+  const int k = piece_begin(p);
+  quantize_eight(stored, row, params.n_group, k / 32, k < static_cast<int>(params.x.extent[1]));
+}
+
 /// Blocks of a multiprocessor: as many as the registers of a thread's pieces allow, of which those that are read early
 /// need more than those that come when their turn is.
 template <int kPieces, bool kAtRest, class TPending>
@@ -163,6 +178,7 @@ __global__ void __launch_bounds__(kRowThreads, kResidualBlocks<kPieces, kAtRest,
 #pragma unroll
     for (int i = 0; i < kRowPiece; ++i) factor[i] = normalised(x[p][i], scale, factor[i]);
     store_row_piece(h_row, piece_begin(p), width, whole, factor);
+    if (params.codes != nullptr) store_piece_codes(params, p, factor);
   }
 }
 
@@ -174,6 +190,21 @@ template <class T>
 
 }  // namespace detail
 
+/// How residual_norm() runs, and what it makes besides.
+struct ResidualNormOptions {
+  /// On sm_90, lets the kernel be set up while the one before it in the stream still runs.
+  bool overlap = false;
+  /// Where something is pending: x was written before the kernel in front of this one began, and what that one writes
+  /// is not read by the next kernel before its own wait: a step of decoding, where a product stands in front and
+  /// another behind. Then x and the weights of the norms are read, and the next kernel is let in, while the one in
+  /// front still runs: products behind it fill their rings. For width up to 6144; wider rows do without.
+  bool x_at_rest = false;
+  /// Room for h as 8-bit integers too (cuda/weights/activation_blocks.cuh), for products of few tokens behind
+  /// (LinearOptions::made), each block of which would otherwise make them for itself. None are made where pieces of 16
+  /// bytes or blocks of 32 values do not divide the rows.
+  LinearCodes codes = {};
+};
+
 /// x = (x + rms_norm(pending, post_norm)) * scale, then h = rms_norm(x, norm), row by row in float32, see
 /// cuda/residual_norm/row_norm.cuh.
 ///
@@ -183,20 +214,16 @@ template <class T>
 /// @param post_norm  [hidden] on the device; not read where nothing is pending
 /// @param norm       [hidden] on the device
 /// @param h          [n_token, hidden] Bf16 or float; may be `pending` where the types agree, not x
-/// @param overlap    on sm_90, lets the kernel be set up while the one before it in the stream still runs
-/// @param x_at_rest  where something is pending, x was written before the kernel in front of this one began, and what
-///                   that one writes is not read by the next kernel before its own wait: a step of decoding, where a
-///                   product stands in front and another behind. Then x and the weights of the norms are read, and the
-///                   next kernel is let in, while the one in front still runs: products behind it fill their rings.
-///                   For width up to 6144; wider rows do without.
-/// @throws std::invalid_argument when extents differ, a norm is missing, h is x, or hidden is above 16384
+/// @return whether there are codes of h
+/// @throws std::invalid_argument when extents differ, a norm is missing, h is x, hidden is above 16384, or the room for
+///         codes is too small
 /// Error of x': (width / 256 + 20) * 2^-24 of the normalised pending, and 2^-23 of x'; of h the same again, and its
 /// rounding. Bytes for each value: 8 of x, 2 or 4 of pending, 2 or 4 of h: 2048 rows of 5376 in bf16, 132 MB, 31 us at
 /// 4.3 TB/s. Where rows do not begin at multiples of 16 bytes the same bits come in single values, more slowly.
 template <class TPending, class TOut>
-void residual_norm(const View<float, 2>& x, const View<const TPending, 2>& pending, const float* post_norm, float scale,
-                   const float* norm, float epsilon, const View<TOut, 2>& h, cudaStream_t stream, bool overlap = false,
-                   bool x_at_rest = false) {
+bool residual_norm(const View<float, 2>& x, const View<const TPending, 2>& pending, const float* post_norm, float scale,
+                   const float* norm, float epsilon, const View<TOut, 2>& h, cudaStream_t stream,
+                   const ResidualNormOptions& options = {}) {
   constexpr const char* kWho = "residual_norm";
   const std::int64_t n_token = x.extent[0], width = x.extent[1];
   const bool is_pending = pending.data != nullptr;
@@ -211,34 +238,47 @@ void residual_norm(const View<float, 2>& x, const View<const TPending, 2>& pendi
   require(n_token < (std::int64_t{1} << 31), kWho, ": ", n_token, " rows, need fewer than 2^31");
   require(norm != nullptr && (!is_pending || post_norm != nullptr), kWho, ": a norm has no weights");
   require(static_cast<const void*>(h.data) != x.data || n_token == 0, kWho, ": h takes the place of x");
-  if (n_token == 0) return;
+  if (n_token == 0) return false;
   const bool whole =
       width % detail::kRowPiece == 0 && detail::has_whole_pieces(x) && detail::has_whole_pieces(h) &&
       detail::has_whole_pieces(make_view(norm, 1, width)) &&
       (!is_pending || (detail::has_whole_pieces(pending) && detail::has_whole_pieces(make_view(post_norm, 1, width))));
-  const detail::ResidualNormParams<TPending, TOut> params{.x = x,
-                                                          .pending = pending,
-                                                          .h = h,
-                                                          .post_norm = post_norm,
-                                                          .norm = norm,
-                                                          .scale = scale,
-                                                          .epsilon = epsilon,
-                                                          .whole_pieces = whole};
+  const LinearCodes& codes = options.codes;
+  const bool has_codes = codes.data != nullptr && whole && width % 32 == 0;
+  const std::int64_t code_bytes = linear_codes_bytes(n_token, width);
+  require(!has_codes || codes.n_bytes >= code_bytes, kWho, ": room for codes of ", codes.n_bytes, " B, need ",
+          code_bytes, " B for ", n_token, " rows of ", width, " values");
+  const detail::ResidualNormParams<TPending, TOut> params{
+      .x = x,
+      .pending = pending,
+      .h = h,
+      .post_norm = post_norm,
+      .norm = norm,
+      .scale = scale,
+      .epsilon = epsilon,
+      .whole_pieces = whole,
+      .codes = has_codes ? codes.data : nullptr,
+      .n_group = static_cast<int>(detail::activation_groups(width))};
   const auto launch = [&](auto kernel) {
     detail::Launch{.what = "residual_norm_kernel",
                    .grid = static_cast<unsigned>(n_token),
                    .block = detail::kRowThreads,
                    .stream = stream,
-                   .overlap = overlap}(kernel, params);
+                   .overlap = options.overlap}(kernel, params);
   };
   constexpr int kBlockValues = detail::kRowPiece * detail::kRowThreads;
   const auto launch_pieces = [&]<int kPieces>() {
-    x_at_rest ? launch(detail::residual_norm_kernel<kPieces, true, TPending, TOut>)
-              : launch(detail::residual_norm_kernel<kPieces, false, TPending, TOut>);
+    options.x_at_rest ? launch(detail::residual_norm_kernel<kPieces, true, TPending, TOut>)
+                      : launch(detail::residual_norm_kernel<kPieces, false, TPending, TOut>);
   };
-  if (width <= kBlockValues) return launch_pieces.template operator()<1>();
-  if (width <= 3 * kBlockValues) return launch_pieces.template operator()<3>();
-  launch(detail::residual_norm_kernel<8, false, TPending, TOut>);
+  if (width <= kBlockValues) {
+    launch_pieces.template operator()<1>();
+  } else if (width <= 3 * kBlockValues) {
+    launch_pieces.template operator()<3>();
+  } else {
+    launch(detail::residual_norm_kernel<8, false, TPending, TOut>);
+  }
+  return has_codes;
 }
 
 }  // namespace gemma4::cuda

@@ -158,22 +158,27 @@ void run(int argc, char** argv) {
       ->delimiter(',')
       ->check(CLI::IsMember(block_format_names_or_none()))
       ->capture_default_str();
-  int variant = 0;  // until a table says what is faster, and cuda::kLinearVariant is that alone
-  add_whole(app, "--variant", variant,
+  LinearTuning tuning;  // until a table says what is faster, and the constants are that alone
+  add_whole(app, "--variant", tuning.variant,
             "Products done otherwise, a sum of: 1 dealt rows by fours, 2 stages of four rows, 4 dealt rows a share of "
-            "the launch (1, 2, 4: dot), 8 all activations in one block where two would have a chunk (int8)",
-            {0, 15});
-  std::int64_t codes_from = -1;
-  add_whole(app, "--codes-from", codes_from,
-            "Values of a call, of all its tokens, from which a launch in front makes its activations codes; -1: never",
-            {-1, 1 << 20});
+            "the launch, 16 one block of four tokens (dot), 8 all activations in one block where two would have a "
+            "chunk (int8)",
+            {0, cuda::LinearVariant::kMost})
+      ->capture_default_str();
+  add_whole(app, "--codes-from", tuning.codes_from,
+            "Values of a call, of all its tokens, from which a launch in front makes its activations codes",
+            {0, 1 << 20})
+      ->capture_default_str();
+  add_whole(app, "--norm-codes-from", tuning.norm_codes_from,
+            "Tokens from which the norm in front of a product makes its activations codes", {1, 17})
+      ->capture_default_str();
   parse(app, argc, argv);
   formats = formats_beside(mixes, formats);
   const std::vector<Width> widths = widths_of(tokens, paths);
 
   const RunInfo info = gpu_run_info("linear", argc, argv, driver.seed);
   run_table(driver, info, kShape, [&](ResultTable& table) {
-    LinearBench bench(driver.seed, cuda::LinearVariant::of(variant), codes_from);
+    LinearBench bench(driver.seed, tuning);
     Progress progress("linear",
                       static_cast<std::int64_t>((mixes.size() * kRowsPerStep + formats.size()) * widths.size()),
                       progress_options(driver, "row"));

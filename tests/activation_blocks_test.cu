@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/quantized_linear/activation_blocks.cuh"
+#include "cuda/weights/activation_blocks.cuh"
 
 #include <gtest/gtest.h>
 

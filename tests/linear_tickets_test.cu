@@ -119,14 +119,14 @@ class Products {
 RC_GTEST_PROP(LinearTicketsGpu, DealtRowsHaveTheBitsOfEqualShares, ()) {
   const std::int64_t cols = 256 * *rc::gen::element<std::int64_t>(1, 2, 5, 22);
   const auto rows_a = *rc::gen::inRange<std::int64_t>(1, 500), rows_b = *rc::gen::inRange<std::int64_t>(1, 900);
-  const auto n_token = *rc::gen::element<std::int64_t>(1, 1, 1, 2, 5, 8);
+  const auto n_token = *rc::gen::element<std::int64_t>(1, 1, 1, 2, 3, 4, 5, 8);
   Products products(*rc::gen::elementOf(kPackedTypes), *rc::gen::elementOf(kPackedTypes), rows_a, rows_b, cols, n_token,
                     *rc::gen::arbitrary<std::uint32_t>());
   DeviceInfo device = current_device();
   const Results expected = products.run({}, device);
   RC_ASSERT(products.run({.dealt = true}, device) == expected);
   const How how{.dealt = *rc::gen::arbitrary<bool>(),
-                .variant = LinearVariant::of(*rc::gen::inRange(0, 16)),
+                .variant = LinearVariant::of(*rc::gen::inRange(0, LinearVariant::kMost + 1)),
                 .codes_ahead = *rc::gen::arbitrary<bool>(),
                 .int8 = *rc::gen::arbitrary<bool>()};
   device.sm_count = *rc::gen::inRange(1, 40);  // so that a block has many stages
@@ -174,7 +174,7 @@ TEST(LinearTicketsGpu, WideRowsHaveTheBitsOfAnyWay) {
       device.sm_count = 1;
       const Results expected = products.run({}, device), of_one = first_token_of(expected, 3, 9, 20);
       for (const bool int8 : {false, true}) {
-        for (const LinearVariant variant : {LinearVariant::of(0), LinearVariant::of(15)}) {
+        for (const LinearVariant variant : {LinearVariant::of(0), LinearVariant::of(LinearVariant::kMost)}) {
           const auto what = ::testing::Message() << type_name(type) << ", " << cols << " columns, "
                                                  << (int8 ? "int8" : "dot") << ", variant " << variant.low_stages;
           EXPECT_TRUE(products.run({true, variant, true, int8}, device) == expected) << what;
@@ -198,6 +198,12 @@ TEST(LinearTicketsGpu, TooLittleRoomForCodesIsRefused) {
   };
   EXPECT_TRUE(refuses([&] { call(1024); }, {"room for codes of 1279 B", "need 1280 B", "2 tokens"}));
   call(1025);  // the control: not that many values, so no codes
+  const auto with_made = [&] {
+    quantized_linear_decode<float, float>(make_view(static_cast<const float*>(x.data()), 2, 512), weights.view(),
+                                          make_view(out.data(), 2, 4), current_device(), stream,
+                                          {.made = {codes.data(), codes.size()}});
+  };
+  EXPECT_TRUE(refuses(with_made, {"codes of 1279 B", "need 1280 B", "2 tokens"}));
   check(cudaStreamSynchronize(stream), "a call");
 }
 

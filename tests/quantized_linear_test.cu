@@ -311,6 +311,14 @@ TEST(QuantizedLinearPlan, FitsTheDeviceAndKeepsEnoughInFlight) {
   const TensorType q4 = TensorType::kQ4K;
   EXPECT_EQ(plan_linear_decode(5376, 8, std::span(&q4, 1), h200).n_token, 8);
   EXPECT_EQ(plan_linear_decode(21504, 8, std::span(&q4, 1), h200).n_token, 4) << "wide rows: two launches";
+  for (const auto& [cols, n_block] : {std::pair<std::int64_t, int>{5376, 2}, {8192, 2}, {16384, 1}, {21504, 1}}) {
+    const LinearPlan plan = plan_linear_decode(cols, 4, std::span(&q4, 1), h200);
+    EXPECT_EQ(plan.n_block, n_block * h200.sm_count) << cols << " columns, four tokens";
+    if (n_block == 2) EXPECT_LE(plan.smem_bytes, 113 * 1024);
+    EXPECT_GE(plan.n_slot * plan.slot_bytes * n_block, 72 * 1024) << cols << " columns, four tokens";
+    const LinearVariant one{.one_block = true};
+    EXPECT_EQ(plan_linear_decode(cols, 4, std::span(&q4, 1), h200, one).n_block, h200.sm_count);
+  }
 }
 
 /// The kernel with all formats runs where one of the others takes part, and only there.

@@ -102,7 +102,8 @@ Result on_device(const Case& c, std::int64_t stride, std::int64_t offset = 0, bo
   View<const TPending, 2> pending_view = rows_of(pending.data());
   if (!c.is_pending) pending_view = {};
   residual_norm<TPending, TOut>(rows_of(x.data()), pending_view, c.is_pending ? post_norm.data() : nullptr, c.scale,
-                                norm.data(), kEpsilon, rows_of(h.data()), nullptr, overlap, x_at_rest);
+                                norm.data(), kEpsilon, rows_of(h.data()), nullptr,
+                                {.overlap = overlap, .x_at_rest = x_at_rest});
   return {gathered(x.to_host()), gathered(h.to_host())};
 }
 
@@ -211,7 +212,8 @@ std::vector<float> run_in_turn(const Case& c, bool overlap, bool x_at_rest) {
   const Graph graph = Graph::capture(stream, [&] {
     for (std::size_t i = 0; i < 120; ++i) {
       residual_norm<float, float>(view(x[i % 2]), view(h[i % 2]), post_norm.data(), c.scale, norm.data(), kEpsilon,
-                                  view(h[1 - i % 2]), stream, overlap, x_at_rest && i % 2 == 0);
+                                  view(h[1 - i % 2]), stream,
+                                  {.overlap = overlap, .x_at_rest = x_at_rest && i % 2 == 0});
     }
   });
   graph.launch(stream);
@@ -264,7 +266,7 @@ Result behind_a_late_writer(const Case& before, const Case& after, bool x_at_res
     check_launch("write_late_kernel");
     residual_norm<float, float>(rows(x.data()), rows(static_cast<const float*>(pending.data())), post_norm.data(),
                                 before.scale, norm.data(), kEpsilon, rows(h.data()), stream,
-                                current_device().compute_capability >= 90, x_at_rest);
+                                {.overlap = current_device().compute_capability >= 90, .x_at_rest = x_at_rest});
   });
   graph.launch(stream);
   return {x.to_host(stream), h.to_host(stream)};
@@ -312,6 +314,14 @@ TEST(ResidualNormPlan, Refusals) {
   EXPECT_TRUE(refuses(call(64, 64, a, b), {"h takes the place of x"}));
   EXPECT_TRUE(refuses(call(64, 64, b, nullptr), {"no weights"}));
   EXPECT_TRUE(refuses(call(16392, 16392, b, b), {"width 16392", "16384"}));
+  alignas(16) float rows[64] = {}, out[64] = {};
+  std::uint8_t codes[80];
+  const auto with_codes = [&] {
+    residual_norm<float, float>(
+        make_view(static_cast<float*>(rows), std::int64_t{1}, std::int64_t{64}), {}, nullptr, 1.0f, rows, kEpsilon,
+        make_view(static_cast<float*>(out), std::int64_t{1}, std::int64_t{64}), nullptr, {.codes = {codes, 79}});
+  };
+  EXPECT_TRUE(refuses(with_codes, {"room for codes of 79 B", "need 80 B", "1 rows of 64 values"}));
 }
 
 }  // namespace

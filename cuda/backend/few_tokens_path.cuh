@@ -47,10 +47,10 @@ class FewTokensPath {
     const std::array<PackedMatrix, 3> matrices{weights.attn_q, weights.attn_k, weights.attn_v};
     const std::array<View<float, 2>, 3> outs{heads_as_rows(heads.q), heads_as_rows(heads.k), heads_as_rows(heads.v)};
     const std::size_t count = weights.has_own_v() ? 3 : 2;
-    normalise(weights.attn_norm, pass);
+    const LinearOptions options = normalise(weights.attn_norm, pass, codes_);
     quantized_linear_decode(normed(pass), std::span<const PackedMatrix>(matrices).first(count),
                             std::span<const View<float, 2>>(outs).first(count), context_.device, context_.stream,
-                            products(pass));
+                            options);
     store_heads(context_, pass, layer, heads);
   }
 
@@ -58,9 +58,9 @@ class FewTokensPath {
   [[nodiscard]] ProjectedHeads<float> project_q(std::int64_t layer, Pass& pass) const {
     const PackedLayer& weights = context_.model.layer(layer);
     const ProjectedHeads<float> heads = this->heads(layer, pass);
-    normalise(weights.attn_norm, pass);
+    const LinearOptions options = normalise(weights.attn_norm, pass, codes_);
     quantized_linear_decode<Bf16, float>(normed(pass), weights.attn_q, heads_as_rows(heads.q), context_.device,
-                                         context_.stream, products(pass));
+                                         context_.stream, options);
     return heads;
   }
 
@@ -76,9 +76,9 @@ class FewTokensPath {
     const PackedLayer& weights = context_.model.layer(layer);
     const std::span<float> scratch(gate_up_,
                                    static_cast<std::size_t>(2 * pass.n_token() * context_.config().ffn_hidden));
-    normalise(weights.ffn_norm, pass);
-    LinearOptions options = products(pass);
-    if (!weights.gate_up.is_fused()) options.codes = {};  // their room is that of the products
+    // Apart, gate and up have the room of the codes.
+    const LinearOptions options =
+        normalise(weights.ffn_norm, pass, weights.gate_up.is_fused() ? codes_ : LinearCodes{});
     gate_up_decode(normed(pass), weights.gate_up, scratch, activation(pass), context_.device, context_.stream, options);
   }
 
@@ -90,7 +90,7 @@ class FewTokensPath {
 
   /// The product in front does not write the residual stream.
   void finish(std::int64_t first, std::int64_t count, const float* norm, Bf16* to, const Pass& pass) const {
-    finish_rows<float>(context_, pass, pending_, first, count, norm, to, true);
+    finish_rows<float>(context_, pass, pending_, first, count, norm, to, {.x_at_rest = true});
   }
 
   [[nodiscard]] LinearOptions products(const Pass& pass) const {
@@ -110,9 +110,16 @@ class FewTokensPath {
   [[nodiscard]] View<Bf16, 2> activation(const Pass& pass) const {
     return make_view(activation_, pass.n_token(), context_.config().ffn_hidden);
   }
-  void normalise(const float* norm, Pass& pass) const {
-    finish(0, pass.n_token(), norm, context_.normed, pass);
+  /// Of all rows, before a product. @param room for codes @return how that product runs
+  [[nodiscard]] LinearOptions normalise(const float* norm, Pass& pass, const LinearCodes& room) const {
+    const LinearCodes made = pass.n_token() >= kNormCodesFromTokens ? room : LinearCodes{};
+    const bool has_codes = finish_rows<float>(context_, pass, pending_, 0, pass.n_token(), norm, context_.normed,
+                                              {.x_at_rest = true, .codes = made});
     pass.pending = {};
+    LinearOptions options = products(pass);
+    options.codes = room;
+    if (has_codes) options.made = made;
+    return options;
   }
   /// A product whose output stays pending.
   void project(const View<const Bf16, 2>& x, const PackedMatrix& weight, const Pass& pass) const {

@@ -70,17 +70,19 @@ template <class T>
 }
 
 /// Finishes some rows of the residual stream and normalises them into `to`; nothing is pending on them afterwards.
-/// @param x_at_rest the kernel in front does not write the residual stream
+/// @param options x_at_rest: the kernel in front does not write the residual stream
+/// @return whether there are codes of the rows
 template <class TPending>
-void finish_rows(const PathContext& context, const Pass& pass, const TPending* pending, std::int64_t first,
-                 std::int64_t count, const float* norm, Bf16* to, bool x_at_rest) {
+bool finish_rows(const PathContext& context, const Pass& pass, const TPending* pending, std::int64_t first,
+                 std::int64_t count, const float* norm, Bf16* to, ResidualNormOptions options) {
   const auto range = context.range("norm");
   const std::int64_t hidden = context.config().hidden;
   View<const TPending, 2> added = make_view(pending + first * hidden, count, hidden);
   if (pass.pending.post_norm == nullptr) added.data = nullptr;
-  residual_norm<TPending, Bf16>(make_view(context.residual + first * hidden, count, hidden), added,
-                                pass.pending.post_norm, pass.pending.scale, norm, context.config().rms_epsilon,
-                                make_view(to, count, hidden), context.stream, pass.overlap, x_at_rest);
+  options.overlap = pass.overlap;
+  return residual_norm<TPending, Bf16>(make_view(context.residual + first * hidden, count, hidden), added,
+                                       pass.pending.post_norm, pass.pending.scale, norm, context.config().rms_epsilon,
+                                       make_view(to, count, hidden), context.stream, options);
 }
 
 /// Row `row` of projected heads.

@@ -61,7 +61,7 @@ class PrefillPath {
   }
 
   void finish(std::int64_t first, std::int64_t count, const float* norm, Bf16* to, const Pass& pass) const {
-    finish_rows<Bf16>(context_, pass, pending_, first, count, norm, to, false);
+    finish_rows<Bf16>(context_, pass, pending_, first, count, norm, to, {});
   }
 
   /// How the products run, for the eye.

@@ -8,8 +8,8 @@
 
 #include "cuda/device/launch.cuh"
 #include "cuda/ptx/grid_dependency.cuh"
-#include "cuda/quantized_linear/activation_blocks.cuh"
 #include "cuda/quantized_linear/input.cuh"
+#include "cuda/weights/activation_blocks.cuh"
 #include "gemma4/float16.hpp"
 
 /// Activations as 8-bit integers before the product: a launch in front makes the codes once, in device memory, and each
@@ -18,20 +18,7 @@
 /// Made by each block for itself, codes of 5376, 8192, 16384 and 21504 values cost 1.2, 1.5, 2.9 and 4 us a token (the
 /// int8 products of an H100, from 1 token to 4), and no row is multiplied until then; a launch costs one dependency
 /// more, whatever the tokens. Bytes of a token: cols / 32 * 40, written once, read by each block out of the L2 cache.
-namespace gemma4::cuda {
-
-/// Room for codes in device memory; launches of one stream may share it. Null: products make their codes themselves.
-struct LinearCodes {
-  std::uint8_t* data = nullptr;  ///< at a multiple of 16 bytes
-  std::int64_t n_bytes = 0;
-};
-
-/// Bytes of the codes of n_token rows of cols values.
-[[nodiscard]] constexpr std::int64_t linear_codes_bytes(std::int64_t n_token, std::int64_t cols) {
-  return n_token * detail::activation_groups(cols) * detail::kActivationBytesPerGroup;
-}
-
-namespace detail {
+namespace gemma4::cuda::detail {
 
 inline constexpr int kCodesThreads = 128;
 
@@ -64,6 +51,4 @@ inline void launch_linear_codes(const LinearInput& in, std::int64_t n_token, std
          .overlap = overlap}(linear_codes_kernel, in, n_piece, static_cast<int>(activation_groups(cols)), codes);
 }
 
-}  // namespace detail
-
-}  // namespace gemma4::cuda
+}  // namespace gemma4::cuda::detail

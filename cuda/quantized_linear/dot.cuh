@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/quantized_linear/activation_blocks.cuh"
+#include "cuda/weights/activation_blocks.cuh"
 #include "cuda/weights/layout.cuh"
 #include "gemma4/platform.hpp"
 

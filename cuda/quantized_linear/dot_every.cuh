@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "cuda/ptx/arithmetic.cuh"
-#include "cuda/quantized_linear/activation_blocks.cuh"
 #include "cuda/quantized_linear/dot.cuh"
+#include "cuda/weights/activation_blocks.cuh"
 #include "cuda/weights/codes.cuh"
 #include "gemma4/gguf/block_formats.hpp"
 #include "gemma4/gguf/gguf.hpp"

@@ -8,11 +8,11 @@
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
-#include "cuda/quantized_linear/activation_blocks.cuh"
 #include "cuda/quantized_linear/dot.cuh"
 #include "cuda/quantized_linear/dot_every.cuh"
 #include "cuda/quantized_linear/input.cuh"
 #include "cuda/quantized_linear/stages.cuh"
+#include "cuda/weights/activation_blocks.cuh"
 #include "cuda/weights/layout.cuh"
 #include "gemma4/float16.hpp"
 
@@ -338,7 +338,7 @@ __device__ __forceinline__ void multiply(const LinearParams& params, unsigned ch
 /// @tparam kTokens tokens as compiled, 1, 2, 4 or 8; those beyond params.n_token are zeros and not stored
 /// @tparam kEvery  whether matrices may have any packed type, or one of the four
 template <int kTokens, bool kEvery>
-__global__ void __launch_bounds__(kLinearThreads, kTokens <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(kLinearThreads, kTokens <= 4 ? 2 : 1)
     linear_decode_kernel(const __grid_constant__ LinearParams params) {
   extern __shared__ __align__(128) unsigned char linear_smem_bytes[];
   if (threadIdx.x == 0) init_ring(params, linear_smem_bytes);

@@ -7,8 +7,8 @@
 
 #include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/vector_io.cuh"
-#include "cuda/quantized_linear/activation_blocks.cuh"
 #include "cuda/quantized_linear/input.cuh"
+#include "cuda/weights/activation_blocks.cuh"
 #include "gemma4/float16.hpp"
 #include "gemma4/platform.hpp"
 

@@ -8,7 +8,7 @@
 #include "cuda/ptx/arithmetic.cuh"
 #include "cuda/ptx/matrix.cuh"
 #include "cuda/ptx/opaque.cuh"
-#include "cuda/quantized_linear/activation_blocks.cuh"
+#include "cuda/weights/activation_blocks.cuh"
 #include "cuda/weights/layout.cuh"
 #include "gemma4/platform.hpp"
 

@@ -54,15 +54,19 @@ struct LinearPlan {
   }
 };
 
-/// Values of a call, of all its tokens, from which their codes are made ahead, where there is room for them. More than
-/// there may be, as long as no table says from where on that is faster (`linear`, --codes-from). By arithmetic 16384:
-/// one token of the wide rows, two of 8192 columns, four of any; on an H100 that is 3 % of ffn_down and nothing of a
-/// chain.
-inline constexpr std::int64_t kCodesFromValues = std::int64_t{1} << 40;
+/// Values of a call, of all its tokens, from which their codes are made ahead by a launch of their own, where there is
+/// room for them (`linear`, --codes-from). That launch is some 3.5 us whatever it makes; in its place the blocks of a
+/// product make codes of 21504 values in some 4 us (an H100: one token of ffn_down gains 0.7 us, one of 16384 columns
+/// nothing, and a chain of one token nothing either), and of four tokens in four times that.
+inline constexpr std::int64_t kCodesFromValues = 40'000;
 
-/// What may be done otherwise in products; the same bits in any case (`linear`, --variant: 1, 2, 4 and 8, added). The
-/// first three are of dot products. On an H100 half_tickets takes 0.5 % off a chain with the norms between, of Q4_K_M
-/// and of Q4_0 alike, though attn_output by itself takes 5 % longer; deals_of_launch nothing; 2 was not timed.
+/// Tokens from which the norm in front of a product leaves its rows as codes too, which costs their bytes (`linear`,
+/// --norm-codes-from). One token is not among them: its codes are made while the ring fills.
+inline constexpr std::int64_t kNormCodesFromTokens = 2;
+
+/// What may be done otherwise in products; the same bits in any case (`linear`, --variant: 1, 2, 4, 8 and 16, added). 8
+/// is of int8, the others of dot products. On an H100 half_tickets takes 0.5 % off a chain with the norms between, of
+/// Q4_K_M and of Q4_0 alike, though attn_output by itself takes 5 % longer; deals_of_launch nothing; 2 was not timed.
 ///
 /// By arithmetic, for ffn_down of the 31B in Q4_0 or Q4_K (5376 rows of four chunks, 97 KB for eight): 264 blocks have
 /// 16 rows each, and 144 of them a ticket of eight more, which the others do not help with; and a ring of three stages
@@ -72,12 +76,15 @@ struct LinearVariant {
   bool low_stages = false;       ///< 2: all stages of one token are of four rows, where rows are several chunks
   bool deals_of_launch = false;  ///< 4: dealt rows are a share of the launch's rows, not of its last matrix
   bool int8_whole = false;       ///< 8: one block with all activations, before two with a chunk of them
+  bool one_block = false;        ///< 16: of three and four tokens a multiprocessor has one block, not two
 
+  static constexpr int kMost = 31;
   [[nodiscard]] static constexpr LinearVariant of(int sum) {
-    return {(sum & 1) != 0, (sum & 2) != 0, (sum & 4) != 0, (sum & 8) != 0};
+    return {(sum & 1) != 0, (sum & 2) != 0, (sum & 4) != 0, (sum & 8) != 0, (sum & 16) != 0};
   }
 };
-inline constexpr LinearVariant kLinearVariant = LinearVariant::of(1);
+inline constexpr int kLinearVariantSum = 1;
+inline constexpr LinearVariant kLinearVariant = LinearVariant::of(kLinearVariantSum);
 
 /// How a product for few tokens may run; the same bits in any case.
 struct LinearOptions {
@@ -87,6 +94,7 @@ struct LinearOptions {
   LinearVariant variant = kLinearVariant;
   bool overlap = true;                         ///< programmatic dependent launch, where the device has it
   LinearCodes codes = {};                      ///< room for codes that are made ahead
+  LinearCodes made = {};                       ///< the rows' codes, where a launch in front has made them
   std::int64_t codes_from = kCodesFromValues;  ///< values of a call from which that is done
   std::int64_t int8_from =
       kInt8FromTokens;  ///< tokens of a call from which it takes LinearPath::kInt8, where that fits
@@ -101,6 +109,14 @@ namespace detail {
 /// Shared memory with which two blocks share a multiprocessor. (1 KB of each block is the system's.)
 [[nodiscard]] constexpr std::int64_t half_of_smem(std::int64_t limit) {
   return (limit + 1024) / 2 - 1024;
+}
+
+/// Bytes that a multiprocessor has on their way at least: 1.3 us of an H200's memory.
+inline constexpr std::int64_t kBytesAhead = 44 * 1024;
+
+/// Those of a block, whose warps have one and a half stages in hand.
+[[nodiscard]] constexpr std::int64_t bytes_ahead(int n_slot, std::int64_t slot_bytes) {
+  return (2 * n_slot - 3) * slot_bytes / 2;
 }
 
 /// Slots of the ring that fit into `smem_limit` bytes.
@@ -134,8 +150,12 @@ namespace detail {
   }
   plan.n_token = static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(n_token, 1, 8))));
   for (; plan.n_token >= 1; plan.n_token /= 2) {
-    plan.n_slot = plan.n_token > 2 ? 0 : detail::linear_slots(cols, plan.n_token, plan.slot_bytes, half);
-    if (plan.n_slot < 3) {
+    // Two blocks share a multiprocessor where their rings do for it: the next kernel's then begin under their end.
+    const int most_of_two = variant.one_block ? 2 : 4;
+    plan.n_slot = plan.n_token > most_of_two ? 0 : detail::linear_slots(cols, plan.n_token, plan.slot_bytes, half);
+    const bool is_enough =
+        plan.n_token <= 2 || 2 * detail::bytes_ahead(plan.n_slot, plan.slot_bytes) >= detail::kBytesAhead;
+    if (plan.n_slot < 3 || !is_enough) {
       plan.n_slot = detail::linear_slots(cols, plan.n_token, plan.slot_bytes, device.smem_limit_bytes);
     }
     if (plan.n_slot >= 2) break;
@@ -143,7 +163,7 @@ namespace detail {
   require(plan.n_token >= 1, "quantized_linear: rows of ", cols, " columns do not fit into ", device.smem_limit_bytes,
           " B of shared memory a block");
   plan.smem_bytes = detail::linear_smem(cols, plan.n_token, plan.n_slot, static_cast<int>(plan.slot_bytes)).total;
-  plan.n_block = plan.n_token <= 2 && plan.smem_bytes <= half ? 2 * device.sm_count : device.sm_count;
+  plan.n_block = plan.n_token <= 4 && plan.smem_bytes <= half ? 2 * device.sm_count : device.sm_count;
   return plan;
 }
 
@@ -174,10 +194,6 @@ namespace detail {
           .sums = static_cast<std::int32_t>(sums)};
 }
 
-/// Bytes that a multiprocessor has on their way at least: 1.3 us of an H200's memory. The warps of a block have one and
-/// a half stages in hand.
-inline constexpr std::int64_t kInt8BytesAhead = 44 * 1024;
-
 /// The most slots for one way to lay out a block; whether that leaves enough bytes on their way.
 inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, int blocks_of_one) {
   plan.n_slot = 0;
@@ -185,8 +201,8 @@ inline bool fit_int8(LinearPlan& plan, std::int64_t cols, std::int64_t limit, in
          int8_smem(cols, plan.n_token, plan.is_by_chunk, plan.n_slot + 1, plan.slot_bytes).total <= limit) {
     ++plan.n_slot;
   }
-  const std::int64_t ahead = (2 * plan.n_slot - 3) * plan.slot_bytes / 2;
-  return plan.n_slot == kMaxLinearSlots || blocks_of_one * ahead >= (blocks_of_one == 1 ? 2 : 1) * kInt8BytesAhead;
+  const std::int64_t ahead = bytes_ahead(plan.n_slot, plan.slot_bytes);
+  return plan.n_slot == kMaxLinearSlots || blocks_of_one * ahead >= (blocks_of_one == 1 ? 2 : 1) * kBytesAhead;
 }
 
 }  // namespace detail

@@ -38,15 +38,18 @@ struct Pool {
   cuda::DeviceBuffer<std::byte> packed;
 };
 
+/// What `linear` may change of how products run.
+struct LinearTuning {
+  int variant = cuda::kLinearVariantSum;                      ///< see cuda::LinearVariant
+  std::int64_t codes_from = cuda::kCodesFromValues;           ///< see cuda::LinearOptions
+  std::int64_t norm_codes_from = cuda::kNormCodesFromTokens;  ///< tokens from which a norm in front makes the codes
+};
+
 class LinearBench {
  public:
-  /// @param variant     see cuda::LinearVariant
-  /// @param codes_from  see cuda::LinearOptions; below zero: no room for codes
-  LinearBench(std::uint64_t seed, const cuda::LinearVariant& variant, std::int64_t codes_from)
-      : rows_(seed), device_(cuda::current_device()), variant_(variant), codes_from_(codes_from) {
-    if (codes_from >= 0) {
-      codes_ = cuda::DeviceBuffer<std::uint8_t>(cuda::linear_codes_bytes(cuda::kMaxInt8Tokens, kMaxCols));
-    }
+  LinearBench(std::uint64_t seed, const LinearTuning& tuning)
+      : rows_(seed), device_(cuda::current_device()), tuning_(tuning) {
+    codes_ = cuda::DeviceBuffer<std::uint8_t>(cuda::linear_codes_bytes(cuda::kMaxInt8Tokens, kMaxCols));
     x_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxInt8Tokens * kMaxCols);
     normed_ = cuda::DeviceBuffer<Bf16>(cuda::kMaxInt8Tokens * kHidden);
     fill_random(x_.data(), x_.size(), static_cast<std::uint32_t>(seed) + 7, stream_);
@@ -87,7 +90,7 @@ class LinearBench {
   }
 
   void enqueue(const Launch& launch, const std::byte* data, std::int64_t n_token, Start start,
-               const cuda::LinearOptions& options) {
+               cuda::LinearOptions options) {
     std::array<cuda::PackedMatrix, 4> matrices{};
     std::array<View<float, 2>, 4> outs{};
     float* out = out_.data();
@@ -113,10 +116,13 @@ class LinearBench {
     if (start == Start::kPlain || !launch.begins_with_norm) {
       return run(make_view(static_cast<const Bf16*>(x_.data()), n_token, launch.cols));
     }
-    cuda::residual_norm<float, Bf16>(
+    const cuda::LinearCodes room = n_token >= tuning_.norm_codes_from ? options.codes : cuda::LinearCodes{};
+    const bool has_codes = cuda::residual_norm<float, Bf16>(
         make_view(residual_.data(), n_token, launch.cols),
         make_view(static_cast<const float*>(pending_.data()), n_token, launch.cols), norms_.data(), 1.0f, norms_.data(),
-        1e-6f, make_view(normed_.data(), n_token, launch.cols), stream_, device_.compute_capability >= 90, true);
+        1e-6f, make_view(normed_.data(), n_token, launch.cols), stream_,
+        {.overlap = device_.compute_capability >= 90, .x_at_rest = true, .codes = room});
+    if (has_codes) options.made = room;
     run(make_view(static_cast<const Bf16*>(normed_.data()), n_token, launch.cols));
   }
 
@@ -214,9 +220,9 @@ class LinearBench {
 
   [[nodiscard]] cuda::LinearOptions options_of(const Width& width) {
     return {.tickets = tickets_.data(),
-            .variant = variant_,
+            .variant = cuda::LinearVariant::of(tuning_.variant),
             .codes = {codes_.data(), codes_.size()},
-            .codes_from = codes_from_,
+            .codes_from = tuning_.codes_from,
             .int8_from = width.int8_from()};
   }
 
@@ -251,8 +257,7 @@ class LinearBench {
 
   SyntheticRows rows_;
   cuda::DeviceInfo device_;
-  cuda::LinearVariant variant_;
-  std::int64_t codes_from_ = 0;
+  LinearTuning tuning_;
   cuda::DeviceBuffer<std::uint8_t> codes_;
   cuda::Stream stream_;
   std::map<std::pair<TensorType, std::int64_t>, Pool> pools_;

@@ -11,13 +11,17 @@
 #include "gemma4/plan/packed_rows.hpp"
 #include "gemma4/platform.hpp"
 
-/// Activations as 8-bit integers in blocks of 32, made by each thread block for itself in shared memory.
+/// Activations as 8-bit integers in blocks of 32: made by each thread block of a product for itself in shared memory,
+/// or in device memory by a launch in front of it, of their own (cuda/quantized_linear/codes_ahead.cuh) or that of the
+/// norm which writes the activations (cuda/residual_norm.cuh). The same codes in any case.
 ///
 /// Block scale s = max|x| / 127, code q = round(x / s) to nearest even, so that |x - s q| <= s / 2 (and a few ulp). A
 /// block whose largest magnitude is below 2^-110 becomes zero. A block with an infinity or a NaN gets scale NaN, and
 /// with it every output of its row: callers refuse such activations, the kernel does not hide them.
-/// Bytes in shared memory, for G blocks: [0:16G) codes 0-15 of each | [16G:32G) codes 16-31 | [32G:40G) BlockTail.
-namespace gemma4::cuda::detail {
+/// Bytes of a row, for G blocks: [0:16G) codes 0-15 of each | [16G:32G) codes 16-31 | [32G:40G) BlockTail.
+namespace gemma4::cuda {
+
+namespace detail {
 
 inline constexpr int kActivationBytesPerGroup = 40;
 
@@ -25,6 +29,21 @@ inline constexpr int kActivationBytesPerGroup = 40;
 [[nodiscard]] constexpr std::int64_t activation_groups(std::int64_t cols) {
   return (row_groups(cols) + 1) / 2 * 2;
 }
+
+}  // namespace detail
+
+/// Room for codes in device memory; launches of one stream may share it. Null: there is none.
+struct LinearCodes {
+  std::uint8_t* data = nullptr;  ///< at a multiple of 16 bytes
+  std::int64_t n_bytes = 0;
+};
+
+/// Bytes of the codes of n_token rows of cols values.
+[[nodiscard]] constexpr std::int64_t linear_codes_bytes(std::int64_t n_token, std::int64_t cols) {
+  return n_token * detail::activation_groups(cols) * detail::kActivationBytesPerGroup;
+}
+
+namespace detail {
 
 /// 1.5 * 2^23: added to a float below 2^22, it rounds it to an integer, to nearest even, and leaves that in the low
 /// bits; subtracted from a float with these bits plus an integer, it converts the integer. kMagic is its bits.
@@ -117,4 +136,6 @@ __device__ __forceinline__ void quantize_row(const TIn* x, std::uint8_t* activat
   }
 }
 
-}  // namespace gemma4::cuda::detail
+}  // namespace detail
+
+}  // namespace gemma4::cuda
