@@ -147,22 +147,22 @@ TEST(LinearChainGpu, OverlapAndGraphDoNotChangeABit) {
 TEST(LinearChainGpu, CodesOfSeveralTokensInOneRoomDoNotChangeABit) {
   Chain chain;
   for (const std::int64_t n_token : {2, 4, 8}) {
-    const std::vector<float> expected = chain.run(40, {.overlap = false, .as_graph = false}, n_token);
+    const std::vector<float> expected = chain.run(12, {.overlap = false, .as_graph = false}, n_token);
     for (const std::int64_t int8_from : {std::int64_t{1}, kMaxInt8Tokens + 1}) {
       for (const std::int64_t codes_from : {std::int64_t{0}, n_token * Chain::kFfn, std::int64_t{1}}) {
         const auto what = ::testing::Message()
                           << n_token << " tokens, int8 from " << int8_from << ", codes from " << codes_from;
         EXPECT_TRUE(same_bytes(
-            chain.run(40, {.dealt = true, .codes_from = codes_from, .int8_from = int8_from}, n_token), expected))
+            chain.run(12, {.dealt = true, .codes_from = codes_from, .int8_from = int8_from}, n_token), expected))
             << what;
         EXPECT_TRUE(same_bytes(
-            chain.run(40, {.dealt = true, .codes_from = codes_from, .codes_by_norm = true, .int8_from = int8_from},
+            chain.run(12, {.dealt = true, .codes_from = codes_from, .codes_by_norm = true, .int8_from = int8_from},
                       n_token),
             expected))
             << what << ", by the norms";
       }
     }
-    EXPECT_FALSE(same_bytes(chain.run(39, {}, n_token), expected));
+    EXPECT_FALSE(same_bytes(chain.run(11, {}, n_token), expected));
   }
 }
 
