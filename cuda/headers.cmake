@@ -137,6 +137,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention/prefill.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention/record_call.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_attention/record_ring.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/tq4_attention/rows.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/tq4_cache/layout.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/weights/activation_blocks.cuh"

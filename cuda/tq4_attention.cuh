@@ -13,6 +13,7 @@
 #include "cuda/tq4_attention/decode_launch.cuh"
 #include "cuda/tq4_attention/prefill.cuh"
 #include "cuda/tq4_attention/record_call.cuh"
+#include "cuda/tq4_attention/rows.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/checks.hpp"
@@ -89,11 +90,9 @@ inline void tq4_attention(const Tq4AttentionCall& call, const Tq4AttentionPlan& 
   if (plan.path == Tq4Path::kPrefill) {
     return tq4_attention_prefill(call, plan.prefill, workspace, stream, work_count);
   }
-  detail::Tq4DecodeParams params = detail::record_decode_params(call, plan.shape, plan.decode, workspace, work_count);
-  params.cache = call.cache;
-  params.rotation = call.codec.rotation().params();
-  params.levels = detail::decode_levels_of(call.codec);
-  detail::launch_tq4_decode(plan.decode, params, call.codec.k_bytes() && call.codec.v_bytes(), stream);
+  detail::launch_tq4_decode(plan.decode,
+                            detail::tq4_decode_params(call, plan.shape, plan.decode, workspace, work_count),
+                            call.codec.k_bytes() && call.codec.v_bytes(), stream);
 }
 
 }  // namespace gemma4::cuda

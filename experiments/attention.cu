@@ -56,8 +56,9 @@ void add_rows(const Options& options, std::vector<Case>& cases) {
     const AttentionShape shape = full_shape(options, n_row);
     for (const std::int64_t context : options.driver.contexts) {
       if (context < n_row || context > options.buffer_len) continue;
-      for (const std::string& kind : options.one_vector) {
-        for (const char* const phase : {"rows", "rows_apart"}) cases.push_back({kind, phase, shape, context});
+      for (const char* const phase : {"rows", "rows_apart"}) {
+        cases.push_back({"tq4", phase, shape, context});
+        for (const std::string& kind : options.one_vector) cases.push_back({kind, phase, shape, context});
       }
     }
   }
@@ -123,13 +124,11 @@ const TableShape kShape = {{"kind", "phase", "n_query", "context", "n_head", "n_
 /// A case over a cache of a full layer.
 template <class TCaches>
 Measurement measure_full(const Case& c, TCaches& caches, std::uint32_t seed, cudaStream_t stream) {
+  if (c.phase == "rows" || c.phase == "rows_apart") {
+    DraftedRows<TCaches> rows(caches, c.phase == "rows");
+    return measure_attention(c, rows, seed, stream);
+  }
   return c.phase == "update" ? measure_update(c, caches, seed, stream) : measure_attention(c, caches, seed, stream);
-}
-
-Measurement measure_one_vector(const Case& c, KvCaches& caches, std::uint32_t seed, cudaStream_t stream) {
-  if (c.phase != "rows" && c.phase != "rows_apart") return measure_full(c, caches, seed, stream);
-  KvRows rows(caches, c.phase == "rows");
-  return measure_attention(c, rows, seed, stream);
 }
 
 Measurement measure_sliding(const Case& c, std::uint32_t seed, cudaStream_t stream) {
@@ -155,7 +154,7 @@ void measure(const Options& options, ResultTable& table) {
   const auto measure_case = [&](const Case& c) {
     if (c.kind == "sliding") return measure_sliding(c, seed, stream);
     if (c.kind == "tq4") return measure_full(c, tq4, seed, stream);
-    if (c.kind != "bf16") return measure_one_vector(c, one_vector.at(c.kind), seed, stream);
+    if (c.kind != "bf16") return measure_full(c, one_vector.at(c.kind), seed, stream);
     Bf16Caches bf16(c.shape, seed, stream);
     return measure_attention(c, bf16, seed, stream);
   };
@@ -175,7 +174,7 @@ void run(int argc, char** argv) {
             {1, 4096})
       ->delimiter(',');
   add_whole(app, "--rows", options.rows,
-            "Drafted rows, at once and in a call each, over one vector and over a ring, comma-separated",
+            "Drafted rows, at once and in a call each, over each cache of codes and over a ring, comma-separated",
             {1, cuda::KvRowsPlan::kMostRows})
       ->delimiter(',');
   app.add_option("--one-vector", options.one_vector, "Formats of one vector for K and V, comma-separated")

@@ -139,20 +139,6 @@ class Rows {
   DeviceBuffer<float> weight_;
 };
 
-/// How many values differ in their bits, and where the first is.
-testing::AssertionResult same_bits(const std::vector<Bf16>& found, const std::vector<Bf16>& expected) {
-  std::int64_t n_different = 0, first = -1;
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    if (found[i].bits == expected[i].bits) continue;
-    if (n_different++ == 0) first = static_cast<std::int64_t>(i);
-  }
-  if (n_different == 0) return testing::AssertionSuccess();
-  const auto at = static_cast<std::size_t>(first);
-  return testing::AssertionFailure() << n_different << " of " << expected.size() << " values differ, the first, "
-                                     << first << ", is " << to_float(found[at]) << " instead of "
-                                     << to_float(expected[at]);
-}
-
 /// The configurations of one row that add like one of several, and fit.
 std::vector<KvDecodeTile> ones_for(const KvDecodeTile& rows) {
   std::vector<KvDecodeTile> ones;

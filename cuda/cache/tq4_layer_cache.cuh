@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "cuda/cache/chunk.cuh"
 #include "cuda/cache/full_layer_cache.cuh"
@@ -27,6 +28,7 @@ template <>
 class FullLayerCaches<Tq4Format> {
  public:
   using Plan = Tq4AttentionPlan;
+  using RowsPlan = Tq4RowsPlan;
   static constexpr bool kSinkStores = Tq4Format::kStoredByPrologue;
 
   FullLayerCaches(const Tq4Format& format, const FullCacheShape& shape, std::span<std::byte> memory)
@@ -52,15 +54,34 @@ class FullLayerCaches<Tq4Format> {
       row.tile += concat(row.tile.empty() ? "" : ", ", plan.prefill.heads_per_pass, " heads a pass");
       return row;
     }
-    const Tq4DecodeTile& tile = plan.decode.tile;
     const bool bytes = codec_->k_bytes() && codec_->v_bytes();
     return {.component = "attention_full",
             .path = concat("tq4 decode, ", bytes ? "byte levels" : "level tables"),
-            .tile = concat("d", tile.head_dim, " pairs ", tile.pairs, " stages ", tile.n_stage,
-                           plan.decode.overlap ? "" : ", no PDL"),
+            .tile = tile_text(plan.decode),
             .n_split = plan.decode.n_split,
             .bytes = plan.workspace_bytes,
             .why = bytes ? "" : "the codebook has no byte levels"};
+  }
+
+  [[nodiscard]] RowsPlan plan_rows(const FullPlanWish& wish, const Plan& one, std::int64_t partials_bytes) const {
+    const bool bytes = codec_->k_bytes() && codec_->v_bytes();
+    Tq4DecodePlan of_one = one.decode;
+    of_one.overlap = wish.overlap;
+    return plan_tq4_rows(shape_.attention(wish.n_query), of_one, bytes, partials_bytes);
+  }
+  [[nodiscard]] StepPlanRow row_of_rows(const RowsPlan& plan) const {
+    return {.component = "attention_full",
+            .path = concat("tq4 decode, ", plan.shape.n_query, " rows in one launch"),
+            .tile = tile_text(plan.one),
+            .n_split = plan.one.n_split,
+            .bytes = plan.workspace_bytes,
+            .why = plan.rows_a_launch < plan.shape.n_query
+                       ? concat("the workspace holds the split keys of ", plan.rows_a_launch, " rows")
+                       : ""};
+  }
+  void attend_rows(std::int64_t index, const FullAttentionCall& call, const RowsPlan& plan, cudaStream_t stream) const {
+    tq4_attention_rows({with_batch(call.q), records(index), *codec_, call.options, call.kv_len, with_batch(call.q)},
+                       plan, call.partials, stream, call.work_count);
   }
 
   [[nodiscard]] Tq4Kv sink(std::int64_t index, const FreshKv& /*fresh*/) const { return {*codec_, records(index)}; }
@@ -84,6 +105,10 @@ class FullLayerCaches<Tq4Format> {
   }
 
  private:
+  [[nodiscard]] static std::string tile_text(const Tq4DecodePlan& plan) {
+    return concat("d", plan.tile.head_dim, " pairs ", plan.tile.pairs, " stages ", plan.tile.n_stage,
+                  plan.overlap ? "" : ", no PDL");
+  }
   [[nodiscard]] std::int64_t layer_bytes() const {
     return tq4_cache_bytes(1, shape_.n_head_kv, shape_.context, shape_.head_dim);
   }

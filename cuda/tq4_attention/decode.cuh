@@ -98,14 +98,15 @@ __device__ __forceinline__ void merge_pairs(Tq4DecodeState<TTraits>& state, cons
   }
 }
 
-/// grid: x = split, y and z as in Tq4DecodeUnit.
+/// grid: x = split, y and z as in Tq4DecodeUnit; of rows see Tq4DecodePlace.
 template <class TTraits>
 __global__ void __launch_bounds__(TTraits::kThreads, TTraits::kBlocksPerSm)
     tq4_decode_kernel(const __grid_constant__ Tq4DecodeParams params) {
   extern __shared__ __align__(128) unsigned char smem[];
   constexpr int kWarps = 2 * TTraits::kPairs;
   const Tq4DecodeThread at = Tq4DecodeThread::here();
-  const Tq4DecodeUnit unit = Tq4DecodeUnit::here(params);
+  const auto place = Tq4DecodePlace<TTraits>::here(params);
+  const Tq4DecodeUnit& unit = place.unit;
   const int slot = static_cast<int>(threadIdx.x) / 32;  // row of q that this warp stages
   // The parameters that the first steps need are read before the wait: the misses of the constant cache, one a line,
   // then lie beside the end of the kernel before and not one after another behind the copies of this one.
@@ -116,8 +117,8 @@ __global__ void __launch_bounds__(TTraits::kThreads, TTraits::kBlocksPerSm)
   allow_next_kernel();
   float x[TTraits::kValues];
   if (slot < kRowTile) load_query<TTraits>(params, unit, slot, x);  // its latency runs beside that of kv_len
-  const Tq4DecodeKeys keys = decode_keys(params);
-  const auto block = static_cast<int>(blockIdx.x);
+  const Tq4DecodeKeys keys = decode_keys(params, place.token);
+  const int block = place.split;
   if (block >= keys.n_active) return;  // the whole block; the merge knows
 
   const int first = share(keys.n_record, block, keys.n_active);
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, TTraits::kBlocksPerSm)
   typename TTraits::Ring ring;
   ring.start(smem + at.pair * TTraits::kStages * TTraits::kRecordBytes,
              smem + TTraits::kBarrierOffset + at.pair * TTraits::kStages * 8,
-             reinterpret_cast<const unsigned char*>(params.cache.record(unit.batch, unit.head_kv, 0)), begin, end,
+             reinterpret_cast<const unsigned char*>(params.cache.record(place.sequence, unit.head_kv, 0)), begin, end,
              TTraits::kTeamBarrier + at.pair);
   unsigned char* const q_smem = smem + TTraits::kQOffset;
   auto* const scales = reinterpret_cast<float*>(smem + TTraits::kScaleOffset);

@@ -4,6 +4,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <span>
 
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/for_listed.cuh"
@@ -11,6 +13,7 @@
 #include "cuda/flash/record_decode.cuh"
 #include "cuda/tq4_attention/combine.cuh"
 #include "cuda/tq4_attention/decode.cuh"
+#include "cuda/tq4_attention/record_call.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
@@ -43,24 +46,27 @@ using Tq4DecodePlan = RecordDecodePlan<Tq4DecodeTile>;
 
 namespace detail {
 
+/// @tparam TTraits of the decode kernel
+template <class TTraits>
+void launch_tq4_kernels(const Tq4DecodePlan& plan, const Tq4DecodeParams& params, cudaStream_t stream) {
+  Launch{.what = "tq4_decode_kernel",
+         .grid = plan.grid,
+         .block = TTraits::kThreads,
+         .stream = stream,
+         .overlap = plan.overlap,
+         .smem_bytes = TTraits::kSmemBytes}(tq4_decode_kernel<TTraits>, params);
+  Launch{.what = "tq4_combine_kernel",
+         .grid = plan.combine_grid,
+         .block = kTq4CombineThreads,
+         .stream = stream,
+         .overlap = plan.overlap}(tq4_combine_kernel<TTraits::kHeadDim, TTraits::kOfRows>, params);
+}
+
 inline void launch_tq4_decode(const Tq4DecodePlan& plan, const Tq4DecodeParams& params, bool byte_levels,
                               cudaStream_t stream) {
   const auto launch = [&]<Tq4DecodeTile kTile>() {
-    const auto decode = [&]<class TTraits>() {
-      Launch{.what = "tq4_decode_kernel",
-             .grid = plan.grid,
-             .block = TTraits::kThreads,
-             .stream = stream,
-             .overlap = plan.overlap,
-             .smem_bytes = TTraits::kSmemBytes}(tq4_decode_kernel<TTraits>, params);
-    };
-    byte_levels ? decode.template operator()<Tq4DecodeTraits<kTile, true>>()
-                : decode.template operator()<Tq4DecodeTraits<kTile, false>>();
-    Launch{.what = "tq4_combine_kernel",
-           .grid = plan.combine_grid,
-           .block = kTq4CombineThreads,
-           .stream = stream,
-           .overlap = plan.overlap}(tq4_combine_kernel<kTile.head_dim>, params);
+    byte_levels ? launch_tq4_kernels<Tq4DecodeTraits<kTile, true>>(plan, params, stream)
+                : launch_tq4_kernels<Tq4DecodeTraits<kTile, false>>(plan, params, stream);
   };
   for_listed<kTq4DecodeTiles>(plan.tile, "tq4_attention: the tile is not in kTq4DecodeTiles", launch);
 }
@@ -79,6 +85,18 @@ inline void launch_tq4_decode(const Tq4DecodePlan& plan, const Tq4DecodeParams& 
     levels.v = level_table<Bf16>(codec.v_codebook());
   }
   return levels;
+}
+
+/// What the kernels are told of a Tq4AttentionCall.
+template <class TCall>
+[[nodiscard]] Tq4DecodeParams tq4_decode_params(const TCall& call, const AttentionShape& shape,
+                                                const Tq4DecodePlan& plan, std::span<std::byte> workspace,
+                                                unsigned long long* work_count) {
+  Tq4DecodeParams params = record_decode_params(call, shape, plan, workspace, work_count);
+  params.cache = call.cache;
+  params.rotation = call.codec.rotation().params();
+  params.levels = decode_levels_of(call.codec);
+  return params;
 }
 
 }  // namespace detail

@@ -43,6 +43,10 @@ inline constexpr std::array kTq4DecodeTiles{
     Tq4DecodeTile{.head_dim = 64, .pairs = 8, .n_stage = 3, .blocks_per_sm = 1},
 };
 
+/// Those that take rows at once, with byte levels.
+inline constexpr std::array kTq4RowsTiles{kTq4DecodeTiles[0], kTq4DecodeTiles[2], kTq4DecodeTiles[4],
+                                          kTq4DecodeTiles[5]};
+
 namespace detail {
 
 /// The levels of both sides as decode takes them.
@@ -75,12 +79,14 @@ struct Tq4DecodeParams {
   float* partial_o = nullptr;    ///< [n_unit, n_split, kRowTile, head_dim]
   float2* partial_ml = nullptr;  ///< [n_unit, n_split, kRowTile]: reference (base 2) and sum of the weights
   unsigned long long* record_count = nullptr;  ///< of visited records; tests only
-  int n_token = 1;                             ///< of a call of rows (cuda/kv_attention/rows.cuh): they stand for batch
+  int n_token = 1;  ///< of a call of rows (rows.cuh here and of kv_attention): they stand for batch, over one sequence
 };
 static_assert(std::is_trivially_copyable_v<Tq4DecodeParams>);
 
-template <Tq4DecodeTile kTile, bool kBytes>
+/// @tparam kRows a call of rows (cuda/tq4_attention/rows.cuh)
+template <Tq4DecodeTile kTile, bool kBytes, bool kRows = false>
 struct Tq4DecodeTraits {
+  static constexpr bool kOfRows = kRows;
   static constexpr int kHeadDim = kTile.head_dim, kPairs = kTile.pairs, kStages = kTile.n_stage;
   static constexpr bool kByteLevels = kBytes;
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;

@@ -38,10 +38,32 @@ struct Tq4DecodeUnit {
   std::int64_t first;  ///< partial of the first split
 
   [[nodiscard]] static __device__ __forceinline__ Tq4DecodeUnit here(const Tq4DecodeParams& params) {
-    const auto head = static_cast<int>(blockIdx.y), z = static_cast<int>(blockIdx.z);
+    return of(params, static_cast<int>(blockIdx.z));
+  }
+  /// @param z as in the grid
+  [[nodiscard]] static __device__ __forceinline__ Tq4DecodeUnit of(const Tq4DecodeParams& params, int z) {
+    const auto head = static_cast<int>(blockIdx.y);
     const int batch = params.n_row_tile == 1 ? z : z / params.n_row_tile;  // divisions cost before the first load
     return {batch, head, kRowTile * (z - batch * params.n_row_tile), params.n_query * params.group,
             (std::int64_t{z} * params.n_head_kv + head) * params.n_split};
+  }
+};
+
+/// Where a block of tq4_decode_kernel is. In a call of rows each is a token of one sequence, and the blocks that read
+/// the same records stand behind each other, x = split * n_token + token, so that all but one find them in the L2.
+template <class TTraits>
+struct Tq4DecodePlace {
+  Tq4DecodeUnit unit;
+  int split, sequence, token;
+
+  [[nodiscard]] static __device__ __forceinline__ Tq4DecodePlace here(const Tq4DecodeParams& params) {
+    const auto x = static_cast<int>(blockIdx.x), z = static_cast<int>(blockIdx.z);
+    if constexpr (!TTraits::kOfRows) {
+      const Tq4DecodeUnit unit = Tq4DecodeUnit::of(params, z);
+      return {unit, x, unit.batch, 0};
+    }
+    const int split = x / params.n_token, token = x - split * params.n_token;
+    return {Tq4DecodeUnit::of(params, token * params.n_row_tile + z), split, 0, token};
   }
 };
 

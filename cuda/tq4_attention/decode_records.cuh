@@ -233,7 +233,8 @@ __device__ __forceinline__ void absorb_records(Tq4DecodeState<TTraits>& state, c
     for (int i = 0; i < 4; ++i) s[i] *= k_norm.value[i >> 1] * row_scale[i & 1];
     const int first = index * kTq4RecordTokens;
     if (first + kTq4RecordTokens > run.seen_by_all) {
-      hide_tokens(s, v_norm, params, Tq4DecodeUnit::here(params), first, at);
+      const auto place = Tq4DecodePlace<TTraits>::here(params);
+      hide_tokens(s, v_norm, params, place.unit, first, at, place.token);
     }
     std::uint32_t weights[2];
     weigh_tokens(state, s, v_norm, weights);

@@ -106,8 +106,16 @@ class Tq4Caches {
     return cuda::plan_tq4_attention(shape, options, cuda::current_device(), choice);
   }
   void attend(int i, const cuda::Tq4AttentionPlan& plan, const TimedCall& call) {
-    cuda::tq4_attention({call.q, cache(i), codec_, call.options, call.kv_len, call.out}, plan, call.workspace,
-                        call.stream);
+    cuda::tq4_attention(call_of(i, call), plan, call.workspace, call.stream);
+  }
+  using Plan = cuda::Tq4AttentionPlan;
+  using RowsPlan = cuda::Tq4RowsPlan;
+  /// @param shape n_query: rows @param one of one of them
+  [[nodiscard]] RowsPlan plan_rows(const AttentionShape& shape, const Plan& one) const {
+    return cuda::plan_tq4_rows(shape, one.decode, codec_.k_bytes() && codec_.v_bytes(), std::nullopt);
+  }
+  void attend_rows(int i, const RowsPlan& plan, const TimedCall& call) {
+    cuda::tq4_attention_rows(call_of(i, call), plan, call.workspace, call.stream);
   }
   void update(int i, const View<const Bf16, 4>& k, const View<const Bf16, 4>& v, const cuda::DevicePositions& positions,
               cudaStream_t stream) {
@@ -120,6 +128,9 @@ class Tq4Caches {
   }
 
  private:
+  [[nodiscard]] cuda::Tq4AttentionCall call_of(int i, const TimedCall& call) {
+    return {call.q, cache(i), codec_, call.options, call.kv_len, call.out};
+  }
   [[nodiscard]] cuda::Tq4Records cache(int i) {
     return {copies_.at(i), 1, shape_.n_head_kv, shape_.buffer_len, shape_.head_dim};
   }
@@ -179,8 +190,14 @@ class KvCaches {
   void attend(int i, const cuda::KvAttentionPlan& plan, const TimedCall& call) {
     cuda::kv_attention(call_of(i, call), plan, call.workspace, call.stream);
   }
-  [[nodiscard]] cuda::KvAttentionCall call_of(int i, const TimedCall& call) {
-    return {call.q, weight_.data(), cache(i), codec_, call.options, call.kv_len, call.out};
+  using Plan = cuda::KvAttentionPlan;
+  using RowsPlan = cuda::KvRowsPlan;
+  /// @param shape n_query: rows @param one of one of them
+  [[nodiscard]] static RowsPlan plan_rows(const AttentionShape& shape, const Plan& one) {
+    return cuda::plan_kv_rows(shape, one.decode, cuda::current_device(), std::nullopt);
+  }
+  void attend_rows(int i, const RowsPlan& plan, const TimedCall& call) {
+    cuda::kv_attention_rows(call_of(i, call), plan, call.workspace, call.stream);
   }
   void update(int i, const View<const Bf16, 4>& k, const View<const Bf16, 4>& v, const cuda::DevicePositions& positions,
               cudaStream_t stream) {
@@ -194,6 +211,9 @@ class KvCaches {
   }
 
  private:
+  [[nodiscard]] cuda::KvAttentionCall call_of(int i, const TimedCall& call) {
+    return {call.q, weight_.data(), cache(i), codec_, call.options, call.kv_len, call.out};
+  }
   [[nodiscard]] cuda::KvRecords cache(int i) {
     return {copies_.at(i),         1, shape_.n_head_kv, shape_.buffer_len, shape_.head_dim, format_.options.v_bits,
             format_.options.r_bits};

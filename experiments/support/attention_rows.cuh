@@ -8,26 +8,25 @@
 #include <vector>
 
 #include "cuda/device/device_buffer.cuh"
-#include "cuda/device/device_info.cuh"
-#include "cuda/kv_attention.cuh"
 #include "experiments/support/attention_caches.cuh"
 #include "experiments/support/attention_measure.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 
-/// Drafted rows over one vector for K and V, at once or in a call each: what the verification of drafts asks of a full
-/// layer, as a TCaches of measure_attention().
+/// Drafted rows over the records of a full layer, at once or in a call each: what the verification of drafts asks of
+/// it, as a TCaches of measure_attention().
 namespace gemma4::experiment {
 
-class KvRows {
+template <class TCaches>
+class DraftedRows {
  public:
   struct Plan {
-    cuda::KvAttentionPlan one;
-    cuda::KvRowsPlan rows = {};
+    typename TCaches::Plan one;
+    typename TCaches::RowsPlan rows = {};
     std::int64_t workspace_bytes = 0;
   };
 
-  KvRows(KvCaches& caches, bool at_once) : caches_(caches), at_once_(at_once) {}
+  DraftedRows(TCaches& caches, bool at_once) : caches_(caches), at_once_(at_once) {}
 
   [[nodiscard]] double token_bytes() const { return caches_.token_bytes(); }
   /// @throws std::invalid_argument where no configuration takes the rows at once
@@ -43,16 +42,14 @@ class KvRows {
     plan.workspace_bytes = plan.one.workspace_bytes;
     if (!at_once_) return plan;
     shape.n_query = n_row;
-    plan.rows = cuda::plan_kv_rows(shape, plan.one.decode, cuda::current_device(), std::nullopt);
+    plan.rows = caches_.plan_rows(shape, plan.one);
     require(plan.rows.misfit == nullptr, "--rows ", n_row, ": ", plan.rows.misfit);
     plan.workspace_bytes = plan.rows.workspace_bytes;
     return plan;
   }
   void attend(int i, const Plan& plan, TimedCall call) {
     call.kv_len = cuda::DeviceCount::on_device(kv_lens_.data());
-    if (at_once_) {
-      return cuda::kv_attention_rows(caches_.call_of(i, call), plan.rows, call.workspace, call.stream);
-    }
+    if (at_once_) return caches_.attend_rows(i, plan.rows, call);
     const std::int64_t n_row = call.q.extent[1];
     call.q.extent[1] = call.out.extent[1] = 1;
     for (std::int64_t row = 0; row < n_row; ++row) {
@@ -68,7 +65,7 @@ class KvRows {
   }
 
  private:
-  KvCaches& caches_;
+  TCaches& caches_;
   bool at_once_;
   cuda::DeviceBuffer<std::int32_t> kv_lens_{1};
 };

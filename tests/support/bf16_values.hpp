@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -33,6 +36,24 @@ template <class T, class TOther>
     ab += x * y, aa += x * x, bb += y * y;
   }
   return ab / std::sqrt(aa * bb);
+}
+
+/// How many values differ in their bits, and where the first is.
+[[nodiscard]] inline testing::AssertionResult same_bits(const std::vector<Bf16>& found,
+                                                        const std::vector<Bf16>& expected) {
+  if (found.size() != expected.size()) {
+    return testing::AssertionFailure() << found.size() << " values, not " << expected.size();
+  }
+  std::int64_t n_different = 0, first = -1;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    if (found[i].bits == expected[i].bits) continue;
+    if (n_different++ == 0) first = static_cast<std::int64_t>(i);
+  }
+  if (n_different == 0) return testing::AssertionSuccess();
+  const auto at = static_cast<std::size_t>(first);
+  return testing::AssertionFailure() << n_different << " of " << expected.size() << " values differ, the first, "
+                                     << first << ", is " << to_float(found[at]) << " instead of "
+                                     << to_float(expected[at]);
 }
 
 }  // namespace gemma4::testkit
