@@ -87,7 +87,8 @@ class Session {
   /// From the next step on.
   /// @throws std::invalid_argument for more than the backend has room for, or so many that the steps under way could
   /// not all be taken back
-  /// @param is_auto the number is decided from step to step, by what was accepted before: the rule begins anew
+  /// @param is_auto the number is decided from step to step, by what was accepted before: the rule begins anew, what
+  ///                steps cost stays known
   void set_drafts(std::int64_t n_draft, bool is_auto = false) {
     const std::int64_t most = backend().options().max_draft;
     require(n_draft >= 0 && n_draft <= most, "session: ", n_draft, " drafts a step, need 0 to max_draft ", most);
@@ -97,15 +98,17 @@ class Session {
     options_.n_draft = n_draft;
     options_.auto_drafts = is_auto;
     rule_.reset();
-    const draft::StepCosts costs{.draft = backend().options().max_draft > 0 ? backend().drafting().cost() : 0};
-    clock_ = draft::StepClock(costs);
-    if (is_auto && n_draft > 0) rule_.emplace(costs, n_draft);
+    if (is_auto && n_draft > 0) rule_.emplace(clock().costs(), n_draft);
   }
+
+  /// What steps have cost so far with the drafter at hand, whatever decided how many they draft.
+  [[nodiscard]] draft::StepCosts step_costs() const { return clock().costs(); }
 
   /// Other ways to the same tokens, from here on: the sequence and its caches stay, the step is captured anew.
   void set_policy(const ExecutionPolicy& policy) {
     stream().synchronize();
     for (std::optional<Step>& step : steps_) step.reset();
+    for (auto& clock : clocks_) clock.reset();
     backend().set_policy(policy);
   }
 
@@ -278,6 +281,13 @@ class Session {
   [[nodiscard]] bool by_assistant() const {
     return backend().options().max_draft > 0 && backend().drafting().by_assistant();
   }
+  /// What steps with the drafter at hand took, whether a rule went by it or not.
+  [[nodiscard]] draft::StepClock& clock() const {
+    std::optional<draft::StepClock>& clock = clocks_[by_assistant() ? 1 : 0];
+    const bool drafts = backend().options().max_draft > 0;
+    if (!clock) clock.emplace(draft::StepCosts::unmeasured(drafts ? backend().drafting().cost() : 0));
+    return *clock;
+  }
   [[nodiscard]] std::size_t step_index(std::int64_t n_draft) const {
     return static_cast<std::size_t>(n_draft > 0 && by_assistant() ? n_draft + draft::kMaxDrafts : n_draft);
   }
@@ -289,7 +299,7 @@ class Session {
 
   [[nodiscard]] std::int64_t n_draft_of_next(const StepsUnderWay& way) const {
     if (!rule_) return options_.n_draft;
-    if (!clock_.knows_plain()) return 0;
+    if (!clock().knows_plain()) return 0;
     double at_stake = 0;
     for (const std::int64_t n_draft : way.drafts) at_stake += rule_->stake(n_draft);
     return rule_->next(at_stake);
@@ -322,9 +332,9 @@ class Session {
     } else if (options_.n_draft > 0) {
       counts.add(0, 0);  // the rule, or the end of the text, wanted none
     }
+    if (step > 0 && backend().options().max_draft > 0) clock().saw(n_draft, done(step).us_since(done(step - 1)));
     if (rule_) {
-      if (step > 0) clock_.saw(n_draft, done(step).us_since(done(step - 1)));
-      rule_->set_costs(clock_.costs());
+      rule_->set_costs(clock().costs());
       rule_->saw(n_draft, n_accepted);  // what was verified was paid for, proposed or not
     }
     way.known += n_accepted + 1;
@@ -379,7 +389,7 @@ class Session {
   /// By the number of drafts: those of lookup, behind them those of an assistant.
   std::array<std::optional<Step>, 2 * draft::kMaxDrafts + 1> steps_;
   std::optional<draft::AutoDrafts> rule_;
-  draft::StepClock clock_;  ///< of the rule
+  mutable std::array<std::optional<draft::StepClock>, 2> clocks_;  ///< of steps with lookup, and with an assistant
   std::vector<std::int32_t> tokens_;
   bool has_logits_ = false;
   Event begin_, end_;

@@ -183,6 +183,38 @@ TEST(AutoDrafts, WhatIsMeasuredCounts) {
   EXPECT_GT(lost(false), 0.06) << "the control";
 }
 
+/// Answers of 32 tokens, before each of which the rule begins anew, on a text where little is accepted: what steps cost
+/// stays known, and before it is they count as dear. Controls: a clock that is forgotten, costs that are hoped for.
+TEST(AutoDrafts, ShortAnswersLoseAsLittle) {
+  const auto lost = [](const StepCosts& unknown, bool forgets) {
+    StepClock clock(unknown);
+    double us = 0;
+    std::int64_t n_token = 0;
+    std::mt19937 random(6);
+    std::bernoulli_distribution stays(0.3);
+    for (int answer = 0; answer < 40; ++answer) {
+      if (forgets) clock = StepClock(unknown);
+      AutoDrafts rule(clock.costs());
+      for (const std::int64_t end = n_token + 32; n_token < end;) {
+        const std::int64_t n_draft = clock.knows_plain() ? rule.next() : 0;
+        std::int64_t n_accepted = 0;
+        while (n_accepted < n_draft && stays(random)) ++n_accepted;
+        const double took = 100 * (1 + 0.64 * static_cast<double>(n_draft));
+        clock.saw(n_draft, took);
+        rule.set_costs(clock.costs());
+        rule.saw(n_draft, n_accepted);
+        us += took;
+        n_token += n_accepted + 1;
+      }
+    }
+    return us / (100 * static_cast<double>(n_token)) - 1;
+  };
+  const StepCosts dear = StepCosts::unmeasured(0);
+  EXPECT_LE(lost(dear, false), 0.03);
+  EXPECT_GT(lost({}, true), 0.06) << "the control";
+  EXPECT_GT(lost({}, true), 2 * lost(dear, true));
+}
+
 TEST(AutoDrafts, RefusesWhatCannotBe) {
   AutoDrafts rule;
   EXPECT_TRUE(testkit::refuses([&] { rule.saw(2, 3); }, {"3 accepted of 2"}));

@@ -166,6 +166,23 @@ TEST(DraftSession, ARestoredTextIsLookedThrough) {
   EXPECT_EQ(found.accepted, expected.accepted);
 }
 
+/// Each answer's rule begins anew, and knows what the steps of those before took. The control: before the first step.
+TEST(DraftSession, WhatStepsCostIsKnownToTheNextAnswer) {
+  const SmallModel small(gemma4_tiny(), 4);
+  const cuda::PackedModel packed = cuda::load_model(*small.file);
+  cuda::Backend backend(packed, draft_options("tq4", 3));
+  cuda::Session session(backend, {.lag = 1});
+  const auto unknown = draft::StepCosts::unmeasured(0).verify;
+  EXPECT_EQ(session.step_costs().verify, unknown);
+  session.prefill(any_tokens(small.weights.config, 30), 64);
+  for (const std::int64_t n_draft : {0, 2}) {
+    session.set_drafts(n_draft);
+    (void)session.decode(30, {});
+  }
+  session.set_drafts(3, true);
+  EXPECT_NE(session.step_costs().verify, unknown);
+}
+
 /// What the tests above have run by.
 TEST(DraftSession, ThePlanOfAVerifiedChunkSaysHowItsRowsGoThroughRings) {
   const SmallModel small(gemma4_tiny(), 4);

@@ -14,11 +14,19 @@ namespace gemma4::draft {
 
 /// What a step takes, in plain steps of one token. The defaults are the bounds that a step on a device must keep
 /// (products of the weights 1.05, 1.10 and 1.25 for 2, 4 and 8 rows, linear between), and no cost of a draft, as lookup
-/// has none; a device measures its own (StepClock).
+/// has none; a device measures its own (StepClock), and until it has takes them for dear (unmeasured()).
 struct StepCosts {
   std::array<double, kMaxDrafts + 1> verify = {1, 1.05, 1.075, 1.10, 1.1375, 1.175, 1.2125, 1.25};  ///< [drafts]
   double draft = 0;                                                                                 ///< of one token
 
+  /// Half a plain step for each row: what is tried before it is known must not be a loss that is noticed.
+  [[nodiscard]] static StepCosts unmeasured(double draft) {
+    StepCosts costs{.draft = draft};
+    for (std::int64_t k = 0; k <= kMaxDrafts; ++k) {
+      costs.verify[static_cast<std::size_t>(k)] = 1 + 0.5 * static_cast<double>(k);
+    }
+    return costs;
+  }
   [[nodiscard]] double of(std::int64_t n_draft) const {
     return verify[static_cast<std::size_t>(n_draft)] + static_cast<double>(n_draft) * draft;
   }
