@@ -13,6 +13,8 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/backend/readback.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/backend/stored_bytes.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_attention.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/bf16_attention/call.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/bf16_attention/rows.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/bf16_cache.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/chunk.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/cache/flat_layer_cache.cuh"

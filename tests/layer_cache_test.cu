@@ -304,7 +304,7 @@ TEST(LayerCache, RowsAtOnceAreThoseOfAStepEach) {
   const ModelConfig config = two_layers();
   const Weights weights(config.full.head_dim);
   const cuda::QkNorms norms{weights.q_device.data(), weights.k_device.data(), config.rms_epsilon};
-  for (const char* format : {"kv5r4", "kv4r4", "kv3r6", "kv5r4-haar", "tq4", "tq4-haar"}) {
+  for (const char* format : {"kv5r4", "kv4r4", "kv3r6", "kv5r4-haar", "tq4", "tq4-haar", "bf16"}) {
     for (const auto& [position, n_row] : {std::pair<std::int64_t, std::int64_t>{20, 4}, {29, 8}, {46, 3}}) {
       Caches at_once(config, format), one_by_one(config, format), control(config, format);
       const reference::Qkv<float> before = random_projection(config, 1, 50, 3);
@@ -335,7 +335,8 @@ TEST(LayerCache, PlansOfRowsSayWhetherTheyGoAtOnceAndWhyNot) {
   EXPECT_NE(row("kv5r4", {}, 2).why.find("two rows take less time one by one"), std::string::npos);
   EXPECT_EQ(row("tq4", {}, 2).path, "tq4 decode, 2 rows in one launch");
   EXPECT_EQ(row("tq4", {}, 4).why, "");
-  for (const char* format : {"tq4-k3v3", "bf16", "kv16r16"}) {
+  EXPECT_NE(row("bf16", {}, 4).path.find(", 4 rows in one launch"), std::string::npos);
+  for (const char* format : {"tq4-k3v3", "sim-k4v4-had", "kv16r16"}) {
     const StepPlanRow found = row(format, {}, 4);
     EXPECT_EQ(found.path.find("4 rows one by one: "), 0u) << found.path;
     EXPECT_NE(found.why.find("not at once: "), std::string::npos) << format << ": " << found.why;

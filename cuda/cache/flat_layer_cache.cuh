@@ -51,6 +51,9 @@ class FlatFullLayers {
   [[nodiscard]] View<Bf16, 4> k(std::int64_t index) const { return side(2 * index); }
   [[nodiscard]] View<Bf16, 4> v(std::int64_t index) const { return side(2 * index + 1); }
 
+ protected:
+  FullCacheShape shape_;
+
  private:
   [[nodiscard]] std::int64_t side_bytes() const {
     return shape_.n_head_kv * shape_.context * shape_.head_dim * static_cast<std::int64_t>(sizeof(Bf16));
@@ -60,7 +63,6 @@ class FlatFullLayers {
                      shape_.context, shape_.head_dim);
   }
 
-  FullCacheShape shape_;
   std::span<std::byte> memory_;
 };
 
@@ -68,8 +70,28 @@ template <>
 class FullLayerCaches<Bf16Format> : public FlatFullLayers {
  public:
   static constexpr bool kSinkStores = Bf16Format::kStoredByPrologue;
+  using RowsPlan = Bf16RowsPlan;
   FullLayerCaches(const Bf16Format& /*format*/, const FullCacheShape& shape, std::span<std::byte> memory)
       : FlatFullLayers(shape, memory) {}
+
+  [[nodiscard]] RowsPlan plan_rows(const FullPlanWish& wish, const Plan& one, std::int64_t partials_bytes) const {
+    FlashPlan of_one = one;
+    of_one.overlap = wish.overlap;
+    return plan_bf16_rows(shape_.attention(wish.n_query), of_one, partials_bytes);
+  }
+  [[nodiscard]] StepPlanRow row_of_rows(const RowsPlan& plan) const {
+    StepPlanRow row = describe_flash("attention_full", plan.one);
+    row.path += concat(", ", plan.shape.n_query, " rows in one launch");
+    row.bytes = plan.workspace_bytes;
+    if (plan.rows_a_launch < plan.shape.n_query) {
+      row.why = concat("the workspace holds the split keys of ", plan.rows_a_launch, " rows");
+    }
+    return row;
+  }
+  void attend_rows(std::int64_t index, const FullAttentionCall& call, const RowsPlan& plan, cudaStream_t stream) const {
+    bf16_attention_rows({with_batch(call.q), k(index), v(index), call.options, call.kv_len, with_batch(call.q)}, plan,
+                        call.partials, stream, call.work_count);
+  }
 
   [[nodiscard]] FlatKv sink(std::int64_t index, const FreshKv& /*fresh*/) const { return {k(index), v(index)}; }
   void store(std::int64_t index, const View<const Bf16, 3>& new_k, const View<const Bf16, 3>& new_v,

@@ -41,7 +41,7 @@ concept TakesRows = requires {
 struct LayerRowsPlan {
   std::int64_t n_row = 0;  ///< 0: the pass has none
   bool overlap = false;    ///< programmatic dependent launch of what takes all of them
-  std::variant<RowByRow, KvRowsPlan, Tq4RowsPlan> full = {};
+  std::variant<RowByRow, KvRowsPlan, Tq4RowsPlan, Bf16RowsPlan> full = {};
   SlidingRowsPlan sliding = {};
 };
 

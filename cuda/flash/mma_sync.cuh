@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(TTraits::kThreads, 1) flash_mma_kernel(const _
     wait_for_previous_kernel();
     allow_next_kernel();
   }
-  const KeyExtent extent = key_extent(params);
+  const KeyExtent extent = key_extent(params, block.batch);
   const KeyRange call{visible_keys(params, extent, 0).lo, extent.kv_end};
   const int last_token = min(params.n_query - 1, (block.row0 + TTraits::kRows - 1) / params.group);
   const KeyRange mine = block_keys<TTraits>(params, extent, call, block.row0 / params.group, last_token);

@@ -34,7 +34,8 @@ struct FlashParams {
   int ring_len = 0;                     ///< 0: no old keys
   const std::int32_t* count = nullptr;  ///< kv_len (flat) or the chunk's first position (sliding); null: count_host
   int count_host = 0;
-  int max_kv_end = 0;                  ///< rows in the flat buffer: nothing beyond is touched, whatever `count` says
+  int count_step = 0;  ///< 1: of each sequence of the batch, behind each other (cuda/bf16_attention/rows.cuh)
+  int max_kv_end = 0;  ///< rows in the flat buffer: nothing beyond is touched, whatever `count` says
   const std::uint8_t* mask = nullptr;  ///< [batch, 1, n_query, mask_extent], nonzero = visible
   std::int64_t mask_extent = 0;
   int batch = 1, n_query = 1, n_head_kv = 1, group = 1;
@@ -49,14 +50,15 @@ struct FlashParams {
 };
 static_assert(std::is_trivially_copyable_v<FlashParams>);
 
-/// The key positions of a call, read once by each thread.
+/// The key positions of a sequence, read once by each thread.
 struct KeyExtent {
   int fresh_begin;
   int kv_end;
 };
 
-[[nodiscard]] __device__ inline KeyExtent key_extent(const FlashParams& params) {
-  const int count = params.count != nullptr ? *params.count : params.count_host;
+[[nodiscard]] __device__ inline KeyExtent key_extent(const FlashParams& params, int batch = 0) {
+  const int before = params.count_step * batch;
+  const int count = params.count != nullptr ? params.count[before] : params.count_host + before;
   if (params.ring_len > 0) return {count, count + params.n_query};
   return {0, max(0, min(count, params.max_kv_end))};
 }
