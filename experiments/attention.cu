@@ -59,6 +59,7 @@ void add_rows(const Options& options, std::vector<Case>& cases) {
       for (const char* const phase : {"rows", "rows_apart"}) {
         cases.push_back({"tq4", phase, shape, context});
         for (const std::string& kind : options.one_vector) cases.push_back({kind, phase, shape, context});
+        cases.push_back({"bf16", phase, shape, context});
       }
     }
   }
@@ -121,14 +122,18 @@ const TableShape kShape = {{"kind", "phase", "n_query", "context", "n_head", "n_
                            {"kind", "phase", "n_query", "context", "median_us", "p10_us", "p90_us", "gb_per_s",
                             "ratio_to_copy", "tflop_per_s", "cosine", "status"}};
 
-/// A case over a cache of a full layer.
+/// An attention over a cache of a full layer.
+template <class TCaches>
+Measurement measure_attended(const Case& c, TCaches& caches, std::uint32_t seed, cudaStream_t stream) {
+  if (c.phase != "rows" && c.phase != "rows_apart") return measure_attention(c, caches, seed, stream);
+  DraftedRows<TCaches> rows(caches, c.phase == "rows");
+  return measure_attention(c, rows, seed, stream);
+}
+
+/// Or an update.
 template <class TCaches>
 Measurement measure_full(const Case& c, TCaches& caches, std::uint32_t seed, cudaStream_t stream) {
-  if (c.phase == "rows" || c.phase == "rows_apart") {
-    DraftedRows<TCaches> rows(caches, c.phase == "rows");
-    return measure_attention(c, rows, seed, stream);
-  }
-  return c.phase == "update" ? measure_update(c, caches, seed, stream) : measure_attention(c, caches, seed, stream);
+  return c.phase == "update" ? measure_update(c, caches, seed, stream) : measure_attended(c, caches, seed, stream);
 }
 
 Measurement measure_sliding(const Case& c, std::uint32_t seed, cudaStream_t stream) {
@@ -156,7 +161,7 @@ void measure(const Options& options, ResultTable& table) {
     if (c.kind == "tq4") return measure_full(c, tq4, seed, stream);
     if (c.kind != "bf16") return measure_full(c, one_vector.at(c.kind), seed, stream);
     Bf16Caches bf16(c.shape, seed, stream);
-    return measure_attention(c, bf16, seed, stream);
+    return measure_attended(c, bf16, seed, stream);
   };
   for (const Case& c : cases) {
     const Measurement m = measure_case(c);
@@ -174,7 +179,7 @@ void run(int argc, char** argv) {
             {1, 4096})
       ->delimiter(',');
   add_whole(app, "--rows", options.rows,
-            "Drafted rows, at once and in a call each, over each cache of codes and over a ring, comma-separated",
+            "Drafted rows, at once and in a call each, over each cache and over a ring, comma-separated",
             {1, cuda::KvRowsPlan::kMostRows})
       ->delimiter(',');
   app.add_option("--one-vector", options.one_vector, "Formats of one vector for K and V, comma-separated")

@@ -263,10 +263,17 @@ class Bf16Caches {
     return cuda::plan_bf16_attention(shape, options, cuda::current_device());
   }
   void attend(int i, const cuda::FlashPlan& plan, const TimedCall& call) {
-    const std::int64_t n = plan.shape.buffer_len, first = i % (shape_.buffer_len / n) * n;
-    cuda::bf16_attention(
-        {call.q, rows(k_.data(), first, n), rows(v_.data(), first, n), call.options, call.kv_len, call.out}, plan,
-        call.workspace, call.stream);
+    cuda::bf16_attention(call_of(i, plan.shape.buffer_len, call), plan, call.workspace, call.stream);
+  }
+  using Plan = cuda::FlashPlan;
+  using RowsPlan = cuda::Bf16RowsPlan;
+  /// @param shape n_query: rows @param one of one of them
+  [[nodiscard]] static RowsPlan plan_rows(AttentionShape shape, const Plan& one) {
+    shape.buffer_len = one.shape.buffer_len;
+    return cuda::plan_bf16_rows(shape, one, std::nullopt);
+  }
+  void attend_rows(int i, const RowsPlan& plan, const TimedCall& call) {
+    cuda::bf16_attention_rows(call_of(i, plan.shape.buffer_len, call), plan, call.workspace, call.stream);
   }
   void reference(const View<const double, 4>& q, const AttentionOptions& options, std::int64_t n,
                  const View<double, 4>& out, cudaStream_t stream) {
@@ -275,6 +282,10 @@ class Bf16Caches {
   }
 
  private:
+  [[nodiscard]] cuda::FlatAttentionCall call_of(int i, std::int64_t n, const TimedCall& call) const {
+    const std::int64_t first = i % (shape_.buffer_len / n) * n;
+    return {call.q, rows(k_.data(), first, n), rows(v_.data(), first, n), call.options, call.kv_len, call.out};
+  }
   [[nodiscard]] View<const Bf16, 4> rows(const Bf16* data, std::int64_t first, std::int64_t n) const {
     const std::int64_t head = shape_.buffer_len * shape_.head_dim;
     return {.data = data + first * shape_.head_dim,
