@@ -15,15 +15,15 @@
 /// close behind the newest token, where sequences are taken back most, and few before.
 namespace gemma4 {
 
-/// A checkpoint falls due behind the pass that comes to a multiple of spacing(), of which only the first stays where
-/// there are several. As the sequence grows, those behind the near zone are thinned to the first at each multiple of
-/// `interval`. Where passes end at multiples of spacing(), going back n tokens puts through the model again at most
-///   near_interval - 1 tokens   for n <= near_tokens
-///   interval - 1 tokens        beyond
-/// and else that and a pass less two, of the pass in which the checkpoint fell due: never more than
-/// spacing + pass - 2. So one window is the most where near_interval and a chunk are together no longer.
-/// Going back takes the near zone along: before the place where it began lie far checkpoints alone, so that going back
-/// once more, farther than that, replays from one of those. Whatever is replayed leaves near ones again.
+/// A checkpoint falls due behind the pass that comes to a multiple of spacing(). As the sequence grows those that the
+/// near zone has left are thinned to the first behind each multiple of `interval`. To go back by n tokens,
+///   n <= near_tokens   near_interval - 1 tokens
+///   beyond             interval - 1 tokens
+/// at most go through the model again, where a pass ended at each multiple; where passes of up to p tokens ended
+/// anywhere, p - 1 more. So it is less than a window where near_interval is one and chunks divide it, and where
+/// near_interval and a chunk are one together. Going back takes the near zone along. Before the place where it began
+/// lie far checkpoints alone: whoever goes back once more, to before that, replays from one of those, which leaves near
+/// ones on the way. One of the 31B takes 839 MB of the host's memory (ring_checkpoint_bytes()).
 struct CheckpointPolicy {
   std::int64_t interval = 0;       ///< tokens between those that stay for good; 0: none are made
   std::int64_t near_interval = 0;  ///< tokens between the newest; divides `interval`; 0: there is no near zone
