@@ -164,7 +164,7 @@ TEST(MemoryPlan, CheckpointsOf31BAreOfTheHost) {
     options.checkpoints = policy;
     return plan_31b(options).bytes("ring_checkpoints");
   };
-  EXPECT_EQ(bytes({}), 0);
+  EXPECT_THROW((void)bytes({}), std::invalid_argument) << "no such buffer";
   EXPECT_EQ(bytes({.interval = 8192}), 16 * kOne);
   EXPECT_EQ(bytes({.interval = 8192, .near_interval = 1024, .near_tokens = 20480}), 35 * kOne);
   EXPECT_EQ(bytes({.interval = 1024}), 128 * kOne);

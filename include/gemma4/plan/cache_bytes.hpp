@@ -85,7 +85,6 @@ template <class TFormat>
 /// The same in words: how many, where, and the bytes of one.
 [[nodiscard]] inline std::string ring_checkpoint_formula(const ModelConfig& config, const CacheSpec& cache,
                                                          std::int64_t context, const CheckpointPolicy& policy) {
-  if (!policy.is_on()) return "none";
   const std::string near = policy.near_interval == 0
                                ? ""
                                : concat(", every ", policy.near_interval, " within the newest ", policy.near_tokens);
