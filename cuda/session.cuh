@@ -153,7 +153,8 @@ class Session {
 
   /// Appends up to `n_token` sampled tokens. `on_token(token)` sees each of them in order, some steps after the device
   /// has gone on, and ends the decoding by returning false: that token is the last of the sequence, and what the device
-  /// did beyond it is taken back, exactly. Where a checkpoint is due the steps under way are waited for.
+  /// did beyond it is taken back, exactly. Where a checkpoint is due the steps under way are waited for, and the timing
+  /// holds the copy.
   /// @throws std::invalid_argument before any work when they do not fit, or when there are no logits to begin with
   /// @throws NotFiniteError when the logits of a step hold no token: a NaN, an infinity, or nothing finite; with the
   /// layer
