@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <exception>
 #include <filesystem>
+#include <iterator>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -39,8 +40,7 @@ struct SessionOptions {
   std::int64_t n_draft = 0;
   /// n_draft is the most; how many of them, draft::AutoDrafts decides, by what was accepted and by what steps took.
   bool auto_drafts = false;
-  /// Tokens between copies of the rings on the host, from which rewind() can go back anywhere; 0: none.
-  std::int64_t checkpoint_interval = 0;
+  CheckpointPolicy checkpoints = {};  ///< of the rings on the host, from which rewind() can go back anywhere
 };
 
 /// What a stretch of work took on the device, by events.
@@ -65,7 +65,7 @@ class Session {
   /// @param backend outlives the session; one session at a time
   explicit Session(Backend& backend, const SessionOptions& options = {})
       : model_(backend),
-        store_(model_, options.checkpoint_interval),
+        store_(model_, options.checkpoints),
         options_(options),
         done_(static_cast<std::size_t>(options.lag + 2)) {
     require(options.lag >= 1 && options.lag < kMaxRewind, "session: lag ", options.lag, ", need 1 to ", kMaxRewind - 1);
@@ -75,6 +75,8 @@ class Session {
 
   [[nodiscard]] std::int64_t position() const { return model_.position(); }
   [[nodiscard]] Backend& backend() const { return model_.backend(); }
+  /// What it goes back with.
+  [[nodiscard]] const SequenceStore<Backend>& store() const { return store_; }
   /// Kernels and copies of the captured step; 0 before the first.
   [[nodiscard]] std::size_t n_graph_node(std::int64_t n_draft = 0) const {
     const std::optional<Step>& step = steps_[step_index(n_draft)];
@@ -154,7 +156,8 @@ class Session {
 
   /// Appends up to `n_token` sampled tokens. `on_token(token)` sees each of them in order, some steps after the device
   /// has gone on, and ends the decoding by returning false: that token is the last of the sequence, and what the device
-  /// did beyond it is taken back, exactly.
+  /// did beyond it is taken back, exactly. Where a checkpoint is due the steps under way are waited for, and the timing
+  /// holds the copy.
   /// @throws std::invalid_argument before any work when they do not fit, or when there are no logits to begin with
   /// @throws NotFiniteError when the logits of a step hold no token: a NaN, an infinity, or nothing finite; with the
   /// layer
@@ -164,36 +167,12 @@ class Session {
     require(n_token >= 1, "session: ", n_token, " tokens to decode, need at least 1");
     require(has_logits_, "session: nothing to continue; prefill() first");
     model_.require_room(n_token);
-    StepsUnderWay way{.first = position(), .n_wanted = n_token};
     DecodeResult result;
-    std::exception_ptr failure;
     begin_.record(stream());
-    while (way.n_known() < n_token && !result.stopped && !failure) {
-      enqueue_what_may(way, settings);
-      const std::int64_t from = way.known;
-      finish_oldest(way, result.drafts);
-      for (std::int64_t at = from; at < way.known && way.n_known(at) < n_token && !result.stopped && !failure; ++at) {
-        const std::int32_t token = backend().sampled(at);
-        if (token < 0) {
-          settle(way, result);
-          has_logits_ = false;
-          throw NotFiniteError(model_.locate(tokens_, at - 1), backend().config().n_layer());
-        }
-        result.tokens.push_back(token);
-        try {
-          result.stopped = !on_token(token);
-        } catch (...) {
-          failure = std::current_exception();
-        }
-      }
+    while (std::ssize(result.tokens) < n_token && !result.stopped) {
+      const std::int64_t n_left = n_token - std::ssize(result.tokens);
+      decode_stretch(std::min(n_left, store_.policy().n_until_due(position())), settings, on_token, result);
     }
-    const Event& last = done(way.n_step - 1);
-    last.synchronize();
-    const std::int64_t n_back = settle(way, result);
-    result.timing = {position() - way.first + n_back, last.us_since(begin_)};
-    if (n_back > 0) refresh_logits();
-    store_.noted();
-    if (failure) std::rethrow_exception(failure);
     return result;
   }
   DecodeResult decode(std::int64_t n_token, const SamplerSettings& settings) {
@@ -202,21 +181,20 @@ class Session {
 
   /// Tokens that rewind() can take back, now.
   [[nodiscard]] std::int64_t max_rewind() const {
-    if (store_.checkpoint_interval() > 0) return std::max<std::int64_t>(0, position() - 1);
+    if (store_.policy().is_on()) return std::max<std::int64_t>(0, position() - 1);
     return std::max<std::int64_t>(0, std::min(position() - 1, kMaxRewind - 1 - (model_.farthest() - position())));
   }
 
   /// The last `n_token` tokens never were. The token that is now the last goes through the model once more, as a decode
   /// step, for its logits. Beyond what the rings remember, kMaxRewind tokens more than the window, counted from the
   /// farthest that the sequence ever was, tokens since the nearest checkpoint do so too.
-  /// @throws std::invalid_argument when no token would stay, or when the rings have forgotten what is needed and there
-  ///         are no checkpoints
+  /// @throws std::invalid_argument when no token would stay, or what the rings have forgotten without checkpoints
   void rewind(std::int64_t n_token) {
     require(n_token >= 0 && n_token < position(), "session: rewind by ", n_token, " tokens of ", position(),
             ", one must stay");
     const std::int64_t farthest = model_.farthest();
     const bool remembers = farthest - (position() - n_token) < kMaxRewind;
-    require(remembers || store_.checkpoint_interval() > 0, "session: rewind by ", n_token, " tokens to position ",
+    require(remembers || store_.policy().is_on(), "session: rewind by ", n_token, " tokens to position ",
             position() - n_token, ", the sequence has been at ", farthest, " and can go back ", kMaxRewind - 1);
     if (n_token == 0) return;
     if (remembers) {
@@ -365,13 +343,45 @@ class Session {
     return a.temperature == b.temperature && a.top_k == b.top_k && a.top_p == b.top_p && a.seed == b.seed;
   }
 
-  /// Of all steps the tokens of `result` stay. @return how many tokens were taken back
+  /// A part of decode(): `n_token` more of `result`.
+  template <class TOnToken>
+  void decode_stretch(std::int64_t n_token, const SamplerSettings& settings, TOnToken& on_token, DecodeResult& result) {
+    StepsUnderWay way{.first = position(), .n_wanted = n_token, .n_before = result.tokens.size()};
+    std::exception_ptr failure;
+    while (way.n_known() < n_token && !result.stopped && !failure) {
+      enqueue_what_may(way, settings);
+      const std::int64_t from = way.known;
+      finish_oldest(way, result.drafts);
+      for (std::int64_t at = from; at < way.known && way.n_known(at) < n_token && !result.stopped && !failure; ++at) {
+        const std::int32_t token = backend().sampled(at);
+        if (token < 0) {
+          settle(way, result);
+          has_logits_ = false;
+          throw NotFiniteError(model_.locate(tokens_, at - 1), backend().config().n_layer());
+        }
+        result.tokens.push_back(token);
+        try {
+          result.stopped = !on_token(token);
+        } catch (...) {
+          failure = std::current_exception();
+        }
+      }
+    }
+    const std::int64_t n_back = settle(way, result);  // behind which all steps have ended
+    result.timing = {result.timing.n_token + position() - way.first + n_back, done(way.n_step - 1).us_since(begin_)};
+    if (n_back > 0) refresh_logits();
+    store_.noted();
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  /// Of all steps the tokens that they gave to `result` stay. @return how many tokens were taken back
   std::int64_t settle(StepsUnderWay& way, DecodeResult& result) {
     stream().synchronize();
     while (!way.drafts.empty()) finish_oldest(way, result.drafts);
-    const std::int64_t n_back = way.n_known() - static_cast<std::int64_t>(result.tokens.size());
+    const std::span<const std::int32_t> given = std::span(result.tokens).subspan(way.n_before);
+    const std::int64_t n_back = way.n_known() - static_cast<std::int64_t>(given.size());
     model_.advance(way.n_known(), way.farthest - way.known);
-    append(result.tokens);
+    append(given);
     model_.rewind(n_back);
     return n_back;
   }

@@ -15,6 +15,7 @@
 #include "experiments/driver.hpp"
 #include "experiments/support/answer.hpp"
 #include "experiments/support/chat_console.hpp"
+#include "experiments/support/checkpoint_option.hpp"
 #include "experiments/support/cuda_model.hpp"
 #include "experiments/support/drafting.hpp"
 #include "experiments/support/host_sequence.hpp"
@@ -29,7 +30,6 @@
 #include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/sampler.hpp"
 #include "gemma4/session/model_fingerprint.hpp"
-#include "gemma4/session/ring_checkpoints.hpp"
 #include "gemma4/session/session_reader.hpp"
 #include "gemma4/text/chat_message.hpp"
 #include "gemma4/text/conversation.hpp"
@@ -59,7 +59,7 @@ struct Options : DriverOptions {
   std::int64_t context = 0;
   std::int64_t chunk = 512;
   std::filesystem::path session;
-  std::int64_t checkpoints = 8192;
+  CheckpointPolicy checkpoints = kUsualCheckpoints;
   SamplerSettings sampler;
   GivenSampling given;
   bool echo = false;
@@ -68,7 +68,7 @@ struct Options : DriverOptions {
 
   [[nodiscard]] bool is_chat() const { return has_chat || !messages.empty(); }
   /// Of the sequence: a run that keeps nothing copies no rings.
-  [[nodiscard]] std::int64_t checkpoint_interval() const { return session.empty() ? 0 : checkpoints; }
+  [[nodiscard]] CheckpointPolicy kept() const { return session.empty() ? CheckpointPolicy{} : checkpoints; }
 };
 
 // ---- the command line
@@ -128,10 +128,10 @@ void add_sampling(CLI::App& app, Options& options, Seen& seen) {
                  "File of a sequence that was read. Where it is there, what it shares with the prompt is not read "
                  "again; else it is made once the prompt is read. An interactive chat goes on from it and is saved to "
                  "it when it ends");
-  add_tokens(app, "--checkpoints", options.checkpoints,
-             "With --session: tokens between copies of the sliding layers' caches, from which a sequence goes back to "
-             "where a prompt parts from it; in the host's memory and in the file; 0: none",
-             0);
+  add_checkpoints(
+      app, options.checkpoints,
+      "With --session: tokens between copies of the sliding layers' caches, from which a sequence goes back "
+      "to where a prompt parts from it; in the host's memory and in the file; 0: none");
 }
 
 void add_drafting(CLI::App& app, Options& options, Seen& seen, std::string& n_draft) {
@@ -262,7 +262,7 @@ struct Loaded {
                         .context = context,
                         .max_chunk = options.chunk,
                         .policy = options.policy(),
-                        .checkpoint_interval = options.checkpoint_interval()};
+                        .checkpoints = options.kept()};
   settings.policy.graph = settings.policy.graph && !options.profile;
   if (options.drafting.is_on()) {
     settings.max_draft = options.drafting.n_draft.value_or(draft::kMaxDrafts);
@@ -281,13 +281,13 @@ struct Loaded {
         *loaded.weights,
         reference::BackendOptions{
             .cache = settings.cache, .context = settings.context, .max_chunk = settings.max_chunk},
-        options.drafting, settings.checkpoint_interval);
+        options.drafting, settings.checkpoints);
   }
   show_plans(options, to_string(settings.cache), loaded.sequence->step_plans());
   const ModelConfig config = config_from_gguf(gguf);
-  const std::int64_t kept = ring_checkpoint_bytes(config, settings.cache, context, settings.checkpoint_interval);
+  const std::int64_t kept = ring_checkpoint_bytes(config, settings.cache, context, settings.checkpoints);
   if (kept > 0 && !options.is_quiet) {
-    std::cerr << "checkpoints: up to " << n_checkpoint(context, settings.checkpoint_interval) << ", "
+    std::cerr << "checkpoints: up to " << n_checkpoint(context, settings.checkpoints) << ", "
               << 1e-6 * static_cast<double>(kept) << " MB of the host's memory and of the file\n";
   }
   return loaded;

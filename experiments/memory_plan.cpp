@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/checkpoint_option.hpp"
 #include "experiments/support/notes.hpp"
 #include "experiments/support/weight_mix.hpp"
 #include "gemma4/assistant_config.hpp"
@@ -23,6 +24,7 @@
 #include "gemma4/gguf/text_model.hpp"
 #include "gemma4/model/assistant_weights.hpp"
 #include "gemma4/model/weights.hpp"
+#include "gemma4/plan/cache_bytes.hpp"
 #include "gemma4/plan/drafter_plan.hpp"
 
 namespace gemma4::experiment {
@@ -90,6 +92,14 @@ std::string gib(std::int64_t bytes) {
   return text;
 }
 
+/// The copies of the rings beside the memory of a device; of the reference they are a buffer of the plan.
+void print_host_checkpoints(const ModelConfig& config, const MemoryPlanOptions& options) {
+  if (options.target == PlanTarget::kReference || !options.checkpoints.is_on()) return;
+  std::cout << "in the host's memory, beside it: ring_checkpoints "
+            << gib(ring_checkpoint_bytes(config, options.cache, options.context, options.checkpoints)) << ", "
+            << ring_checkpoint_formula(config, options.cache, options.context, options.checkpoints) << '\n';
+}
+
 void explain_limit(const Model& model, const MemoryPlanOptions& options, const MemoryPlan& plan, std::int64_t limit) {
   if (plan.fits(limit)) {
     std::cout << "fits in " << gib(limit) << ", " << gib(limit - plan.total_bytes()) << " to spare\n";
@@ -141,6 +151,10 @@ int run(int argc, char** argv) {
                                   ->check(CLI::IsMember(mix_names()))
                                   ->capture_default_str();
   add_cache(app, driver);
+  add_checkpoints(
+      app, options.checkpoints,
+      "Tokens between copies of the sliding layers' caches in the host's memory, as generate keeps them with "
+      "--session; 0: none");
   app.add_option("--limit", limit_text,
                  "Memory that there is, as in 23GiB or 24GB; exit code 1 when the plan exceeds it");
   app.add_option("--out", driver.out, "CSV file to append to; '-' for none")->capture_default_str();
@@ -160,6 +174,7 @@ int run(int argc, char** argv) {
   const MemoryPlan plan = plan_memory(model.config, model.tensors, options);
   run_table(driver, run_info("memory_plan", argc, argv, 0, build_info()), kShape, [&](ResultTable& table) {
     print_memory_plan(std::cout, plan);
+    print_host_checkpoints(model.config, options);
     if (limit) explain_limit(model, options, plan, *limit);
     write_rows(table, driver, model_name, options, plan, limit);
   });

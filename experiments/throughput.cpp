@@ -69,7 +69,7 @@ class Run {
                                    .context = options.context,
                                    .max_chunk = options.chunk,
                                    .policy = options.policy(),
-                                   .checkpoint_interval = options.checkpoint_interval()});
+                                   .checkpoints = options.kept()});
     fill_.emplace(options.session, options.model, ids_);
     show_plans(options, cache_, session_->step_plans());
     plan_ = digest(session_->step_plans());

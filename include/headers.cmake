@@ -85,6 +85,7 @@ set(GEMMA4_CORE_HEADERS
     "${PROJECT_SOURCE_DIR}/include/gemma4/sampler.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/session/block_hash.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/session/block_pipe.hpp"
+    "${PROJECT_SOURCE_DIR}/include/gemma4/session/checkpoint_policy.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/session/model_fingerprint.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/session/ring_checkpoints.hpp"
     "${PROJECT_SOURCE_DIR}/include/gemma4/session/sequence_store.hpp"

@@ -156,6 +156,27 @@ TEST(MemoryPlan, CudaRunOf31BAt131072FitsIn22GiB) {
   EXPECT_TRUE(plan_31b(reference).fits(32'000'000'000)) << "the 31B runs on the reference in 32 GB";
 }
 
+/// 0.84 GB each: near ones at 1024 tokens over the newest 20480 are 19 more, where 1024 everywhere would be 112 more.
+TEST(MemoryPlan, CheckpointsOf31BAreOfTheHost) {
+  constexpr std::int64_t kOne = 50LL * 16 * 1024 * 256 * 2 * 2;
+  MemoryPlanOptions options{.target = PlanTarget::kReference};
+  const auto bytes = [&](const gemma4::CheckpointPolicy& policy) {
+    options.checkpoints = policy;
+    return plan_31b(options).bytes("ring_checkpoints");
+  };
+  EXPECT_THROW((void)bytes({}), std::invalid_argument) << "no such buffer";
+  EXPECT_EQ(bytes({.interval = 8192}), 16 * kOne);
+  EXPECT_EQ(bytes({.interval = 8192, .near_interval = 1024, .near_tokens = 20480}), 35 * kOne);
+  EXPECT_EQ(bytes({.interval = 1024}), 128 * kOne);
+  const std::int64_t host = plan_31b(options).total_bytes();
+  options.target = PlanTarget::kCuda;
+  const std::int64_t device = plan_31b(options).total_bytes();
+  options.checkpoints = {};
+  EXPECT_EQ(plan_31b(options).total_bytes(), device) << "nothing of a device's memory";
+  options.target = PlanTarget::kReference;
+  EXPECT_EQ(plan_31b(options).total_bytes() + 128 * kOne, host);
+}
+
 RC_GTEST_PROP(MemoryPlan, CachesOfTheReferenceAreWhatTheyAllocate, ()) {
   const std::int64_t context = *rc::gen::inRange<std::int64_t>(1, 500);
   const ModelConfig config = gemma4::gemma4_tiny();
@@ -198,6 +219,7 @@ TEST(MemoryPlan, RefusesWhatCannotBePlanned) {
   EXPECT_THROW((void)plan_31b({.context = 0}), std::invalid_argument);
   EXPECT_THROW((void)plan_31b({.chunk = 0}), std::invalid_argument);
   EXPECT_THROW((void)plan_31b({.n_logit_row = 0}), std::invalid_argument);
+  EXPECT_THROW((void)plan_31b({.checkpoints = {.interval = 8, .near_interval = 3}}), std::invalid_argument);
   EXPECT_THROW((void)plan_31b({}).bytes("nothing"), std::invalid_argument);
 }
 

@@ -63,7 +63,7 @@ struct Wish {
   const char* ring = "bf16";
   std::int64_t context = kContext;
   std::int64_t max_chunk = 32;
-  std::int64_t interval = 40;
+  CheckpointPolicy checkpoints = {.interval = 40};
 };
 
 struct Reader {
@@ -73,7 +73,7 @@ struct Reader {
                                   .max_chunk = wish.max_chunk,
                                   .ring = parse_ring_spec(wish.ring)}),
         model(backend),
-        store(model, wish.interval) {}
+        store(model, wish.checkpoints) {}
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
@@ -218,10 +218,11 @@ TEST(Resume, TakenBackItIsAFreshRunOfTheSamePasses) {
 /// Short passes have the sums of single tokens: any position of a sequence that came in such, within a pass too.
 RC_GTEST_PROP(Resume, TakenBackToAnyStep, ()) {
   const char* const name = *rc::gen::element("bf16", "tq4", "kv5r4", "sim-int8-had-tail20-sink3", "sim-kvarn-k4v2");
-  const auto interval = *rc::gen::element<std::int64_t>(0, 40);
+  const auto policy = *rc::gen::elementOf(
+      std::vector<CheckpointPolicy>{{}, {.interval = 40}, {.interval = 40, .near_interval = 10, .near_tokens = 50}});
   const auto n_token = *rc::gen::inRange<std::int64_t>(1, kRing + 30);
   const auto to = *rc::gen::inRange<std::int64_t>(0, n_token + 1);
-  Reader run({.cache = name, .interval = interval}), fresh({.cache = name});
+  Reader run({.cache = name, .checkpoints = policy}), fresh({.cache = name});
   run.prefill(ids(n_token), kDecodeChunk);
   fresh.prefill(ids(to), kDecodeChunk);
   run.rewind(to);
@@ -254,23 +255,40 @@ TEST(Resume, BranchesGoTheirOwnWays) {
 /// What checkpoints take is what the plan says, and a file is the caches and what is said of it here.
 TEST(Resume, CheckpointsAndFilesTakeWhatIsPlanned) {
   const TempDir folder;
+  const CheckpointPolicy far{.interval = 64}, near{.interval = 64, .near_interval = 16, .near_tokens = 40};
   for (const char* name : {"f32", "bf16", "tq4"}) {
-    Reader run({.cache = name, .interval = 64});
-    run.prefill(ids(kContext), 32);
-    std::int64_t bytes = 0;
-    for (const RingCheckpoint& kept : run.store.checkpoints()) bytes += static_cast<std::int64_t>(kept.bytes.size());
-    const ModelConfig& config = small().weights.config;
     const CacheSpec cache = parse_cache_spec(name);
-    EXPECT_EQ(bytes, ring_checkpoint_bytes(config, cache, kContext, 64)) << name;
-    run.save(folder.file("s"));
-    const CacheBytes caches = stored_bytes(config, cache, kContext, kWindow + kMaxRewind - 1);
-    const auto file = static_cast<std::int64_t>(std::filesystem::file_size(folder.file("s")));
-    EXPECT_GE(file, caches.full + caches.sliding + bytes) << name;
-    EXPECT_LT(file, caches.full + caches.sliding + bytes + 6000) << name << ": tokens, passes, logits and the header";
+    const ModelConfig& config = small().weights.config;
+    for (const CheckpointPolicy& policy : {far, near}) {
+      Reader run({.cache = name, .checkpoints = policy});
+      const std::int64_t planned = ring_checkpoint_bytes(config, cache, kContext, policy);
+      std::int64_t bytes = 0, most = 0;
+      while (run.model.position() < kContext) {
+        run.prefill(ids(std::min<std::int64_t>(16, kContext - run.model.position())), 16);
+        bytes = 0;
+        for (const RingCheckpoint& kept : run.store.checkpoints())
+          bytes += static_cast<std::int64_t>(kept.bytes.size());
+        most = std::max(most, bytes);
+      }
+      EXPECT_LE(most, planned) << name << ' ' << to_string(policy);
+      EXPECT_GE(most, planned - ring_checkpoint_bytes(config, cache, kContext))
+          << name << ": and no more than one less";
+      run.save(folder.file("s"));
+      const CacheBytes caches = stored_bytes(config, cache, kContext, kWindow + kMaxRewind - 1);
+      const auto file = static_cast<std::int64_t>(std::filesystem::file_size(folder.file("s")));
+      EXPECT_GE(file, caches.full + caches.sliding + bytes) << name;
+      EXPECT_LT(file, caches.full + caches.sliding + bytes + 6000) << name << ": tokens, passes, logits and the header";
+    }
   }
-  EXPECT_EQ(ring_checkpoint_bytes(gemma4_31b(), Tq4Format{}, 131072, 8192), 16 * 50 * std::int64_t{16777216});
-  EXPECT_EQ(ring_checkpoint_bytes(gemma4_31b(), Tq4Format{}, 131072, 0), 0);
-  EXPECT_EQ(n_checkpoint(131072, 8192), 16);
+  const ModelConfig large = gemma4_31b();
+  EXPECT_EQ(ring_checkpoint_bytes(large, Tq4Format{}, 131072), 50 * std::int64_t{16777216});
+  EXPECT_EQ(ring_checkpoint_bytes(large, Tq4Format{}, 131072, {.interval = 8192}), 16 * 50 * std::int64_t{16777216});
+  EXPECT_EQ(ring_checkpoint_bytes(large, Tq4Format{}, 131072, CheckpointPolicy{}), 0);
+  EXPECT_EQ(ring_checkpoint_bytes(large, Tq4Format{}, 1000, {.interval = 500}), 2 * 50 * std::int64_t{16384} * 1000);
+  const CheckpointPolicy usual{.interval = 8192, .near_interval = 1024, .near_tokens = 20480};
+  EXPECT_EQ(
+      ring_checkpoint_formula(large, Tq4Format{}, 131072, usual),
+      "35 checkpoints (every 8192 tokens, every 1024 within the newest 20480) x a window of the rings, 838860800 B");
 }
 
 /// A simulated ring, whose rows are what it reads back.

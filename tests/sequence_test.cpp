@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -135,7 +136,8 @@ RC_GTEST_PROP(Sequence, APromptThatWasInterruptedIsHeldAsFarAsItWasRead, ()) {
 RC_GTEST_PROP(Sequence, ReadsWhatDiffersAlone, ()) {
   const SmallModel& small = any_small();
   const SamplerSettings settings = any_settings();
-  ReferenceSequence sequence(small.weights, small_options(), {}, 16);
+  ReferenceSequence sequence(small.weights, small_options(), {},
+                             *rc::gen::elementOf(std::vector<CheckpointPolicy>{{.interval = 16}, {24, 4, 30}}));
   const testkit::TempDir folder;
   const Ids prompt = testkit::any_tokens(small.weights.config, *rc::gen::inRange(1, 90));
   sequence.prefill(prompt, 8, {});
@@ -249,7 +251,7 @@ TEST(Sequence, ATurnAfterALongTextReadsItsOwnTokensAlone) {
     auto backend = std::make_unique<CountingBackend>(small.weights, small_options());
     counter = backend.get();
     return std::make_unique<HostSequence<CountingBackend>>(std::move(backend), parse_cache_spec("bf16"),
-                                                           DraftSettings{}, 32);
+                                                           DraftSettings{}, CheckpointPolicy{.interval = 32});
   };
   CountingBackend *first_counter = nullptr, *counter = nullptr;
   const auto first = make(first_counter), second = make(counter);
@@ -269,6 +271,27 @@ TEST(Sequence, ATurnAfterALongTextReadsItsOwnTokensAlone) {
   read_rest(*second, wanted, 8, {});
   EXPECT_LE(counter->n_token, 20 + 45 - 32) << "from the checkpoint at 32 on";
   EXPECT_EQ(Ids(second->held().begin(), second->held().end()), wanted);
+}
+
+/// By as much as the near zone has: of the text a near interval is read again, and not what the far copies are apart.
+TEST(Sequence, TakenBackWithinTheNearZoneItReadsANearIntervalAtMost) {
+  const SmallModel small(gemma4_tiny(), 4);
+  const auto most_read = [&](const CheckpointPolicy& policy) {
+    auto backend = std::make_unique<CountingBackend>(small.weights, small_options());
+    const CountingBackend& counter = *backend;
+    HostSequence<CountingBackend> sequence(std::move(backend), parse_cache_spec("bf16"), DraftSettings{}, policy);
+    sequence.prefill(Ids(190, 5), 8, {});
+    std::int64_t most = 0;
+    for (const std::int64_t n : {std::int64_t{75}, std::int64_t{79}, std::int64_t{80}}) {
+      const std::int64_t before = counter.n_token;
+      sequence.take_back(n);
+      most = std::max(most, counter.n_token - before);
+      sequence.prefill(Ids(static_cast<std::size_t>(n), 5), 8, {});
+    }
+    return most;
+  };
+  EXPECT_LE(most_read({.interval = 64, .near_interval = 8, .near_tokens = 80}), 8 + 8 - 2);
+  EXPECT_GT(most_read({.interval = 64}), 40) << "the control: far ones alone";
 }
 
 /// Ways to continue, as experiments/settings.cpp takes them.

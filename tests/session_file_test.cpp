@@ -91,7 +91,7 @@ TEST(SessionFile, GivesBackWhatWentIn) {
   EXPECT_EQ(info.context, 64);
   EXPECT_EQ(info.ring_first, 34);
   EXPECT_EQ(info.checkpoints, (std::vector<std::int64_t>{21, 35}));
-  EXPECT_EQ(info.checkpoint_interval, 16);
+  EXPECT_EQ(info.checkpoint_policy, CheckpointPolicy{.interval = 16});
   EXPECT_EQ(info.model_hash, testkit::kToyModel);
   EXPECT_EQ(info.cache, "bf16");
   EXPECT_EQ(info.ring, "bf16");
@@ -123,7 +123,7 @@ TEST(SessionFile, ASequenceWithoutTokensIsOneToo) {
 TEST(SessionFile, BlocksAreCheckedOneByOne) {
   const ToyOptions options{.is_sliding = {0}, .context = 80000, .max_chunk = 100, .n_head = 2};
   const TempDir folder;
-  ToySession session(options, 0);
+  ToySession session(options, {});
   // The rows' bytes alone matter: that many tokens would take the toy minutes.
   session.backend.set_position(70000, 70000);
   session.model.resume(std::vector<std::int64_t>(700, 100), 70000);
@@ -151,7 +151,7 @@ TEST(SessionFile, BlocksAreCheckedOneByOne) {
   std::swap_ranges(bytes.begin() + static_cast<std::ptrdiff_t>(rows.file_offset),
                    bytes.begin() + static_cast<std::ptrdiff_t>(rows.file_offset) + 100,
                    bytes.begin() + static_cast<std::ptrdiff_t>(rows.file_offset) + 100);
-  EXPECT_TRUE(is_refused([&] { ToySession(options, 0).restore(SessionFile::parse(bytes, "a")); }, {"'layer.0.rows'"}));
+  EXPECT_TRUE(is_refused([&] { ToySession(options, {}).restore(SessionFile::parse(bytes, "a")); }, {"'layer.0.rows'"}));
 }
 
 /// Whether a session takes the bytes; where it does not, it must be as it was or empty, and good for more.
@@ -269,7 +269,9 @@ TEST(SessionFile, WhatContradictsItselfIsRefused) {
       {"session.checkpoints[1]", [](auto& info) { info.checkpoints[1] = 21; }},
       {"session.checkpoints[0]", [](auto& info) { info.checkpoints[0] = 0; }},
       {"'checkpoint.41'", [](auto& info) { info.checkpoints.push_back(41); }},
-      {"checkpoint_interval -1", [](auto& info) { info.checkpoint_interval = -1; }},
+      {"interval -1", [](auto& info) { info.checkpoint_policy.interval = -1; }},
+      {"near interval -5", [](auto& info) { info.checkpoint_policy.near_interval = -5; }},
+      {"5 near tokens", [](auto& info) { info.checkpoint_policy.near_tokens = 5; }},
       {"token 50", [](auto& info) { info.tokens[3] = 50; }},
       {"token -1", [](auto& info) { info.tokens[40] = -1; }},
       {"49 logits", [](auto& info) { info.logits.pop_back(); }},

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 
 namespace gemma4::cuda {
 
-/// Steps of one decode(): what the host knows of them, and those whose end it has not seen.
+/// Steps of one stretch of a decode(): what the host knows of them, and those whose end it has not seen.
 struct StepsUnderWay {
   std::int64_t first;                    ///< position at the beginning
   std::int64_t n_wanted;                 ///< tokens
+  std::size_t n_before = 0;              ///< tokens of the same decode(), of the stretches before
   std::int64_t known = first;            ///< position behind the tokens that the host may read
   std::int64_t farthest = first;         ///< position behind all that was written, rejected drafts among it
   std::int64_t n_step = 0;               ///< enqueued

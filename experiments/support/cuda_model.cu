@@ -51,7 +51,7 @@ class Session final : public CudaSession {
                             .lag = settings.lag,
                             .n_draft = settings.max_draft,
                             .auto_drafts = settings.auto_drafts,
-                            .checkpoint_interval = settings.checkpoint_interval}) {}
+                            .checkpoints = settings.checkpoints}) {}
 
   Stretch prefill(std::span<const std::int32_t> tokens, std::int64_t chunk,
                   const std::function<void(std::int64_t)>& on_chunk) override {

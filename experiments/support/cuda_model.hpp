@@ -22,6 +22,7 @@
 #include "gemma4/report/run_info.hpp"
 #include "gemma4/ring_format.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/checkpoint_policy.hpp"
 #include "gemma4/session/session_info.hpp"
 #include "gemma4/session/session_reader.hpp"
 
@@ -49,9 +50,8 @@ struct CudaSettings {
   std::int64_t max_chunk = 2048;
   std::int64_t n_logit_row = 1;
   ExecutionPolicy policy = {};
-  RingSpec ring = {};  ///< of the sliding layers
-  /// Tokens between copies of the rings on the host, from which a session can go back anywhere; 0: none.
-  std::int64_t checkpoint_interval = 0;
+  RingSpec ring = {};                 ///< of the sliding layers
+  CheckpointPolicy checkpoints = {};  ///< on the host, from which a session can go back anywhere
   /// Tokens that a step of a session drafts, at most, by the model's drafter or by lookup; 0: none.
   std::int64_t max_draft = 0;
   bool auto_drafts = false;  ///< how many of them, draft::AutoDrafts decides

@@ -21,6 +21,7 @@
 #include "gemma4/error.hpp"
 #include "gemma4/model/model.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/checkpoint_policy.hpp"
 #include "gemma4/session/sequence_store.hpp"
 #include "reference/acceptance.hpp"
 #include "reference/backend.hpp"
@@ -37,12 +38,12 @@ class HostSequence : public Sequence {
  public:
   /// @param backend with logits of draft::kMaxDrafts + 1 rows, and as long a chunk, where tokens are drafted
   /// @throws std::invalid_argument for drafts with a cache that cannot go back
-  /// @param checkpoint_interval tokens between copies of the rings, from which it can go back anywhere; 0: none
+  /// @param checkpoints of the rings, from which it can go back anywhere
   HostSequence(std::unique_ptr<TBackend> backend, const CacheSpec& cache, const DraftSettings& drafting,
-               std::int64_t checkpoint_interval)
+               const CheckpointPolicy& checkpoints)
       : backend_(std::move(backend)),
         model_(*backend_),
-        store_(model_, checkpoint_interval),
+        store_(model_, checkpoints),
         logits_(static_cast<std::size_t>(backend_->config().vocab)),
         drafting_(std::make_unique<Drafting<TBackend>>(drafting, backend_->config())),
         is_drafted_(drafting.is_on()) {
@@ -111,7 +112,7 @@ class HostSequence : public Sequence {
   /// All, where there are checkpoints. Else one less than the caches can go back: the token that is then the last goes
   /// through the model once more.
   [[nodiscard]] std::int64_t max_back() const override {
-    if (store_.checkpoint_interval() > 0) return n_held();
+    if (store_.policy().is_on()) return n_held();
     const std::int64_t n_late = n_held() - model_.position();
     return std::max(n_late, std::min(n_held(), n_late + model_.max_rewind() - 1));
   }
@@ -211,9 +212,9 @@ class HostSequence : public Sequence {
 class ReferenceSequence final : public HostSequence<reference::Backend<float>> {
  public:
   ReferenceSequence(const ModelWeights& weights, const reference::BackendOptions& options,
-                    const DraftSettings& drafting = {}, std::int64_t checkpoint_interval = 0)
+                    const DraftSettings& drafting = {}, const CheckpointPolicy& checkpoints = {})
       : HostSequence(std::make_unique<reference::Backend<float>>(weights, options), options.cache, drafting,
-                     checkpoint_interval) {}
+                     checkpoints) {}
 };
 
 }  // namespace gemma4::experiment

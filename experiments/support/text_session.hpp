@@ -12,6 +12,7 @@
 #include <string>
 
 #include "experiments/driver.hpp"
+#include "experiments/support/checkpoint_option.hpp"
 #include "gemma4/error.hpp"
 #include "gemma4/gguf/gguf_reader.hpp"
 #include "gemma4/session/model_fingerprint.hpp"
@@ -22,10 +23,10 @@ namespace gemma4::experiment {
 
 struct SessionOptions {
   std::filesystem::path session;
-  std::int64_t checkpoints = 8192;
+  CheckpointPolicy checkpoints = kUsualCheckpoints;
 
   /// Of the sequence: a run that keeps nothing copies no rings.
-  [[nodiscard]] std::int64_t checkpoint_interval() const { return session.empty() ? 0 : checkpoints; }
+  [[nodiscard]] CheckpointPolicy kept() const { return session.empty() ? CheckpointPolicy{} : checkpoints; }
 };
 
 /// --session and --checkpoints, of a driver that measures at depths.
@@ -33,9 +34,9 @@ inline void add_session_at_depths(CLI::App& app, SessionOptions& options) {
   app.add_option("--session", options.session,
                  "File of a filled cache: where it is there, depths come from it and not from prefill; else it is made "
                  "at the deepest. For one --cache and one text");
-  add_tokens(app, "--checkpoints", options.checkpoints,
-             "With --session: tokens between copies of the sliding layers' caches, from which it goes back to a depth",
-             0);
+  add_checkpoints(app, options.checkpoints,
+                  "With --session: tokens between copies of the sliding layers' caches, from which it goes back to a "
+                  "depth; 0: none");
 }
 
 /// @throws std::invalid_argument where there are several formats for one file

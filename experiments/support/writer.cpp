@@ -17,8 +17,8 @@ namespace {
 /// By steps of the host.
 class HostWriter final : public Writer {
  public:
-  HostWriter(const ModelWeights& weights, const reference::BackendOptions& options, std::int64_t checkpoint_interval)
-      : config_(weights.config), sequence_(weights, options, {}, checkpoint_interval) {}
+  HostWriter(const ModelWeights& weights, const reference::BackendOptions& options, const CheckpointPolicy& checkpoints)
+      : config_(weights.config), sequence_(weights, options, {}, checkpoints) {}
 
   [[nodiscard]] Sequence& sequence() override { return sequence_; }
   void use(const DraftSettings& drafting) override {
@@ -68,7 +68,7 @@ class HostSource final : public WriterSource {
   [[nodiscard]] std::int64_t vocab() const override { return weights_.config.vocab; }
   [[nodiscard]] std::unique_ptr<Writer> make(const CudaSettings& wish) const override {
     const reference::BackendOptions options{.cache = wish.cache, .context = wish.context, .max_chunk = wish.max_chunk};
-    return std::make_unique<HostWriter>(weights_, options, wish.checkpoint_interval);
+    return std::make_unique<HostWriter>(weights_, options, wish.checkpoints);
   }
 
  private:

@@ -17,8 +17,8 @@ inline constexpr std::uint64_t kToyModel = 77;  ///< its model hash
 
 /// A toy backend, its model, its tokens and its store.
 struct ToySession {
-  explicit ToySession(const ToyOptions& options, std::int64_t interval = 16)
-      : backend(options), model(backend), store(model, interval) {}
+  explicit ToySession(const ToyOptions& options, const CheckpointPolicy& policy = {.interval = 16})
+      : backend(options), model(backend), store(model, policy) {}
   ToySession(const ToySession&) = delete;
   ToySession& operator=(const ToySession&) = delete;
 

@@ -3,11 +3,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <variant>
 
 #include "gemma4/cache_formats.hpp"
 #include "gemma4/config.hpp"
+#include "gemma4/error.hpp"
 #include "gemma4/ring_format.hpp"
+#include "gemma4/session/checkpoint_policy.hpp"
 
 /// Bytes of the caches of a model: as stored, and as the idea behind a simulated format would take.
 namespace gemma4 {
@@ -66,16 +69,27 @@ template <class TFormat>
       cache);
 }
 
-/// Bytes of the rings' checkpoints of a sequence that fills `context` (gemma4/session/ring_checkpoints.hpp), on the
-/// host: a window of K and V of every sliding layer each. A format that keeps its newest tokens exact adds those.
-/// @param interval tokens between two; 0: none
+/// Bytes of one checkpoint of the rings (gemma4/session/ring_checkpoints.hpp), on the host: a window of K and V of
+/// every sliding layer; of a context that is shorter, that. A format that keeps its newest tokens exact adds those.
 [[nodiscard]] inline std::int64_t ring_checkpoint_bytes(const ModelConfig& config, const CacheSpec& cache,
-                                                        std::int64_t context, std::int64_t interval) {
-  std::int64_t bytes = 0;
-  for (std::int64_t at = interval; interval > 0 && at <= context; at += interval) {
-    bytes += stored_bytes(config, cache, 0, std::min(config.window, at)).sliding;
-  }
-  return bytes;
+                                                        std::int64_t context) {
+  return stored_bytes(config, cache, 0, std::min(config.window, context)).sliding;
+}
+
+/// Of all that a sequence of up to `context` tokens has at any time, at most.
+[[nodiscard]] inline std::int64_t ring_checkpoint_bytes(const ModelConfig& config, const CacheSpec& cache,
+                                                        std::int64_t context, const CheckpointPolicy& policy) {
+  return n_checkpoint(context, policy) * ring_checkpoint_bytes(config, cache, context);
+}
+
+/// The same in words: how many, where, and the bytes of one.
+[[nodiscard]] inline std::string ring_checkpoint_formula(const ModelConfig& config, const CacheSpec& cache,
+                                                         std::int64_t context, const CheckpointPolicy& policy) {
+  const std::string near = policy.near_interval == 0
+                               ? ""
+                               : concat(", every ", policy.near_interval, " within the newest ", policy.near_tokens);
+  return concat(n_checkpoint(context, policy), " checkpoints (every ", policy.interval, " tokens", near,
+                ") x a window of the rings, ", ring_checkpoint_bytes(config, cache, context), " B");
 }
 
 }  // namespace gemma4

@@ -21,6 +21,7 @@
 #include "gemma4/plan/cache_fit.hpp"
 #include "gemma4/plan/packed_rows.hpp"
 #include "gemma4/quantized_matrix.hpp"
+#include "gemma4/session/checkpoint_policy.hpp"
 #include "gemma4/step_limits.hpp"
 #include "gemma4/tq4_format.hpp"
 
@@ -46,7 +47,7 @@ struct MemoryPlanOptions {
   std::int64_t sm_count = 132;   ///< multiprocessors of the device: split keys leave a part in each (an H100 or H200)
   std::int64_t n_thread = 0;     ///< of the reference; 0: the hardware's
   std::vector<PlannedBuffer> drafter = {};  ///< what a drafter takes beside it (gemma4/plan/drafter_plan.hpp)
-  std::int64_t checkpoint_interval = 0;     ///< of the rings, in the host's memory: of the reference; 0: none
+  CheckpointPolicy checkpoints = {};        ///< of the rings, in the host's memory: of the reference
 };
 
 struct MemoryPlan {
@@ -173,6 +174,7 @@ class MemoryPlanner {
     require(options.max_draft >= 0 && options.max_draft < kDecodeChunk, "memory plan: max_draft ", options.max_draft,
             ", need 0 to ", kDecodeChunk - 1);
     require_cache_suits(options.cache, config, tensors);
+    validate(options.checkpoints);
     for (const ModelTensor& tensor : tensors) {
       if (tensor.dims.size() == 1 || is_weight_type(tensor.type)) continue;
       require(false, "memory plan: tensor '", tensor.name, "' ", unsupported_weight_type(tensor.type));
@@ -312,9 +314,8 @@ class MemoryPlanner {
         options_.n_thread > 0 ? options_.n_thread : std::max<std::int64_t>(1, std::thread::hardware_concurrency());
     add("weights", total_bytes(tensors_), "the file as mapped; read in place, reclaimable");
     std::visit([&](const auto& format) { add_caches(format, options_.context); }, options_.cache);
-    add("ring_checkpoints",
-        ring_checkpoint_bytes(config_, options_.cache, options_.context, options_.checkpoint_interval),
-        concat("every ", options_.checkpoint_interval, " tokens a window of the rings"));
+    add("ring_checkpoints", ring_checkpoint_bytes(config_, options_.cache, options_.context, options_.checkpoints),
+        ring_checkpoint_formula(config_, options_.cache, options_.context, options_.checkpoints));
     add("residual", 3 * t * config_.hidden * kF32, "3 (stream, normalised, pending) x chunk x hidden x f32");
     add("qkv", 2 * t * (q_dim_ + 2 * kv_dim_) * kF32, "2 (old, new) x chunk x (q + k + v) x f32");
     add("attended", 4 * t * q_dim_ * kF32, "4 (rotated q, result, old, new) x chunk x q x f32");
@@ -333,9 +334,7 @@ class MemoryPlanner {
   const ModelConfig& config_;
   const std::vector<ModelTensor>& tensors_;
   MemoryPlanOptions options_;
-  std::int64_t n_sliding_ = 0;
-  std::int64_t q_dim_ = 0, kv_dim_ = 0, qkv_dim_ = 0;
-  std::int64_t rotation_bytes_ = 0;
+  std::int64_t n_sliding_ = 0, q_dim_ = 0, kv_dim_ = 0, qkv_dim_ = 0, rotation_bytes_ = 0;
   std::int64_t fresh_k_dim_ = 0;  ///< of a full layer, beside k as projected, where the prologue does not store it
   MemoryPlan plan_;
 };

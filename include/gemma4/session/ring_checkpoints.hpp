@@ -88,9 +88,4 @@ void put_checkpoint(TBackend& backend, std::span<const StoredLayer> layers, std:
   }
 }
 
-/// Checkpoints of a sequence that fills `context` in chunks that divide the interval.
-[[nodiscard]] constexpr std::int64_t n_checkpoint(std::int64_t context, std::int64_t interval) {
-  return interval > 0 ? context / interval : 0;
-}
-
 }  // namespace gemma4

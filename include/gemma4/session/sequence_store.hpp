@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <iterator>
 #include <span>
 #include <string>
 #include <utility>
@@ -12,6 +13,7 @@
 
 #include "gemma4/error.hpp"
 #include "gemma4/model/model.hpp"
+#include "gemma4/session/checkpoint_policy.hpp"
 #include "gemma4/session/ring_checkpoints.hpp"
 #include "gemma4/session/session_info.hpp"
 #include "gemma4/session/session_reader.hpp"
@@ -26,35 +28,38 @@ namespace gemma4 {
 /// Full layers keep every token, so that going back is forgetting. A ring forgets: within its spare slots it can go
 /// back too; farther it takes the nearest checkpoint before the position, and the tokens from there on go through the
 /// model again, in the passes that they came in, the last one cut (and those that are longer than this run's chunk).
-/// That is as many as the checkpoints are apart, at most, and the chunk in which one fell due. So the sequence is then
-/// what a fresh one would be that took those passes.
+/// That is as many as the checkpoints are apart there, at most, and the chunk in which one fell due: CheckpointPolicy
+/// says how many are kept where. So the sequence is then what a fresh one would be that took those passes.
 ///
 /// The owner of the model tells noted() after passes and reset() after a reset; it keeps the tokens.
 template <StoringBackend TBackend>
 class SequenceStore {
  public:
   /// @param model outlives this; nothing is in it
-  /// @param checkpoint_interval tokens; 0: no checkpoints
-  SequenceStore(Model<TBackend>& model, std::int64_t checkpoint_interval)
-      : model_(model), interval_(checkpoint_interval) {
-    require(checkpoint_interval >= 0, "session: checkpoint interval ", checkpoint_interval, ", need at least 0");
+  /// @throws std::invalid_argument for a policy that contradicts itself
+  SequenceStore(Model<TBackend>& model, const CheckpointPolicy& policy) : model_(model), policy_(policy) {
+    validate(policy);
   }
 
   [[nodiscard]] const std::vector<RingCheckpoint>& checkpoints() const { return checkpoints_; }
-  [[nodiscard]] std::int64_t checkpoint_interval() const { return interval_; }
+  [[nodiscard]] const CheckpointPolicy& policy() const { return policy_; }
 
   void reset() { checkpoints_.clear(); }
 
-  /// After passes. Keeps the rings where a multiple of the interval was reached since the last checkpoint. Where the
-  /// model itself went back since, what was kept beyond is forgotten.
+  /// After passes. Keeps the rings where a checkpoint is due, and lets those go first that have grown too old for their
+  /// number: never are there more than n_checkpoint(). Where the model itself went back since, what was kept beyond is
+  /// forgotten.
   void noted() {
     forget_after(model_.take_lowest());
-    if (interval_ == 0) return;
     const std::int64_t position = model_.position();
-    const std::int64_t last = checkpoints_.empty() ? 0 : checkpoints_.back().position;
-    if (position / interval_ <= last / interval_) return;
+    if (!policy_.is_due(checkpoints_.empty() ? 0 : checkpoints_.back().position, position)) return;
     const std::vector<StoredLayer> layers = backend().stored_layers();
     if (checkpoint_bytes(layers, window(), position) == 0) return;  // nothing is ever forgotten
+    std::vector<std::int64_t> at = checkpoint_positions();
+    at.push_back(position);
+    at = staying_checkpoints(policy_, at, position);
+    std::erase_if(checkpoints_,
+                  [&](const RingCheckpoint& kept) { return !std::ranges::binary_search(at, kept.position); });
     checkpoints_.push_back(take_checkpoint(backend(), layers, window(), position));
   }
 
@@ -109,7 +114,7 @@ class SequenceStore {
               rows_of_tokens(into[layer].parts[part], from[layer].is_ring, first, to));
       }
     }
-    if (other.interval_ > 0) other.checkpoints_ = checkpoints_;
+    other.take_over(checkpoints_, to);
     other.resume(passes, to, std::min(held, to));
     if (direct) {
       other.forget_after(to);
@@ -130,9 +135,8 @@ class SequenceStore {
     info.context = backend().context();
     info.position = model_.position();
     info.ring_first = std::min(ring_first(backend().stored_layers()), info.position);
-    info.checkpoint_interval = interval_;
-    info.checkpoints.clear();
-    for (const RingCheckpoint& kept : checkpoints_) info.checkpoints.push_back(kept.position);
+    info.checkpoint_policy = policy_;
+    info.checkpoints = checkpoint_positions();
     info.passes.assign(model_.passes().begin(), model_.passes().end());
     std::vector<SessionTensor> tensors;
     for (Saved& saved : saved_rows(info)) {
@@ -148,7 +152,8 @@ class SequenceStore {
     write_session(path, info, std::move(tensors));
   }
 
-  /// Makes the sequence what was saved. The context may be larger than it was.
+  /// Makes the sequence what was saved. The context may be larger than it was. Checkpoints go on by this sequence's
+  /// policy: of the file's those that would stay by it are read.
   /// @return what save() was given, and the rest of what the file says
   /// @throws std::invalid_argument naming what differs: model, formats, context; FormatError naming what is wrong in
   ///         the file. The sequence is as it was then, or, where a block of a cache was damaged, empty
@@ -163,6 +168,7 @@ class SequenceStore {
       tensors.push_back(is_there ? &file.tensor(saved.name, saved.dims) : nullptr);
     }
     const std::vector<const GgufTensor*> kept = checkpoint_tensors(file);
+    const std::vector<std::int64_t> staying = staying_checkpoints(policy_, info.checkpoints, info.position);
     begin_anew();
     try {
       const std::vector<Saved> into = saved_rows(info);  // a reset may have moved them
@@ -173,7 +179,9 @@ class SequenceStore {
                              set_rows(backend(), rows, offset, bytes);
                            }});
       }
+      checkpoints_.reserve(staying.size());
       for (std::size_t i = 0; i < kept.size(); ++i) {
+        if (!std::ranges::binary_search(staying, info.checkpoints[i])) continue;
         checkpoints_.push_back({.position = info.checkpoints[i], .bytes = HostBytes(kept[i]->data.size())});
         targets.push_back({.tensor = kept[i], .host = checkpoints_.back().bytes});
       }
@@ -184,7 +192,6 @@ class SequenceStore {
       begin_anew();
       throw;
     }
-    if (interval_ == 0) checkpoints_.clear();
     return info;
   }
 
@@ -232,6 +239,23 @@ class SequenceStore {
       to -= passes.back();
     }
     return passes;
+  }
+
+  [[nodiscard]] std::vector<std::int64_t> checkpoint_positions() const {
+    std::vector<std::int64_t> positions;
+    for (const RingCheckpoint& kept : checkpoints_) positions.push_back(kept.position);
+    return positions;
+  }
+
+  /// Of another sequence's checkpoints those up to `to` that stay here.
+  void take_over(const std::vector<RingCheckpoint>& from, std::int64_t to) {
+    std::vector<std::int64_t> at;
+    for (const RingCheckpoint& kept : from) {
+      if (kept.position <= to) at.push_back(kept.position);
+    }
+    at = staying_checkpoints(policy_, at, to);
+    std::ranges::copy_if(from, std::back_inserter(checkpoints_),
+                         [&](const RingCheckpoint& kept) { return std::ranges::binary_search(at, kept.position); });
   }
 
   void forget_after(std::int64_t position) {
@@ -347,7 +371,7 @@ class SequenceStore {
   }
 
   Model<TBackend>& model_;
-  std::int64_t interval_;
+  CheckpointPolicy policy_;
   std::vector<RingCheckpoint> checkpoints_;
 };
 

@@ -16,10 +16,12 @@
 #include "gemma4/error.hpp"
 #include "gemma4/ring_format.hpp"
 #include "gemma4/sampler.hpp"
+#include "gemma4/session/checkpoint_policy.hpp"
 
 /// What a session is beside the bytes of its caches, and the file that holds both.
 ///
-/// A session file is a GGUF file (gemma4/gguf/gguf.hpp), architecture gemma4-session. Its keys, all there:
+/// A session file is a GGUF file (gemma4/gguf/gguf.hpp), architecture gemma4-session. Its keys, all there but where it
+/// says so:
 ///   session.version                u32, kSessionVersion
 ///   session.model_hash             u64, model_fingerprint() of the model's file
 ///   session.cache, .cache_seed     string, u64: the format of the full layers and the seed of what is random in it
@@ -27,7 +29,9 @@
 ///   session.context                i64, positions that the caches held
 ///   session.position               i64, tokens that the caches hold
 ///   session.ring_first             i64, the first position that the rings hold
-///   session.checkpoint_interval    i64
+///   session.checkpoint_interval    i64, CheckpointPolicy::interval
+///   session.checkpoint_near_interval, .checkpoint_near_tokens    i64, the rest of it; not there where there is no near
+///                                  zone
 ///   session.checkpoints            i64 array, positions whose rings are kept, ascending
 ///   session.sampler.temperature, .top_k, .top_p, .seed       f32, i32, f32, u64; the position is all its state
 ///   session.note                   string, what the program that saved it wants to know again, such as a dialogue
@@ -75,7 +79,7 @@ struct SessionInfo {
   std::int64_t context = 0;
   std::int64_t position = 0;
   std::int64_t ring_first = 0;
-  std::int64_t checkpoint_interval = 0;
+  CheckpointPolicy checkpoint_policy = {};
   std::vector<std::int64_t> checkpoints = {};
   SamplerSettings sampler = {};
   std::string note = {};
@@ -140,7 +144,6 @@ inline void require_consistent(std::string_view name, const SessionInfo& info) {
                  ", there are ", n_token, " tokens");
   require_format(info.ring_first >= 0 && info.ring_first <= info.position, name, ": session.ring_first ",
                  info.ring_first, ", session.position is ", info.position);
-  require_format(info.checkpoint_interval >= 0, name, ": session.checkpoint_interval ", info.checkpoint_interval);
   std::size_t next = 0;
   std::int64_t at = 0;
   for (const std::int64_t pass : info.passes) {
@@ -153,6 +156,7 @@ inline void require_consistent(std::string_view name, const SessionInfo& info) {
   require_format(next == info.checkpoints.size(), name, ": session.checkpoints[", next,
                  "] is not behind a pass, or not above the one before it");
   try {
+    validate(info.checkpoint_policy);
     validate(info.sampler);
   } catch (const std::invalid_argument& error) {
     throw FormatError(concat(name, ": ", error.what()));

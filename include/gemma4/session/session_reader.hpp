@@ -188,7 +188,9 @@ class SessionFile {
     info_.context = gguf_->get<std::int64_t>("session.context");
     info_.position = gguf_->get<std::int64_t>("session.position");
     info_.ring_first = gguf_->get<std::int64_t>("session.ring_first");
-    info_.checkpoint_interval = gguf_->get<std::int64_t>("session.checkpoint_interval");
+    info_.checkpoint_policy = {.interval = gguf_->get<std::int64_t>("session.checkpoint_interval"),
+                               .near_interval = gguf_->get_or<std::int64_t>("session.checkpoint_near_interval", 0),
+                               .near_tokens = gguf_->get_or<std::int64_t>("session.checkpoint_near_tokens", 0)};
     info_.checkpoints = gguf_->array<std::int64_t>("session.checkpoints");
     info_.sampler = {.temperature = gguf_->get<float>("session.sampler.temperature"),
                      .top_k = gguf_->get<std::int32_t>("session.sampler.top_k"),

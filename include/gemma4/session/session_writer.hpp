@@ -98,7 +98,11 @@ inline void set_session_keys(GgufWriter& writer, const SessionInfo& info) {
   writer.set("session.context", info.context);
   writer.set("session.position", info.position);
   writer.set("session.ring_first", info.ring_first);
-  writer.set("session.checkpoint_interval", info.checkpoint_interval);
+  writer.set("session.checkpoint_interval", info.checkpoint_policy.interval);
+  if (info.checkpoint_policy.near_interval != 0 || info.checkpoint_policy.near_tokens != 0) {
+    writer.set("session.checkpoint_near_interval", info.checkpoint_policy.near_interval);
+    writer.set("session.checkpoint_near_tokens", info.checkpoint_policy.near_tokens);
+  }
   writer.set_array("session.checkpoints", info.checkpoints);
   writer.set("session.sampler.temperature", info.sampler.temperature);
   writer.set("session.sampler.top_k", info.sampler.top_k);
