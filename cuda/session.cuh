@@ -110,7 +110,7 @@ class Session {
   void set_policy(const ExecutionPolicy& policy) {
     stream().synchronize();
     for (std::optional<Step>& step : steps_) step.reset();
-    for (auto& clock : clocks_) clock.reset();
+    clocks_ = {};
     backend().set_policy(policy);
   }
 
@@ -259,12 +259,8 @@ class Session {
   [[nodiscard]] bool by_assistant() const {
     return backend().options().max_draft > 0 && backend().drafting().by_assistant();
   }
-  /// What steps with the drafter at hand took, whether a rule went by it or not.
   [[nodiscard]] draft::StepClock& clock() const {
-    std::optional<draft::StepClock>& clock = clocks_[by_assistant() ? 1 : 0];
-    const bool drafts = backend().options().max_draft > 0;
-    if (!clock) clock.emplace(draft::StepCosts::unmeasured(drafts ? backend().drafting().cost() : 0));
-    return *clock;
+    return clocks_.of(by_assistant(), backend().options().max_draft > 0 ? backend().drafting().cost() : 0);
   }
   [[nodiscard]] std::size_t step_index(std::int64_t n_draft) const {
     return static_cast<std::size_t>(n_draft > 0 && by_assistant() ? n_draft + draft::kMaxDrafts : n_draft);
@@ -325,7 +321,7 @@ class Session {
     const auto launch = [&] {
       n_draft > 0 ? model_.enqueue_draft_step(settings, n_draft) : model_.enqueue_step(settings);
     };
-    if (options_.use_graph && step && same(step->settings, settings)) {
+    if (options_.use_graph && step && step->settings == settings) {
       step->graph.launch(stream());
       backend().note_replay();
     } else {
@@ -337,10 +333,6 @@ class Session {
     }
     if (n_draft > 0) backend().drafting().note_step();
     done(number).record(stream());
-  }
-
-  [[nodiscard]] static bool same(const SamplerSettings& a, const SamplerSettings& b) {
-    return a.temperature == b.temperature && a.top_k == b.top_k && a.top_p == b.top_p && a.seed == b.seed;
   }
 
   /// A part of decode(): `n_token` more of `result`.
@@ -396,10 +388,9 @@ class Session {
   Model<Backend> model_;
   SequenceStore<Backend> store_;
   SessionOptions options_;
-  /// By the number of drafts: those of lookup, behind them those of an assistant.
-  std::array<std::optional<Step>, 2 * draft::kMaxDrafts + 1> steps_;
+  std::array<std::optional<Step>, 2 * draft::kMaxDrafts + 1> steps_;  ///< see step_index()
   std::optional<draft::AutoDrafts> rule_;
-  mutable std::array<std::optional<draft::StepClock>, 2> clocks_;  ///< of steps with lookup, and with an assistant
+  mutable StepClocks clocks_;
   std::vector<std::int32_t> tokens_;
   bool has_logits_ = false;
   Event begin_, end_;

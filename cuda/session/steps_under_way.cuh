@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <optional>
+
+#include "gemma4/draft/auto_drafts.hpp"
 
 namespace gemma4::cuda {
 
@@ -26,6 +30,20 @@ struct StepsUnderWay {
     for (const std::int64_t n_draft : drafts) end += n_draft + 1;
     return end;
   }
+};
+
+/// What steps took with either kind of drafter, whether a rule went by it or not.
+class StepClocks {
+ public:
+  /// @param draft_cost see draft::StepCosts; of the first time
+  [[nodiscard]] draft::StepClock& of(bool by_assistant, double draft_cost) {
+    std::optional<draft::StepClock>& clock = clocks_[by_assistant ? 1 : 0];
+    if (!clock) clock.emplace(draft::StepCosts::unmeasured(draft_cost));
+    return *clock;
+  }
+
+ private:
+  std::array<std::optional<draft::StepClock>, 2> clocks_;
 };
 
 }  // namespace gemma4::cuda

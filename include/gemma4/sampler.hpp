@@ -33,6 +33,7 @@ struct SamplerSettings {
   std::int32_t top_k = 0;  ///< 0: off
   float top_p = 1;         ///< 1: off
   std::uint64_t seed = 0;
+  bool operator==(const SamplerSettings&) const = default;
 };
 
 /// @throws std::invalid_argument naming the setting, what was expected and what was found
