@@ -61,4 +61,4 @@ format: ## clang-format on every source file
 	git ls-files '*.hpp' '*.cuh' '*.cpp' '*.cu' | xargs clang-format -i
 
 clean: ## remove every build directory
-	cmake -E rm -rf build build-cpu build-gpu build-all-archs build-asan build-sanitizer build-fuzz build-tidy
+	cmake -E rm -rf build build-cpu build-gpu build-all-archs build-asan build-sanitizer build-fuzz build-emulator build-tidy

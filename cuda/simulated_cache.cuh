@@ -106,10 +106,10 @@ inline void require_simulated_caches(const char* who, const View<Bf16, 4>& k_cac
 
 /// Stores what the format would read back of k and v [batch, n_new, n_head_kv, head_dim] (float or Bf16), rounded to
 /// bf16, at `positions` of the flat cache [batch, n_head_kv, buffer_len, head_dim], in one launch; every other row
-/// keeps its bits. At positions below the format's sink K and V are stored as they are. Its tail is not looked at: with
-/// one, tokens are stored by bf16_cache_update() and quantised by simulated_cache_age(). The contract is that of
-/// gemma4/cache_update.hpp. Nothing waits for the host: the call can be captured, and a replay reads the positions and
-/// vectors of that moment. Vectors begin at multiples of 16 bytes.
+/// keeps its bits. At positions below the format's sink K and V are stored as they are, a NaN as quiet_nan(). Its tail
+/// is not looked at: with one, tokens are stored by bf16_cache_update() and quantised by simulated_cache_age(). The
+/// contract is that of gemma4/cache_update.hpp. Nothing waits for the host: the call can be captured, and a replay
+/// reads the positions and vectors of that moment. Vectors begin at multiples of 16 bytes.
 /// @throws std::invalid_argument on extents that do not fit and, where the host knows the positions, on one outside the
 ///         buffer or given twice
 template <class TIn, Quantiser TQuantiser>

@@ -18,6 +18,15 @@
 /// and why both rooms get the same bits: gemma4/quantisers/quantiser.hpp. Mirror: cuda/simulated_cache.cuh.
 namespace gemma4::reference {
 
+namespace detail {
+
+/// Every NaN becomes quiet_nan(), as on the device.
+inline void settle_nans(MatrixRef<float> rows) {
+  rows = rows.unaryExpr([](float value) { return std::isnan(value) ? quiet_nan() : value; }).eval();
+}
+
+}  // namespace detail
+
 /// A simulated format and, where it asks for one, its rotation. Arithmetic in float, as on the device.
 template <Quantiser TQuantiser>
 class SimulatedCodec {
@@ -46,7 +55,7 @@ class SimulatedCodec {
       }
     }
     if (rotation_) rotation_->inverse(rows);
-    rows = rows.unaryExpr([](float value) { return std::isnan(value) ? quiet_nan() : value; }).eval();
+    detail::settle_nans(rows);
   }
 
  private:
@@ -59,8 +68,8 @@ class SimulatedCodec {
 
 /// Stores what the format would read back of k and v [batch, n_new, n_head_kv, head_dim], rounded to bf16, at
 /// `positions` [n_new] of the flat cache [batch, n_head_kv, buffer_len, head_dim]; every other row keeps its bits. At
-/// positions below the format's sink K and V are stored as they are. Its tail is not looked at: with one, tokens are
-/// stored by bf16_cache_update() and quantised by simulated_cache_age(). The contract is that of
+/// positions below the format's sink K and V are stored as they are, a NaN as quiet_nan(). Its tail is not looked at:
+/// with one, tokens are stored by bf16_cache_update() and quantised by simulated_cache_age(). The contract is that of
 /// gemma4/cache_update.hpp.
 /// @throws std::invalid_argument on extents that do not fit, a position outside the buffer or given twice
 template <class Scalar, Quantiser TQuantiser>
@@ -80,7 +89,8 @@ void simulated_cache_update(const SimulatedCodec<TQuantiser>& codec, View<const 
         }
       }
     }
-    const Matrix<float> exact = codec.format().sink > 0 ? rows : Matrix<float>();
+    Matrix<float> exact = codec.format().sink > 0 ? rows : Matrix<float>();
+    detail::settle_nans(exact);
     codec.roundtrip(side, rows);
     for (row = 0; row < exact.rows(); ++row) {
       if (positions[static_cast<std::size_t>(row / shape.n_head_kv % n_new)] < codec.format().sink) {

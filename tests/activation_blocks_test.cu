@@ -10,28 +10,32 @@
 #include <span>
 #include <vector>
 
-#include "cuda/device/check.cuh"
 #include "cuda/device/device_buffer.cuh"
+#include "cuda/device/launch.cuh"
 #include "tests/support/linear_case.hpp"
 #include "tests/support/property.hpp"
 
 namespace gemma4::cuda {
-namespace {
-
-using testkit::rc_require;
+namespace detail {
 
 constexpr int kThreads = 256;
 
 template <class TIn>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const TIn* x, int n_group, int n_piece, std::uint8_t* out) {
-  extern __shared__ __align__(16) std::uint8_t blocks[];
-  detail::quantize_row<kThreads>(x, blocks, n_group, 0, n_piece, static_cast<int>(threadIdx.x));
+  extern __shared__ __align__(16) unsigned char smem_bytes[];
+  quantize_row<kThreads>(x, smem_bytes, n_group, 0, n_piece, static_cast<int>(threadIdx.x));
   __syncthreads();
-  const int n_word = n_group * detail::kActivationBytesPerGroup / 4;
+  const int n_word = n_group * kActivationBytesPerGroup / 4;
   for (int i = static_cast<int>(threadIdx.x); i < n_word; i += kThreads) {
-    reinterpret_cast<std::uint32_t*>(out)[i] = reinterpret_cast<const std::uint32_t*>(blocks)[i];
+    reinterpret_cast<std::uint32_t*>(out)[i] = reinterpret_cast<const std::uint32_t*>(smem_bytes)[i];
   }
 }
+
+}  // namespace detail
+
+namespace {
+
+using testkit::rc_require;
 
 /// Blocks of a row as numbers.
 struct Blocks {
@@ -47,9 +51,8 @@ Blocks quantized(const std::vector<float>& x) {
   const DeviceBuffer<TIn> in(stored);
   const auto n_group = static_cast<int>(x.size() / 32);
   DeviceBuffer<std::uint8_t> out(n_group * detail::kActivationBytesPerGroup);
-  quantize_kernel<TIn>
-      <<<1, kThreads, static_cast<std::size_t>(out.size())>>>(in.data(), n_group, 4 * n_group, out.data());
-  check_launch("quantize_kernel");
+  detail::Launch{.what = "quantize_kernel", .block = detail::kThreads, .smem_bytes = out.size()}(
+      detail::quantize_kernel<TIn>, in.data(), n_group, 4 * n_group, out.data());
   const std::vector<std::uint8_t> bytes = out.to_host();
   Blocks blocks;
   for (int g = 0; g < n_group; ++g) {

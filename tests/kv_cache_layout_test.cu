@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/device/device_buffer.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/kv_cache.cuh"
 #include "cuda/kv_cache/levels.cuh"
 #include "gemma4/kv_format.hpp"
@@ -131,7 +132,8 @@ void expect_words_decode() {
   }
   const DeviceBuffer<std::uint32_t> n(nibbles), s(signs), x(extra);
   DeviceBuffer<std::uint16_t> out(8 * kThreads);
-  decode_words_kernel<kBits, kWord><<<1, kThreads>>>(n.data(), s.data(), x.data(), table, {}, out.data());
+  detail::Launch{.what = "decode_words_kernel", .block = kThreads}(decode_words_kernel<kBits, kWord>, n.data(),
+                                                                   s.data(), x.data(), table, KvShifts{}, out.data());
   const std::vector<std::uint16_t> got = out.to_host();
   // A set of one group that holds the same bits: the layout's own reading of them.
   for (std::size_t i = 0; i < kThreads; ++i) {

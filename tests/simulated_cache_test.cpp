@@ -163,7 +163,6 @@ TEST(SimulatedCache, StoresWhatTheFormatReadsBackAndNothingElse) {
   });
 }
 
-/// NaN and infinity show in their own vector, as the one NaN; the rotation spreads them over it.
 TEST(SimulatedCache, EveryBlockOfARowIsQuantisedByItself) {
   const Matrix<float> x = normal_rows(23, 5, 128);
   const auto expect_blocks = [&](const auto& quantiser) {
@@ -181,6 +180,7 @@ TEST(SimulatedCache, EveryBlockOfARowIsQuantisedByItself) {
   expect_blocks(Q40Cache{});
 }
 
+/// NaN and infinity show in their own vector, as the one NaN; the rotation spreads them over it.
 TEST(SimulatedCache, WhatIsNotFiniteIsNotHidden) {
   for_each_format([&](const auto& format) {
     Matrix<float> x = normal_rows(3, 3, 64);
@@ -196,6 +196,25 @@ TEST(SimulatedCache, WhatIsNotFiniteIsNotHidden) {
       }
     }
   });
+}
+
+/// Below the sink nothing is quantised; what both rooms store of a NaN is the same all the same.
+TEST(SimulatedCache, ASinkStoresTheOneNaN) {
+  const auto format = *Simulated<ScalarCodes>::parse("sim-k4v3-sink1");
+  Matrix<float> x = normal_rows(4, 2, 64);
+  x(0, 40) = -std::nanf("");
+  x(0, 41) = -INFINITY;
+  const auto view = make_view<const float>(x.data(), 1, 2, 1, 64);
+  FlatCache<Bf16> cache(1, 1, 2, 64);
+  simulated_cache_update<float>(SimulatedCodec<ScalarCodes>(64, format), view, view, std::vector<std::int32_t>{0, 1},
+                                cache);
+  int n_changed = 0;
+  for (Eigen::Index i = 0; i < 64; ++i) {
+    EXPECT_EQ(cache.k()(0, 0, 0, i), to_bf16(i == 40 ? quiet_nan() : x(0, i))) << i;
+    EXPECT_EQ(cache.v()(0, 0, 0, i), cache.k()(0, 0, 0, i)) << i;
+    n_changed += cache.k()(0, 0, 1, i) != to_bf16(x(1, i));
+  }
+  EXPECT_GT(n_changed, 32) << "the control: behind the sink it is quantised";
 }
 
 TEST(SimulatedCache, MisuseIsRefusedByName) {

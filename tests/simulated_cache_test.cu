@@ -155,8 +155,11 @@ void check_bits(const Update& u, const Simulated<TQuantiser>& format) {
     for (float& x : *values) x = to_float(to_bf16(x));
   }
   RC_ASSERT(on_device<Bf16>(rounded, format, u.positions) == on_host(rounded, format));
-  // Negative controls: another format leaves other bits, and so do other positions.
-  RC_ASSERT(on_device<float>(u, other_format(format), u.positions) != expected);
+  // Negative controls: another format leaves other bits (unless the first token is stored as it is: others may be
+  // nothing but zeros), and so do other positions.
+  if (u.positions.front() >= format.sink) {
+    RC_ASSERT(on_device<float>(u, other_format(format), u.positions) != expected);
+  }
   std::vector<std::int32_t> shifted = u.positions;
   for (std::int32_t& position : shifted) ++position;  // the largest may now lie outside: not written
   RC_ASSERT(on_device<float>(u, format, shifted) != expected);

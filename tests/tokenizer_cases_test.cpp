@@ -209,6 +209,12 @@ TEST(Tokenizer, NoEndIsPrintedWhateverItsType) {
     EXPECT_EQ(toy.decode(Ids{1, 5}, {.skip_control = true}), "");
     EXPECT_EQ(toy.decode_piece(5), "<turn|>") << "asked for everything";
   }
+  VocabularyData data = toy_vocabulary();
+  data.ends = {{"eos_token_ids", 8 + 'A'}};
+  const Tokenizer toy(data);
+  EXPECT_EQ(toy.decode_piece(8 + 'A', {.skip_control = true}), "") << "a byte that the file calls an end";
+  EXPECT_EQ(toy.decode(Ids{8 + 'A', 8 + 'B'}, {.skip_control = true}), "B");
+  EXPECT_EQ(toy.decode_piece(8 + 'A'), "A") << "asked for everything";
 }
 
 TEST(Tokenizer, AMillionBytesInOnePieceAreNoWork) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/device/device_buffer.cuh"
+#include "cuda/device/launch.cuh"
 #include "reference/tq4_cache.hpp"
 #include "tests/support/close.hpp"
 #include "tests/support/property.hpp"
@@ -72,8 +73,8 @@ void decode_every_index() {
     }
     const DeviceBuffer<std::uint32_t> in(words);
     DeviceBuffer<T16> out(8 * 256);
-    decode_kernel<<<1, 256>>>(in.data(), level_table<T16>(book), out.data());
-    check_launch("decode_kernel");
+    detail::Launch{.what = "decode_kernel", .block = 256}(decode_kernel<T16>, in.data(), level_table<T16>(book),
+                                                          out.data());
     const std::vector<T16> levels = out.to_host();
     for (std::size_t w = 0; w < words.size(); ++w) {
       for (int e = 0; e < 8; ++e) {
@@ -113,9 +114,9 @@ TEST(Tq4Layout, DecodeWordBytesGivesTheRoundedLevels) {
   const DeviceBuffer<std::uint32_t> in(words);
   DeviceBuffer<F16> f16(8 * 256);
   DeviceBuffer<Bf16> bf16(8 * 256);
-  decode_bytes_kernel<<<1, 256>>>(in.data(), *levels, 65536, 16, f16.data());
-  decode_bytes_kernel<<<1, 256>>>(in.data(), *levels, 65536, 16, bf16.data());
-  check_launch("decode_bytes_kernel");
+  const detail::Launch launch{.what = "decode_bytes_kernel", .block = 256};
+  launch(decode_bytes_kernel<F16>, in.data(), *levels, 65536, 16, f16.data());
+  launch(decode_bytes_kernel<Bf16>, in.data(), *levels, 65536, 16, bf16.data());
   const std::vector<F16> half = f16.to_host();
   const std::vector<Bf16> brain = bf16.to_host();
   for (std::size_t i = 0; i < half.size(); ++i) {

@@ -218,8 +218,8 @@ class Tokenizer {
   [[nodiscard]] std::string decode_piece(std::int32_t id, const DecodeOptions& options = {}) const {
     require(id >= 0 && id < vocabulary_.size(), "tokenizer: id ", id, ", the vocabulary has ", vocabulary_.size(),
             " tokens");
-    if (vocabulary_.type(id) == TokenType::kByte) return {static_cast<char>(vocabulary_.byte_of(id))};
     if (options.skip_control && vocabulary_.is_end(id)) return "";
+    if (vocabulary_.type(id) == TokenType::kByte) return {static_cast<char>(vocabulary_.byte_of(id))};
     if (vocabulary_.is_control(id)) return std::string(options.skip_control ? "" : vocabulary_.text(id));
     return replaced(vocabulary_.text(id), kSpaceMark, " ");
   }
