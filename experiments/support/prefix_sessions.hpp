@@ -39,7 +39,7 @@ class PrefixSessions {
              std::int64_t chunk) const {
     const auto n_prefix = static_cast<std::int64_t>(prefix.size());
     const std::filesystem::path path = file_of(one);
-    SequenceStore<AnyBackend> store(model, 0);
+    SequenceStore<AnyBackend> store(model, {});
     const bool is_there = std::filesystem::exists(path);
     if (is_there) {
       const SessionFile file = SessionFile::open(path);
