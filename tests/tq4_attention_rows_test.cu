@@ -85,8 +85,8 @@ class Rows {
   [[nodiscard]] std::vector<Bf16> alone(std::int64_t row, std::optional<int> n_split, std::int64_t more = 0) const {
     const std::int64_t kv_len = case_.kv_len + row;
     const DeviceBuffer<std::byte> memory = records(kv_len + std::max<std::int64_t>(more, 0));
-    const Tq4AttentionPlan plan =
-        plan_tq4_attention(case_.shape(1), options(), current_device(), {.decode = {.n_split = n_split}});
+    const Tq4AttentionPlan plan = plan_tq4_attention(case_.shape(1), options(), current_device(),
+                                                     {.path = Tq4Path::kDecode, .decode = {.n_split = n_split}});
     DeviceBuffer<Bf16> out(case_.n_head * case_.head_dim);
     out.fill_bytes(0xFF);
     DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
