@@ -12,6 +12,7 @@
 #include "cuda/device/for_listed.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/tq4_attention/decode_launch.cuh"
+#include "cuda/tq4_attention/prefill.cuh"
 #include "cuda/tq4_attention/record_call.cuh"
 #include "cuda/tq4_cache.cuh"
 #include "gemma4/attention.hpp"
