@@ -22,16 +22,16 @@
 /// to blocks that have done theirs (dynamic row scheduling): multiprocessors differ in their share of the memory's
 /// rate, so that the blocks of an equal division end far apart. A producer warp fetches the rows, stage by stage (some
 /// rows of one chunk), into a ring of shared memory (stages.cuh, which has the protocol as a table). Eight consumer
-/// warps first quantise the activations (input.cuh), then take tasks: 32 groups (a lane each) of every row of a stage.
+/// warps first quantise the activations, or copy what a launch in front has made of them (input.cuh), then take tasks:
+/// 32 groups (a lane each) of every row of a stage.
 /// The lanes' sums of a row are added by a tree, the tasks' sums of a row by the finishing warp, in order, which also
 /// ends the row (activation, softcap, store).
 ///
 /// Two blocks share a multiprocessor, and the next kernel's blocks may start as soon as these have begun (programmatic
-/// dependent launch): each takes
-/// the place of one that has ended, and fills its ring while the others end. A grid of one block a multiprocessor does
-/// not do that: where a block ends early, two of the next kernel's find room and elsewhere none. Nor do clusters of
-/// blocks that would share the normalisation of their input: the places of all must come free at once, and the larger
-/// the cluster, the longer the chain took.
+/// dependent launch): each takes the place of one that has ended, and fills its ring while the others end. A grid of
+/// one block a multiprocessor does not do that: where a block ends early, two of the next kernel's find room and
+/// elsewhere none. Nor do clusters of blocks that would share the normalisation of their input: the places of all must
+/// come free at once, and the larger the cluster, the longer the chain took.
 ///
 /// The order of every sum depends on the number of columns alone: not on the number of tokens, rows, matrices, blocks
 /// or stages. Work of 8 rows of 32 groups of Q4_K is some 8 * 40 instructions a lane for 4.5 KB; what steers it (rows,
