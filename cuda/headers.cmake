@@ -51,6 +51,7 @@ set(GEMMA4_CUDA_HEADERS
     "${PROJECT_SOURCE_DIR}/cuda/flash/mma_sync.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash/params.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash/record_decode.cuh"
+    "${PROJECT_SOURCE_DIR}/cuda/flash/rows.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash/wgmma.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash/wgmma_256.cuh"
     "${PROJECT_SOURCE_DIR}/cuda/flash/wgmma_512.cuh"

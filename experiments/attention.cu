@@ -180,7 +180,7 @@ void run(int argc, char** argv) {
       ->delimiter(',');
   add_whole(app, "--rows", options.rows,
             "Drafted rows, at once and in a call each, over each cache and over a ring, comma-separated",
-            {1, cuda::KvRowsPlan::kMostRows})
+            {1, cuda::kMostRows})
       ->delimiter(',');
   app.add_option("--one-vector", options.one_vector, "Formats of one vector for K and V, comma-separated")
       ->delimiter(',')

@@ -122,7 +122,7 @@ class Rows {
 
 /// Controls: a row that saw one key more or fewer would differ.
 RC_GTEST_PROP(Bf16RowsGpu, EachRowHasTheBitsOfACallOfItsOwn, ()) {
-  RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, Bf16RowsPlan::kMostRows + 1),
+  RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, kMostRows + 1),
              .n_head_kv = *rc::gen::inRange<std::int64_t>(1, 3),
              .head_dim = *rc::gen::element<std::int64_t>(64, 128, 256, 512),
              .kv_len = *rc::gen::inRange<std::int64_t>(1, *rc::gen::element<std::int64_t>(10, 300)),

@@ -167,7 +167,7 @@ std::int64_t draw_kv_len(std::int64_t n_row) {
 }
 
 RowsCase draw_case(const KvDecodeTile& tile) {
-  RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, KvRowsPlan::kMostRows + 1), .head_dim = tile.head_dim};
+  RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, kMostRows + 1), .head_dim = tile.head_dim};
   c.n_head_kv = *rc::gen::inRange<std::int64_t>(1, 3);
   c.n_head = c.n_head_kv * *rc::gen::element<std::int64_t>(1, 2, 6, 8, 8, 8, 16);
   c.kv_len = draw_kv_len(c.n_row);
@@ -195,7 +195,7 @@ RC_GTEST_PROP(KvRowsGpu, EachRowHasTheBitsOfACallOfItsOwn, ()) {
     const KvDecodePlan of_one = plan_kv_decode("test", c.shape(1), c.format, current_device(), choice);
     const KvRowsPlan plan =
         plan_kv_rows(c.shape(c.n_row), of_one, current_device(), std::nullopt,
-                     {.tile = tile, .rows_a_launch = *rc::gen::inRange<std::int64_t>(2, KvRowsPlan::kMostRows + 1)});
+                     {.tile = tile, .rows_a_launch = *rc::gen::inRange<std::int64_t>(2, kMostRows + 1)});
     RC_ASSERT(plan.misfit == nullptr);
     RC_LOG() << name_of(tile) << " against " << name_of(one) << ": " << name_of(c) << ", " << *choice.n_split
              << " splits, " << plan.rows_a_launch << " a launch\n";

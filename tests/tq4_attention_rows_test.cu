@@ -145,7 +145,7 @@ class Rows {
 
 /// Half of the time a record ends among the rows; half of the time there are fewer records than splits and pairs.
 RowsCase draw_case() {
-  RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, Tq4RowsPlan::kMostRows + 1),
+  RowsCase c{.n_row = *rc::gen::inRange<std::int64_t>(1, kMostRows + 1),
              .head_dim = *rc::gen::element<std::int64_t>(64, 128, 256, 512)};
   c.n_head_kv = *rc::gen::inRange<std::int64_t>(1, 3);
   c.n_head = c.n_head_kv * *rc::gen::element<std::int64_t>(1, 2, 6, 8, 8, 16);

@@ -10,6 +10,7 @@
 #include <span>
 
 #include "cuda/bf16_attention/call.cuh"
+#include "cuda/flash/rows.cuh"
 #include "gemma4/attention.hpp"
 #include "gemma4/error.hpp"
 
@@ -23,8 +24,6 @@ namespace gemma4::cuda {
 
 /// How rows go through attention at once, or why they do not.
 struct Bf16RowsPlan {
-  static constexpr std::int64_t kMostRows = 8;
-
   const char* misfit = nullptr;    ///< null: they go at once
   AttentionShape shape = {};       ///< n_query are the rows
   FlashPlan one = {};              ///< of a row by itself
@@ -40,22 +39,10 @@ struct Bf16RowsPlan {
 [[nodiscard]] inline Bf16RowsPlan plan_bf16_rows(const AttentionShape& shape, const FlashPlan& one,
                                                  std::optional<std::int64_t> partials_bytes) {
   const char* const who = "bf16_attention_rows";
-  require(shape.batch == 1, who, ": batch ", shape.batch, ", need 1: rows are of one sequence");
-  require(shape.n_query >= 1 && shape.n_query <= Bf16RowsPlan::kMostRows, who, ": ", shape.n_query, " rows, need 1 to ",
-          Bf16RowsPlan::kMostRows);
-  Bf16RowsPlan plan{.shape = shape, .one = one, .rows_a_launch = shape.n_query};
-  if (one.path == FlashPath::kWgmma) {
-    plan.misfit = "the wgmma kernels know one length a call";
-    return plan;
-  }
-  if (partials_bytes && one.workspace_bytes > 0) {
-    plan.rows_a_launch = std::min(plan.rows_a_launch, *partials_bytes / one.workspace_bytes);
-  }
-  if (plan.rows_a_launch < std::min<std::int64_t>(2, shape.n_query)) {
-    plan.misfit = "the workspace has room for what one row leaves of split keys";
-    return plan;
-  }
-  plan.workspace_bytes = plan.rows_a_launch * one.workspace_bytes;
+  detail::require_rows_shape(who, shape);
+  Bf16RowsPlan plan{.shape = shape, .one = one};
+  if (one.path == FlashPath::kWgmma) plan.misfit = "the wgmma kernels know one length a call";
+  if (plan.misfit == nullptr) detail::fit_rows(plan, partials_bytes);
   return plan;
 }
 
@@ -73,10 +60,7 @@ namespace detail {
 /// Refuses a call that its plan was not made for.
 inline void require_rows_call(const FlatAttentionCall& call, const Bf16RowsPlan& plan, std::int64_t workspace_bytes) {
   const char* const who = "bf16_attention_rows";
-  require(plan.misfit == nullptr && plan.rows_a_launch > 0, who,
-          ": the plan takes no rows at once: ", plan.misfit != nullptr ? plan.misfit : "it has none");
-  require(call.kv_len.known() || call.kv_len.device != nullptr, who, ": kv_len of the first row is not given");
-  require(call.options.causal && !call.options.mask, who, ": each row sees the keys up to its own, and no mask");
+  require_rows(who, call, plan);
   const AttentionShape found = flat_attention_shape(who, call.q, call.k, call.v, call.out);
   std::optional<std::int64_t> of_last;
   if (call.kv_len.known()) of_last = call.kv_len.host + plan.shape.n_query - 1;
@@ -97,22 +81,12 @@ inline void require_rows_call(const FlatAttentionCall& call, const Bf16RowsPlan&
 inline void bf16_attention_rows(const FlatAttentionCall& call, const Bf16RowsPlan& plan, std::span<std::byte> workspace,
                                 cudaStream_t stream, unsigned long long* tile_count = nullptr) {
   detail::require_rows_call(call, plan, static_cast<std::int64_t>(workspace.size()));
-  for (std::int64_t first = 0; first < plan.shape.n_query; first += plan.rows_a_launch) {
-    const std::int64_t n_row = std::min(plan.rows_a_launch, plan.shape.n_query - first);
-    FlatAttentionCall part = call;
-    // Tokens stand for sequences, of one query each, whose keys are the same.
-    const auto as_sequences = [&](auto& view) {
-      view.data += first * view.stride[1];
-      view.extent[0] = n_row, view.extent[1] = 1;
-      view.stride[0] = view.stride[1];
-    };
-    as_sequences(part.q), as_sequences(part.out);
+  detail::for_rows_of_launches(call, plan, [&](FlatAttentionCall part, std::int64_t n_row) {
+    // All sequences have the same keys.
     for (View<const Bf16, 4>* const keys : {&part.k, &part.v}) keys->extent[0] = n_row, keys->stride[0] = 0;
     part.kv_len_of_each = true;
-    if (part.kv_len.device != nullptr) part.kv_len.device += first;
-    if (part.kv_len.known()) part.kv_len.host += first;
     detail::attend_flat("bf16_attention_rows", part, detail::plan_of_rows(plan, n_row), workspace, stream, tile_count);
-  }
+  });
 }
 
 }  // namespace gemma4::cuda

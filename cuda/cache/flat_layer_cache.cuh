@@ -13,6 +13,7 @@
 #include "cuda/cache/full_layer_cache.cuh"
 #include "cuda/device/device_arena.cuh"
 #include "cuda/flash/describe.cuh"
+#include "cuda/flash/rows.cuh"
 #include "cuda/qkv_prologue.cuh"
 #include "gemma4/cache_format.hpp"
 #include "gemma4/plan/step_plan.hpp"
@@ -83,9 +84,7 @@ class FullLayerCaches<Bf16Format> : public FlatFullLayers {
     StepPlanRow row = describe_flash("attention_full", plan.one);
     row.path += concat(", ", plan.shape.n_query, " rows in one launch");
     row.bytes = plan.workspace_bytes;
-    if (plan.rows_a_launch < plan.shape.n_query) {
-      row.why = concat("the workspace holds the split keys of ", plan.rows_a_launch, " rows");
-    }
+    row.why = detail::why_several_launches(plan);
     return row;
   }
   void attend_rows(std::int64_t index, const FullAttentionCall& call, const RowsPlan& plan, cudaStream_t stream) const {

@@ -12,6 +12,7 @@
 #include "cuda/cache/chunk.cuh"
 #include "cuda/cache/full_layer_cache.cuh"
 #include "cuda/flash/describe.cuh"
+#include "cuda/flash/rows.cuh"
 #include "cuda/kv_attention.cuh"
 #include "cuda/kv_cache.cuh"
 #include "cuda/qkv_prologue.cuh"
@@ -77,9 +78,7 @@ class FullLayerCaches<KvFormat> {
             .tile = concat(tile_text(plan.tile, plan.one.overlap), ", row tiles ", plan.tile.row_tiles),
             .n_split = plan.one.n_split,
             .bytes = plan.workspace_bytes,
-            .why = plan.rows_a_launch < plan.shape.n_query
-                       ? concat("the workspace holds the split keys of ", plan.rows_a_launch, " rows")
-                       : ""};
+            .why = detail::why_several_launches(plan)};
   }
   void attend_rows(std::int64_t index, const FullAttentionCall& call, const RowsPlan& plan, cudaStream_t stream) const {
     kv_attention_rows(

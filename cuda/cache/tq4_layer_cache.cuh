@@ -12,6 +12,7 @@
 #include "cuda/cache/chunk.cuh"
 #include "cuda/cache/full_layer_cache.cuh"
 #include "cuda/flash/describe.cuh"
+#include "cuda/flash/rows.cuh"
 #include "cuda/qkv_prologue.cuh"
 #include "cuda/tq4_attention.cuh"
 #include "cuda/tq4_cache.cuh"
@@ -75,9 +76,7 @@ class FullLayerCaches<Tq4Format> {
             .tile = tile_text(plan.one),
             .n_split = plan.one.n_split,
             .bytes = plan.workspace_bytes,
-            .why = plan.rows_a_launch < plan.shape.n_query
-                       ? concat("the workspace holds the split keys of ", plan.rows_a_launch, " rows")
-                       : ""};
+            .why = detail::why_several_launches(plan)};
   }
   void attend_rows(std::int64_t index, const FullAttentionCall& call, const RowsPlan& plan, cudaStream_t stream) const {
     tq4_attention_rows({with_batch(call.q), records(index), *codec_, call.options, call.kv_len, with_batch(call.q)},

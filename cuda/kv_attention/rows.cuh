@@ -13,6 +13,7 @@
 #include "cuda/device/device_info.cuh"
 #include "cuda/device/for_listed.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/flash/rows.cuh"
 #include "cuda/kv_attention/decode_launch.cuh"
 #include "cuda/kv_attention/prefill.cuh"
 #include "cuda/tq4_attention.cuh"
@@ -47,7 +48,6 @@ inline constexpr std::array kKvRowsTiles{
 
 /// How rows go through attention at once, or why they do not.
 struct KvRowsPlan {
-  static constexpr std::int64_t kMostRows = 8;
   /// From so many on a step takes them at once. On an H100 at 512, 32768 and 131072 keys, us of kv5r4 at once and one
   /// by one: 20.8, 81.7, 221.6 and 22.3, 74.6, 202.4 of two rows, 23.9, 85.5, 224.6 and 33.3, 111.1, 303.6 of three.
   static constexpr std::int64_t kFewestRows = 3;
@@ -112,9 +112,7 @@ namespace detail {
                                              const DeviceInfo& device, std::optional<std::int64_t> partials_bytes,
                                              const KvRowsChoice& choice = {}) {
   const char* const who = "kv_attention_rows";
-  require(shape.batch == 1, who, ": batch ", shape.batch, ", need 1: rows are of one sequence");
-  require(shape.n_query >= 1 && shape.n_query <= KvRowsPlan::kMostRows, who, ": ", shape.n_query, " rows, need 1 to ",
-          KvRowsPlan::kMostRows);
+  detail::require_rows_shape(who, shape);
   KvRowsPlan plan{.shape = shape, .one = one};
   const KvDecodeTile* tile = detail::find_rows_tile(one.tile, detail::tiles_of_rows(plan, shape.n_query), device);
   if (choice.tile) {
@@ -128,13 +126,7 @@ namespace detail {
     return plan;
   }
   plan.tile = *tile;
-  plan.rows_a_launch = shape.n_query;
-  if (partials_bytes) plan.rows_a_launch = std::min(plan.rows_a_launch, *partials_bytes / one.workspace_bytes);
-  if (choice.rows_a_launch) plan.rows_a_launch = std::min(plan.rows_a_launch, *choice.rows_a_launch);
-  if (plan.rows_a_launch < std::min<std::int64_t>(2, shape.n_query)) {
-    plan.misfit = "the workspace has room for what one row leaves of split keys";
-    return plan;
-  }
+  if (!detail::fit_rows(plan, partials_bytes, choice.rows_a_launch)) return plan;
   const std::int64_t of_block = std::max<std::int64_t>(1, plan.tile.row_tiles / one.n_row_tile);
   if (plan.rows_a_launch < shape.n_query && plan.rows_a_launch > of_block) {
     plan.rows_a_launch -= plan.rows_a_launch % of_block;  // whole blocks
@@ -148,10 +140,7 @@ namespace detail {
 /// Refuses a call that its plan was not made for.
 inline void require_rows_call(KvAttentionCall call, const KvRowsPlan& plan, std::int64_t workspace_bytes) {
   const char* const who = "kv_attention_rows";
-  require(plan.misfit == nullptr && plan.rows_a_launch > 0, who,
-          ": the plan takes no rows at once: ", plan.misfit != nullptr ? plan.misfit : "it has none");
-  require(call.kv_len.known() || call.kv_len.device != nullptr, who, ": kv_len of the first row is not given");
-  require(call.options.causal && !call.options.mask, who, ": each row sees the keys up to its own, and no mask");
+  require_rows(who, call, plan);
   call.codec.require_fits(who, call.cache);
   if (call.kv_len.known()) call.kv_len.host += plan.shape.n_query - 1;  // of the last row
   require_record_call(who, "plan_kv_rows()", call, plan, workspace_bytes);
@@ -192,23 +181,12 @@ inline void kv_attention_rows(const KvAttentionCall& call, const KvRowsPlan& pla
   detail::require_rows_call(call, plan, static_cast<std::int64_t>(workspace.size()));
   AttentionShape of_one = plan.shape;
   of_one.n_query = 1;
-  for (std::int64_t first = 0; first < plan.shape.n_query; first += plan.rows_a_launch) {
-    const std::int64_t n_row = std::min(plan.rows_a_launch, plan.shape.n_query - first);
+  detail::for_rows_of_launches(call, plan, [&](const KvAttentionCall& part, std::int64_t n_row) {
     const KvDecodePlan some = detail::plan_of_rows(plan, n_row);
-    KvAttentionCall part = call;
-    // Tokens stand for sequences, of one query each.
-    const auto as_sequences = [&](auto& view) {
-      view.data += first * view.stride[1];
-      view.extent[0] = n_row, view.extent[1] = 1;
-      view.stride[0] = view.stride[1];
-    };
-    as_sequences(part.q), as_sequences(part.out);
-    if (part.kv_len.device != nullptr) part.kv_len.device += first;
-    if (part.kv_len.known()) part.kv_len.host += first;
     detail::KvDecodeParams params = detail::kv_decode_params(part, of_one, some, workspace, work_count);
     params.base.n_token = static_cast<int>(n_row);
     detail::launch_kv_rows(some, params, stream);
-  }
+  });
 }
 
 }  // namespace gemma4::cuda

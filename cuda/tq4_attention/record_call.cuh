@@ -91,7 +91,7 @@ template <class TCall, class TTile>
   params.n_split = plan.n_split;
   params.n_row_tile = plan.n_row_tile;
   params.partial_o = reinterpret_cast<float*>(workspace.data());
-  params.partial_ml = reinterpret_cast<float2*>(params.partial_o + std::int64_t{plan.grid.x} * plan.grid.y *
+  params.partial_ml = reinterpret_cast<float2*>(params.partial_o + std::int64_t{plan.n_split} * plan.grid.y *
                                                                        plan.combine_grid.z * kRowTile * shape.head_dim);
   params.record_count = work_count;
   return params;

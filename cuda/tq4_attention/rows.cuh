@@ -10,7 +10,7 @@
 #include <span>
 
 #include "cuda/device/for_listed.cuh"
-#include "cuda/device/launch.cuh"
+#include "cuda/flash/rows.cuh"
 #include "cuda/tq4_attention/decode_launch.cuh"
 #include "cuda/tq4_attention/prefill.cuh"
 #include "cuda/tq4_attention/record_call.cuh"
@@ -30,8 +30,6 @@ namespace gemma4::cuda {
 
 /// How rows go through attention at once, or why they do not.
 struct Tq4RowsPlan {
-  static constexpr std::int64_t kMostRows = 8;
-
   const char* misfit = nullptr;    ///< null: they go at once
   AttentionShape shape = {};       ///< n_query are the rows
   Tq4DecodePlan one = {};          ///< of a row by itself
@@ -48,21 +46,13 @@ struct Tq4RowsPlan {
 [[nodiscard]] inline Tq4RowsPlan plan_tq4_rows(const AttentionShape& shape, const Tq4DecodePlan& one, bool byte_levels,
                                                std::optional<std::int64_t> partials_bytes) {
   const char* const who = "tq4_attention_rows";
-  require(shape.batch == 1, who, ": batch ", shape.batch, ", need 1: rows are of one sequence");
-  require(shape.n_query >= 1 && shape.n_query <= Tq4RowsPlan::kMostRows, who, ": ", shape.n_query, " rows, need 1 to ",
-          Tq4RowsPlan::kMostRows);
-  Tq4RowsPlan plan{.shape = shape, .one = one, .rows_a_launch = shape.n_query};
+  detail::require_rows_shape(who, shape);
+  Tq4RowsPlan plan{.shape = shape, .one = one};
   if (!byte_levels) plan.misfit = "the codebook has no byte levels";
   if (std::ranges::find(kTq4RowsTiles, one.tile) == kTq4RowsTiles.end()) {
     plan.misfit = "no compiled configuration of several rows adds like the one of a row";
   }
-  if (plan.misfit != nullptr) return plan;
-  if (partials_bytes) plan.rows_a_launch = std::min(plan.rows_a_launch, *partials_bytes / one.workspace_bytes);
-  if (plan.rows_a_launch < std::min<std::int64_t>(2, shape.n_query)) {
-    plan.misfit = "the workspace has room for what one row leaves of split keys";
-    return plan;
-  }
-  plan.workspace_bytes = plan.rows_a_launch * one.workspace_bytes;
+  if (plan.misfit == nullptr) detail::fit_rows(plan, partials_bytes);
   return plan;
 }
 
@@ -81,10 +71,7 @@ namespace detail {
 /// Refuses a call that its plan was not made for.
 inline void require_rows_call(Tq4AttentionCall call, const Tq4RowsPlan& plan, std::int64_t workspace_bytes) {
   const char* const who = "tq4_attention_rows";
-  require(plan.misfit == nullptr && plan.rows_a_launch > 0, who,
-          ": the plan takes no rows at once: ", plan.misfit != nullptr ? plan.misfit : "it has none");
-  require(call.kv_len.known() || call.kv_len.device != nullptr, who, ": kv_len of the first row is not given");
-  require(call.options.causal && !call.options.mask, who, ": each row sees the keys up to its own, and no mask");
+  require_rows(who, call, plan);
   require_tq4_records(who, call.cache);
   require(call.codec.head_dim() == call.cache.head_dim, who, ": codec of head_dim ", call.codec.head_dim(),
           ", the cache has ", call.cache.head_dim);
@@ -113,26 +100,12 @@ inline void tq4_attention_rows(const Tq4AttentionCall& call, const Tq4RowsPlan& 
   detail::require_rows_call(call, plan, static_cast<std::int64_t>(workspace.size()));
   AttentionShape of_one = plan.shape;
   of_one.n_query = 1;
-  for (std::int64_t first = 0; first < plan.shape.n_query; first += plan.rows_a_launch) {
-    const std::int64_t n_row = std::min(plan.rows_a_launch, plan.shape.n_query - first);
+  detail::for_rows_of_launches(call, plan, [&](const Tq4AttentionCall& part, std::int64_t n_row) {
     const Tq4DecodePlan some = detail::plan_of_rows(plan, n_row);
-    Tq4AttentionCall part = call;
-    // Tokens stand for sequences, of one query each.
-    const auto as_sequences = [&](auto& view) {
-      view.data += first * view.stride[1];
-      view.extent[0] = n_row, view.extent[1] = 1;
-      view.stride[0] = view.stride[1];
-    };
-    as_sequences(part.q), as_sequences(part.out);
-    if (part.kv_len.device != nullptr) part.kv_len.device += first;
-    if (part.kv_len.known()) part.kv_len.host += first;
     detail::Tq4DecodeParams params = detail::tq4_decode_params(part, of_one, some, workspace, work_count);
     params.n_token = static_cast<int>(n_row);
-    // The kernel's partials are [rows, heads, splits]; the grid has rows and splits in one.
-    params.partial_ml = reinterpret_cast<float2*>(
-        params.partial_o + n_row * some.n_row_tile * some.grid.y * some.n_split * detail::kRowTile * of_one.head_dim);
     detail::launch_tq4_rows(some, params, stream);
-  }
+  });
 }
 
 }  // namespace gemma4::cuda
