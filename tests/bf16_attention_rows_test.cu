@@ -14,7 +14,7 @@
 #include "tests/support/attention_case.hpp"
 #include "tests/support/bf16_values.hpp"
 #include "tests/support/property.hpp"
-#include "tests/support/refuses.hpp"
+#include "tests/support/rows_case.cuh"
 
 // Rows in one launch against a call each, bit for bit.
 namespace gemma4::cuda {
@@ -22,22 +22,10 @@ namespace {
 
 using namespace gemma4::testkit;
 
-struct RowsCase {
-  std::int64_t n_row = 1, n_head = 8, n_head_kv = 1, head_dim = 128, kv_len = 1;  ///< kv_len of the first row
-  std::uint64_t seed = 1;
-
-  /// Scores of half a unit: no key is without weight, and one more or fewer is seen.
-  [[nodiscard]] AttentionOptions options() const { return {.scale = 0.5f / std::sqrt(static_cast<float>(head_dim))}; }
-  [[nodiscard]] std::int64_t buffer_len() const { return kv_len + n_row + 5; }
-  [[nodiscard]] AttentionShape shape(std::int64_t n_query) const {
-    return {.batch = 1,
-            .n_query = n_query,
-            .n_head = n_head,
-            .n_head_kv = n_head_kv,
-            .head_dim = head_dim,
-            .buffer_len = buffer_len()};
-  }
-};
+/// Scores of half a unit: no key is without weight, and one more or fewer is seen.
+AttentionOptions options_of(const RowsCase& c) {
+  return {.scale = 0.5f / std::sqrt(static_cast<float>(c.head_dim))};
+}
 
 /// Random keys and values of one sequence, and rows to attend over them.
 class Rows {
@@ -56,16 +44,12 @@ class Rows {
   /// All rows at once: the keys of the later ones are there already, and behind the last is poison.
   /// @param from_host kv_len is known to the host
   [[nodiscard]] std::vector<Bf16> at_once(const Bf16RowsPlan& plan, bool from_host = false) const {
-    std::vector<std::int32_t> lengths;
-    for (std::int64_t row = 0; row < case_.n_row; ++row) {
-      lengths.push_back(static_cast<std::int32_t>(case_.kv_len + row));
-    }
-    const DeviceBuffer<std::int32_t> on_device(lengths);
+    const DeviceBuffer<std::int32_t> on_device(case_.lengths());
     const DeviceCount kv_len =
         from_host ? DeviceCount::on_host(case_.kv_len) : DeviceCount::on_device(on_device.data());
     const auto k = keys(k_, case_.kv_len + case_.n_row - 1), v = keys(v_, case_.kv_len + case_.n_row - 1);
-    return run(0, case_.n_row, plan.workspace_bytes, [&](const auto& q, const auto& out, std::span<std::byte> room) {
-      bf16_attention_rows({q, view(k), view(v), case_.options(), kv_len, out}, plan, room, nullptr);
+    return case_.run(q_, 0, case_.n_row, plan.workspace_bytes, [&](const auto& q, const auto& out, auto room) {
+      bf16_attention_rows({q, view(k), view(v), options_of(case_), kv_len, out}, plan, room, nullptr);
     });
   }
 
@@ -75,20 +59,14 @@ class Rows {
     const std::int64_t kv_len = case_.kv_len + row + more;
     const FlashPlan plan = plan_of_one(n_split);
     const auto k = keys(k_, kv_len), v = keys(v_, kv_len);
-    return run(row, 1, plan.workspace_bytes, [&](const auto& q, const auto& out, std::span<std::byte> room) {
-      bf16_attention({q, view(k), view(v), case_.options(), DeviceCount::on_host(kv_len), out}, plan, room, nullptr);
+    return case_.run(q_, row, 1, plan.workspace_bytes, [&](const auto& q, const auto& out, auto room) {
+      bf16_attention({q, view(k), view(v), options_of(case_), DeviceCount::on_host(kv_len), out}, plan, room, nullptr);
     });
-  }
-
-  /// The values of a row in what at_once() returns.
-  [[nodiscard]] std::vector<Bf16> row_of(const std::vector<Bf16>& out, std::int64_t row) const {
-    const auto size = case_.n_head * case_.head_dim;
-    return {out.begin() + row * size, out.begin() + (row + 1) * size};
   }
 
  private:
   [[nodiscard]] FlashPlan plan_of_one(std::optional<int> n_split) const {
-    return plan_bf16_attention(case_.shape(1), case_.options(), current_device(), {.n_split = n_split});
+    return plan_bf16_attention(case_.shape(1), options_of(case_), current_device(), {.n_split = n_split});
   }
   /// Behind n_valid keys they are no numbers.
   [[nodiscard]] DeviceBuffer<Bf16> keys(std::vector<Bf16> values, std::int64_t n_valid) const {
@@ -102,20 +80,6 @@ class Rows {
   [[nodiscard]] View<const Bf16, 4> view(const DeviceBuffer<Bf16>& keys) const {
     return make_view(keys.data(), std::int64_t{1}, case_.n_head_kv, case_.buffer_len(), case_.head_dim);
   }
-  template <class TCall>
-  [[nodiscard]] std::vector<Bf16> run(std::int64_t row, std::int64_t n_query, std::int64_t workspace_bytes,
-                                      TCall&& call) const {
-    const std::int64_t size = case_.n_head * case_.head_dim;
-    const DeviceBuffer<Bf16> q(q_);
-    DeviceBuffer<Bf16> out(n_query * size);
-    DeviceBuffer<std::byte> workspace(workspace_bytes);
-    out.fill_bytes(0xFF), workspace.fill_bytes(0xFF);  // NaN: every element must be written
-    call(make_view(q.data() + row * size, std::int64_t{1}, n_query, case_.n_head, case_.head_dim),
-         make_view(out.data(), std::int64_t{1}, n_query, case_.n_head, case_.head_dim),
-         std::span<std::byte>(workspace.data(), static_cast<std::size_t>(workspace.bytes())));
-    return out.to_host();
-  }
-
   RowsCase case_;
   std::vector<Bf16> q_, k_, v_;
 };
@@ -137,16 +101,16 @@ RC_GTEST_PROP(Bf16RowsGpu, EachRowHasTheBitsOfACallOfItsOwn, ()) {
   const std::vector<Bf16> out = rows.at_once(plan);
   rc_require(same_bits(rows.at_once(plan, true), out), "kv_len from the host");
   for (std::int64_t row = 0; row < c.n_row; ++row) {
-    rc_require(same_bits(rows.row_of(out, row), rows.alone(row, n_split)), concat("row ", row));
+    rc_require(same_bits(c.row_of(out, row), rows.alone(row, n_split)), concat("row ", row));
   }
   const std::int64_t some = *rc::gen::inRange<std::int64_t>(0, c.n_row);
-  RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, n_split, 1)));
-  if (c.kv_len + some > 1) RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, n_split, -1)));
+  RC_ASSERT(!same_bits(c.row_of(out, some), rows.alone(some, n_split, 1)));
+  if (c.kv_len + some > 1) RC_ASSERT(!same_bits(c.row_of(out, some), rows.alone(some, n_split, -1)));
 }
 
 /// What a launch takes at a time is nothing to a row.
 TEST(Bf16RowsGpu, AnyNumberOfRowsALaunchGivesTheSameBits) {
-  const Rows rows({.n_row = 7, .n_head = 12, .n_head_kv = 2, .kv_len = 90});
+  const Rows rows({.n_row = 7, .n_head = 12, .n_head_kv = 2, .head_dim = 128, .kv_len = 90});
   const Bf16RowsPlan whole = rows.plan(2);
   EXPECT_EQ(whole.rows_a_launch, 7);
   const std::vector<Bf16> out = rows.at_once(whole);
@@ -160,16 +124,8 @@ TEST(Bf16RowsGpu, AnyNumberOfRowsALaunchGivesTheSameBits) {
 
 TEST(Bf16RowsGpu, AnotherPlanThanTheCallsIsRefused) {
   const Rows rows({.n_row = 3, .head_dim = 64, .kv_len = 20});
-  const auto call = [&](auto break_it) {
-    return [&, break_it] {
-      Bf16RowsPlan broken = rows.plan();
-      break_it(broken);
-      (void)rows.at_once(broken);
-    };
-  };
-  EXPECT_NO_THROW(call([](auto&) {})());
-  EXPECT_TRUE(refuses(call([](Bf16RowsPlan& p) { p.misfit = "it is Sunday"; }), {"takes no rows at once", "Sunday"}));
-  EXPECT_TRUE(refuses(call([](Bf16RowsPlan& p) { p.shape.n_query = 2; }), {"another shape", "plan_bf16_rows()"}));
+  expect_other_plans_refused(rows.plan(), "plan_bf16_rows()",
+                             [&](const Bf16RowsPlan& plan) { (void)rows.at_once(plan); });
 }
 
 TEST(Bf16RowsPlan, EachRowHasTheSplitsOfOneAndWhatDoesNotFitIsSaid) {
@@ -188,15 +144,8 @@ TEST(Bf16RowsPlan, EachRowHasTheSplitsOfOneAndWhatDoesNotFitIsSaid) {
   EXPECT_EQ(plan.workspace_bytes, 4 * one.workspace_bytes);
   EXPECT_STREQ(plan_bf16_rows(real, one, one.workspace_bytes).misfit,
                "the workspace has room for what one row leaves of split keys");
-  const auto planned = [&](auto break_it) {
-    return [=] {
-      AttentionShape shape = real;
-      break_it(shape);
-      (void)plan_bf16_rows(shape, one, std::nullopt);
-    };
-  };
-  EXPECT_TRUE(refuses(planned([](AttentionShape& s) { s.n_query = 9; }), {"9 rows", "1 to 8"}));
-  EXPECT_TRUE(refuses(planned([](AttentionShape& s) { s.batch = 2; }), {"batch 2", "need 1"}));
+  expect_rows_shapes_refused(real,
+                             [&](const AttentionShape& shape) { return plan_bf16_rows(shape, one, std::nullopt); });
   one.path = FlashPath::kWgmma;
   EXPECT_STREQ(plan_bf16_rows(real, one, std::nullopt).misfit, "the wgmma kernels know one length a call");
 }

@@ -17,6 +17,7 @@
 #include "tests/support/kv_device.cuh"
 #include "tests/support/property.hpp"
 #include "tests/support/refuses.hpp"
+#include "tests/support/rows_case.cuh"
 
 // Rows at once against rows one by one, bit for bit.
 namespace gemma4::cuda {
@@ -24,23 +25,6 @@ namespace {
 
 using namespace gemma4::testkit;
 using reference::KvCacheBuffer;
-
-struct RowsCase {
-  std::int64_t n_row = 1, n_head = 8, n_head_kv = 1, head_dim = 512, kv_len = 1;  ///< kv_len of the first row
-  KvOptions format = {};
-  float scale = 1.0f;  ///< of the scores: how often references rise
-  std::uint64_t seed = 1;
-
-  [[nodiscard]] std::int64_t buffer_len() const { return kv_len + n_row + 5; }
-  [[nodiscard]] AttentionShape shape(std::int64_t n_query) const {
-    return {.batch = 1,
-            .n_query = n_query,
-            .n_head = n_head,
-            .n_head_kv = n_head_kv,
-            .head_dim = head_dim,
-            .buffer_len = buffer_len()};
-  }
-};
 
 std::string name_of(const KvDecodeTile& tile) {
   return concat("d", tile.head_dim, " of ", tile.v_bits, "/", tile.r_bits, " bits, warps ", tile.team_warps, " x ",
@@ -59,19 +43,10 @@ class Rows {
   /// All rows at once: the keys of the later ones are there already, and behind the last is poison.
   [[nodiscard]] std::vector<Bf16> at_once(const KvRowsPlan& plan) const {
     const DeviceBuffer<std::byte> memory = records(case_.kv_len + case_.n_row - 1);
-    DeviceBuffer<Bf16> out(std::ssize(q_));
-    out.fill_bytes(0xFF);  // NaN: every element must be written
-    DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
-    workspace.fill_bytes(0xFF);
-    std::vector<std::int32_t> lengths;
-    for (std::int64_t row = 0; row < case_.n_row; ++row) {
-      lengths.push_back(static_cast<std::int32_t>(case_.kv_len + row));
-    }
-    const DeviceBuffer<std::int32_t> on_device(lengths);
-    const DeviceBuffer<Bf16> q(q_);
-    kv_attention_rows(call(q, out, memory, 0, case_.n_row, DeviceCount::on_device(on_device.data())), plan,
-                      {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
-    return out.to_host();
+    const DeviceBuffer<std::int32_t> lengths(case_.lengths());
+    return case_.run(q_, 0, case_.n_row, plan.workspace_bytes, [&](const auto& q, const auto& out, auto workspace) {
+      kv_attention_rows(call(q, out, memory, lengths), plan, workspace, nullptr);
+    });
   }
 
   /// One row as a call of its own, which finds poison where later rows have their keys.
@@ -81,21 +56,10 @@ class Rows {
     const DeviceBuffer<std::byte> memory = records(kv_len + std::max<std::int64_t>(more, 0));
     const KvAttentionPlan plan = plan_kv_attention(case_.shape(1), case_.format, options(), current_device(),
                                                    {.path = KvPath::kDecode, .decode = choice});
-    DeviceBuffer<Bf16> out(case_.n_head * case_.head_dim);
-    out.fill_bytes(0xFF);
-    DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
-    workspace.fill_bytes(0xFF);
     const DeviceBuffer<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(kv_len + more)});
-    const DeviceBuffer<Bf16> q(q_);
-    kv_attention(call(q, out, memory, row, 1, DeviceCount::on_device(length.data())), plan,
-                 {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
-    return out.to_host();
-  }
-
-  /// The values of a row in what at_once() returns.
-  [[nodiscard]] std::vector<Bf16> row_of(const std::vector<Bf16>& out, std::int64_t row) const {
-    const auto size = case_.n_head * case_.head_dim;
-    return {out.begin() + row * size, out.begin() + (row + 1) * size};
+    return case_.run(q_, row, 1, plan.workspace_bytes, [&](const auto& q, const auto& out, auto workspace) {
+      kv_attention(call(q, out, memory, length), plan, workspace, nullptr);
+    });
   }
 
  private:
@@ -119,18 +83,17 @@ class Rows {
     }
     return kv_records_of(host, case_.head_dim, case_.format);
   }
-  [[nodiscard]] KvAttentionCall call(const DeviceBuffer<Bf16>& q, DeviceBuffer<Bf16>& out,
-                                     const DeviceBuffer<std::byte>& memory, std::int64_t row, std::int64_t n_query,
-                                     const DeviceCount& kv_len) const {
-    const std::int64_t size = case_.n_head * case_.head_dim;
-    return {.q = make_view(q.data() + row * size, std::int64_t{1}, n_query, case_.n_head, case_.head_dim),
+  [[nodiscard]] KvAttentionCall call(const View<const Bf16, 4>& q, const View<Bf16, 4>& out,
+                                     const DeviceBuffer<std::byte>& memory,
+                                     const DeviceBuffer<std::int32_t>& kv_len) const {
+    return {.q = q,
             .k_weight = weight_.data(),
             .cache = {memory.data(), 1, case_.n_head_kv, case_.buffer_len(), case_.head_dim, case_.format.v_bits,
                       case_.format.r_bits},
             .codec = codec_,
             .options = options(),
-            .kv_len = kv_len,
-            .out = make_view(out.data(), std::int64_t{1}, n_query, case_.n_head, case_.head_dim)};
+            .kv_len = DeviceCount::on_device(kv_len.data()),
+            .out = out};
   }
 
   RowsCase case_;
@@ -201,12 +164,12 @@ RC_GTEST_PROP(KvRowsGpu, EachRowHasTheBitsOfACallOfItsOwn, ()) {
              << " splits, " << plan.rows_a_launch << " a launch\n";
     const std::vector<Bf16> out = rows.at_once(plan);
     for (std::int64_t row = 0; row < c.n_row; ++row) {
-      rc_require(same_bits(rows.row_of(out, row), rows.alone(row, choice)), concat("row ", row));
+      rc_require(same_bits(c.row_of(out, row), rows.alone(row, choice)), concat("row ", row));
     }
     if (c.scale > 1.0f) continue;  // one key may have all of a head's weight
     const std::int64_t some = *rc::gen::inRange<std::int64_t>(0, c.n_row);
-    RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, choice, 1)));
-    if (c.kv_len + some > 1) RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, choice, -1)));
+    RC_ASSERT(!same_bits(c.row_of(out, some), rows.alone(some, choice, 1)));
+    if (c.kv_len + some > 1) RC_ASSERT(!same_bits(c.row_of(out, some), rows.alone(some, choice, -1)));
   }
 }
 
@@ -228,10 +191,10 @@ TEST(KvRowsGpu, RowsBeyondARecordHaveTheSharesOfTheirOwnLength) {
         const std::vector<Bf16> out = rows.at_once(plan);
         for (std::int64_t row = 0; row < c.n_row; ++row) {  // 605 to 610: 38 records, from 609 on 39; 30 to 35: 2 and 3
           const std::string what = concat(name_of(tile), ": ", name_of(c), ", row ", row);
-          EXPECT_TRUE(same_bits(rows.row_of(out, row), rows.alone(row, choice))) << what;
+          EXPECT_TRUE(same_bits(c.row_of(out, row), rows.alone(row, choice))) << what;
           if (scale > 2.0f || kv_len < 100 || row > 0) continue;
           choice.n_split = 2;
-          EXPECT_FALSE(same_bits(rows.row_of(out, row), rows.alone(row, choice))) << "control, other shares: " << what;
+          EXPECT_FALSE(same_bits(c.row_of(out, row), rows.alone(row, choice))) << "control, other shares: " << what;
           choice.n_split = 3;
         }
       }
@@ -304,15 +267,8 @@ TEST(KvRowsPlan, WhatDoesNotFitIsSaid) {
   small.smem_limit_bytes = 99 * 1024;
   const KvRowsPlan no_tile = plan_kv_rows(kReal, plan_of_one(kReal, {}, small), small, std::nullopt);
   EXPECT_STREQ(no_tile.misfit, "no compiled configuration of several rows adds like the one of a row that fits");
-  const auto plan = [&](auto break_it) {
-    return [=] {
-      AttentionShape shape = kReal;
-      break_it(shape);
-      (void)plan_kv_rows(shape, one, kLarge, std::nullopt);
-    };
-  };
-  EXPECT_TRUE(refuses(plan([](AttentionShape& s) { s.n_query = 9; }), {"9 rows", "1 to 8"}));
-  EXPECT_TRUE(refuses(plan([](AttentionShape& s) { s.batch = 2; }), {"batch 2", "need 1"}));
+  expect_rows_shapes_refused(
+      kReal, [&](const AttentionShape& shape) { return plan_kv_rows(shape, one, kLarge, std::nullopt); });
   KvRowsChoice choice{.tile = kKvRowsTiles.back()};
   EXPECT_TRUE(refuses([&] { (void)plan_kv_rows(kReal, one, kLarge, std::nullopt, choice); }, {"adds otherwise"}));
 }
@@ -322,17 +278,10 @@ TEST(KvRowsGpu, AnotherPlanThanTheCallsIsRefused) {
   const Rows rows(c);
   const auto good =
       plan_kv_rows(c.shape(3), plan_of_one(c.shape(3), {}, current_device()), current_device(), std::nullopt);
-  const auto call = [&](auto break_it) {
-    return [&, break_it] {
-      KvRowsPlan broken = good;
-      break_it(broken);
-      (void)rows.at_once(broken);
-    };
-  };
-  EXPECT_NO_THROW(call([](auto&) {})());
-  EXPECT_TRUE(refuses(call([](KvRowsPlan& p) { p.misfit = "it is Sunday"; }), {"takes no rows at once", "Sunday"}));
-  EXPECT_TRUE(refuses(call([](KvRowsPlan& p) { p.shape.n_query = 2; }), {"another shape", "plan_kv_rows()"}));
-  EXPECT_TRUE(refuses(call([](KvRowsPlan& p) { p.tile.v_bits = 3, p.tile.r_bits = 3; }), {"3 and 3 bits", "5 and 4"}));
+  expect_other_plans_refused(good, "plan_kv_rows()", [&](const KvRowsPlan& plan) { (void)rows.at_once(plan); });
+  KvRowsPlan other = good;
+  other.tile.v_bits = 3, other.tile.r_bits = 3;
+  EXPECT_TRUE(refuses([&] { (void)rows.at_once(other); }, {"3 and 3 bits", "5 and 4"}));
 }
 
 }  // namespace

@@ -16,7 +16,7 @@
 #include "tests/support/attention_case.hpp"
 #include "tests/support/bf16_values.hpp"
 #include "tests/support/property.hpp"
-#include "tests/support/refuses.hpp"
+#include "tests/support/rows_case.cuh"
 #include "tests/support/tq4_device.cuh"
 
 // Rows in one launch against a call each, bit for bit.
@@ -25,22 +25,6 @@ namespace {
 
 using namespace gemma4::testkit;
 using reference::Tq4CacheBuffer;
-
-struct RowsCase {
-  std::int64_t n_row = 1, n_head = 8, n_head_kv = 1, head_dim = 512, kv_len = 1;  ///< kv_len of the first row
-  float scale = 1.0f;  ///< of the scores: how often references rise
-  std::uint64_t seed = 1;
-
-  [[nodiscard]] std::int64_t buffer_len() const { return kv_len + n_row + 5; }
-  [[nodiscard]] AttentionShape shape(std::int64_t n_query) const {
-    return {.batch = 1,
-            .n_query = n_query,
-            .n_head = n_head,
-            .n_head_kv = n_head_kv,
-            .head_dim = head_dim,
-            .buffer_len = buffer_len()};
-  }
-};
 
 std::string name_of(const RowsCase& c) {
   return concat(c.n_row, " rows of ", c.n_head, "/", c.n_head_kv, " heads of ", c.head_dim, " from kv_len ", c.kv_len,
@@ -62,22 +46,15 @@ class Rows {
   /// All rows at once: the keys of the later ones are there already, and behind the last is poison.
   [[nodiscard]] std::vector<Bf16> at_once(const Tq4RowsPlan& plan, unsigned long long* n_record = nullptr) const {
     const DeviceBuffer<std::byte> memory = records(case_.kv_len + case_.n_row - 1);
-    DeviceBuffer<Bf16> out(std::ssize(q_));
-    out.fill_bytes(0xFF);  // NaN: every element must be written
-    DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
-    workspace.fill_bytes(0xFF);
     DeviceBuffer<unsigned long long> count(1);
     count.fill_bytes(0);
-    std::vector<std::int32_t> lengths;
-    for (std::int64_t row = 0; row < case_.n_row; ++row) {
-      lengths.push_back(static_cast<std::int32_t>(case_.kv_len + row));
-    }
-    const DeviceBuffer<std::int32_t> on_device(lengths);
-    const DeviceBuffer<Bf16> q(q_);
-    tq4_attention_rows(call(q, out, memory, 0, case_.n_row, DeviceCount::on_device(on_device.data())), plan,
-                       {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr, count.data());
+    const DeviceBuffer<std::int32_t> lengths(case_.lengths());
+    std::vector<Bf16> values =
+        case_.run(q_, 0, case_.n_row, plan.workspace_bytes, [&](const auto& q, const auto& out, auto workspace) {
+          tq4_attention_rows(call(q, out, memory, lengths), plan, workspace, nullptr, count.data());
+        });
     if (n_record != nullptr) *n_record = count.to_host()[0];
-    return out.to_host();
+    return values;
   }
 
   /// One row as a call of its own, which finds poison where later rows have their keys.
@@ -87,21 +64,10 @@ class Rows {
     const DeviceBuffer<std::byte> memory = records(kv_len + std::max<std::int64_t>(more, 0));
     const Tq4AttentionPlan plan = plan_tq4_attention(case_.shape(1), options(), current_device(),
                                                      {.path = Tq4Path::kDecode, .decode = {.n_split = n_split}});
-    DeviceBuffer<Bf16> out(case_.n_head * case_.head_dim);
-    out.fill_bytes(0xFF);
-    DeviceBuffer<std::byte> workspace(plan.workspace_bytes);
-    workspace.fill_bytes(0xFF);
     const DeviceBuffer<std::int32_t> length(std::vector<std::int32_t>{static_cast<std::int32_t>(kv_len + more)});
-    const DeviceBuffer<Bf16> q(q_);
-    tq4_attention(call(q, out, memory, row, 1, DeviceCount::on_device(length.data())), plan,
-                  {workspace.data(), static_cast<std::size_t>(workspace.bytes())}, nullptr);
-    return out.to_host();
-  }
-
-  /// The values of a row in what at_once() returns.
-  [[nodiscard]] std::vector<Bf16> row_of(const std::vector<Bf16>& out, std::int64_t row) const {
-    const auto size = case_.n_head * case_.head_dim;
-    return {out.begin() + row * size, out.begin() + (row + 1) * size};
+    return case_.run(q_, row, 1, plan.workspace_bytes, [&](const auto& q, const auto& out, auto workspace) {
+      tq4_attention(call(q, out, memory, length), plan, workspace, nullptr);
+    });
   }
 
  private:
@@ -126,16 +92,15 @@ class Rows {
     }
     return records_of(host);
   }
-  [[nodiscard]] Tq4AttentionCall call(const DeviceBuffer<Bf16>& q, DeviceBuffer<Bf16>& out,
-                                      const DeviceBuffer<std::byte>& memory, std::int64_t row, std::int64_t n_query,
-                                      const DeviceCount& kv_len) const {
-    const std::int64_t size = case_.n_head * case_.head_dim;
-    return {make_view(q.data() + row * size, std::int64_t{1}, n_query, case_.n_head, case_.head_dim),
+  [[nodiscard]] Tq4AttentionCall call(const View<const Bf16, 4>& q, const View<Bf16, 4>& out,
+                                      const DeviceBuffer<std::byte>& memory,
+                                      const DeviceBuffer<std::int32_t>& kv_len) const {
+    return {q,
             {memory.data(), 1, case_.n_head_kv, case_.buffer_len(), case_.head_dim},
             codec_,
             options(),
-            kv_len,
-            make_view(out.data(), std::int64_t{1}, n_query, case_.n_head, case_.head_dim)};
+            DeviceCount::on_device(kv_len.data()),
+            out};
   }
 
   RowsCase case_;
@@ -169,15 +134,15 @@ RC_GTEST_PROP(Tq4RowsGpu, EachRowHasTheBitsOfACallOfItsOwn, ()) {
   unsigned long long n_record = 0, expected_records = 0;
   const std::vector<Bf16> out = rows.at_once(plan, &n_record);
   for (std::int64_t row = 0; row < c.n_row; ++row) {
-    rc_require(same_bits(rows.row_of(out, row), rows.alone(row, n_split)), concat("row ", row));
+    rc_require(same_bits(c.row_of(out, row), rows.alone(row, n_split)), concat("row ", row));
     const std::int64_t of_row = (c.kv_len + row + kTq4RecordTokens - 1) / kTq4RecordTokens;
     expected_records += static_cast<unsigned long long>(of_row * c.n_head_kv * plan.one.n_row_tile);
   }
   RC_ASSERT(n_record == expected_records);
   if (c.scale > 0.1f) return;  // one key may have all of a head's weight
   const std::int64_t some = *rc::gen::inRange<std::int64_t>(0, c.n_row);
-  RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, n_split, 1)));
-  if (c.kv_len + some > 1) RC_ASSERT(!same_bits(rows.row_of(out, some), rows.alone(some, n_split, -1)));
+  RC_ASSERT(!same_bits(c.row_of(out, some), rows.alone(some, n_split, 1)));
+  if (c.kv_len + some > 1) RC_ASSERT(!same_bits(c.row_of(out, some), rows.alone(some, n_split, -1)));
 }
 
 /// What a launch takes at a time is nothing to a row.
@@ -201,16 +166,7 @@ TEST(Tq4RowsGpu, AnotherPlanThanTheCallsIsRefused) {
   const Rows rows(c);
   const Tq4RowsPlan good = rows.plan();
   if (good.misfit != nullptr) GTEST_SKIP() << good.misfit;
-  const auto call = [&](auto break_it) {
-    return [&, break_it] {
-      Tq4RowsPlan broken = good;
-      break_it(broken);
-      (void)rows.at_once(broken);
-    };
-  };
-  EXPECT_NO_THROW(call([](auto&) {})());
-  EXPECT_TRUE(refuses(call([](Tq4RowsPlan& p) { p.misfit = "it is Sunday"; }), {"takes no rows at once", "Sunday"}));
-  EXPECT_TRUE(refuses(call([](Tq4RowsPlan& p) { p.shape.n_query = 2; }), {"another shape", "plan_tq4_rows()"}));
+  expect_other_plans_refused(good, "plan_tq4_rows()", [&](const Tq4RowsPlan& plan) { (void)rows.at_once(plan); });
 }
 
 TEST(Tq4RowsPlan, EachRowHasTheSharesOfOneAndWhatDoesNotFitIsSaid) {
@@ -236,15 +192,8 @@ TEST(Tq4RowsPlan, EachRowHasTheSharesOfOneAndWhatDoesNotFitIsSaid) {
   small.smem_limit_bytes = 99 * 1024;
   EXPECT_STREQ(plan_tq4_rows(real, plan_tq4_decode("test", of_one, small), true, std::nullopt).misfit,
                "no compiled configuration of several rows adds like the one of a row");
-  const auto planned = [&](auto break_it) {
-    return [=] {
-      AttentionShape shape = real;
-      break_it(shape);
-      (void)plan_tq4_rows(shape, one, true, std::nullopt);
-    };
-  };
-  EXPECT_TRUE(refuses(planned([](AttentionShape& s) { s.n_query = 9; }), {"9 rows", "1 to 8"}));
-  EXPECT_TRUE(refuses(planned([](AttentionShape& s) { s.batch = 2; }), {"batch 2", "need 1"}));
+  expect_rows_shapes_refused(
+      real, [&](const AttentionShape& shape) { return plan_tq4_rows(shape, one, true, std::nullopt); });
 }
 
 }  // namespace
