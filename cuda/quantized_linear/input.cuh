@@ -46,15 +46,14 @@ __device__ __forceinline__ void copy_codes(const std::uint8_t* from, int n_bytes
 template <int kTokens, int kThreads, int kUnroll, class TIn>
 __device__ __forceinline__ void quantize_rows(const TIn* x, std::int64_t stride, int n_token, int n_piece, int n_group,
                                               std::uint8_t* activations) {
-  // Row of piece i: i / n_piece, as the upper half of a product; exact while i n_piece < 2^32.
-  const std::uint32_t inverse = 0xFFFFFFFFu / static_cast<std::uint32_t>(n_piece) + 1;
+  const PieceList pieces(static_cast<std::uint32_t>(n_piece));
   const int n_there = kTokens * n_piece, thread = static_cast<int>(threadIdx.x);
   for (int first = 0; first < n_there; first += kUnroll * kThreads) {
     RawValues<8, TIn> raw[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int at = first + i * kThreads + thread;
-      const auto token = static_cast<int>(__umulhi(static_cast<std::uint32_t>(at), inverse));
+      const int token = pieces.row_of(at);
       raw[i].clear();
       if (at < n_there && token < n_token) raw[i].load_from_l2(x + token * stride + 8 * (at - token * n_piece));
     }
@@ -62,7 +61,7 @@ __device__ __forceinline__ void quantize_rows(const TIn* x, std::int64_t stride,
     for (int i = 0; i < kUnroll; ++i) {
       if (first + i * kThreads >= n_there) break;
       const int at = first + i * kThreads + thread;
-      const auto token = static_cast<int>(__umulhi(static_cast<std::uint32_t>(at), inverse));
+      const int token = pieces.row_of(at);
       float values[8];
       raw[i].widen(values);
       quantize_eight(values, activations + token * n_group * kActivationBytesPerGroup, n_group,

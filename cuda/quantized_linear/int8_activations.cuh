@@ -53,23 +53,21 @@ __device__ __forceinline__ void quantize_columns(const TIn* x, std::int64_t stri
                                                  std::uint8_t* columns, int n_group) {
   using Layout = Int8Columns<kSet>;
   constexpr int kUnroll = sizeof(TIn) == 2 ? 6 : 3;
-  // Row of piece i: i / n_piece, as the upper half of a product; exact while i n_piece < 2^32.
-  const std::uint32_t inverse = 0xFFFFFFFFu / static_cast<std::uint32_t>(n_piece) + 1;
-  const auto row_of = [&](int at) { return static_cast<int>(__umulhi(static_cast<std::uint32_t>(at), inverse)); };
+  const PieceList pieces(static_cast<std::uint32_t>(n_piece));
   const int n_there = n_token * n_piece, thread = static_cast<int>(threadIdx.x), part = thread & 3;
   std::uint8_t* const codes = columns + 16 * (part / 2) * n_group + 8 * (part & 1);  // of a group's part
   for (int first = 0; first < n_there; first += kUnroll * kThreads) {
     RawValues<8, TIn> raw[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int at = first + i * kThreads + thread, token = row_of(at);
+      const int at = first + i * kThreads + thread, token = pieces.row_of(at);
       raw[i].clear();
       if (at < n_there) raw[i].load_from_l2(x + token * stride + 8 * (at - token * n_piece));
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       if (first + i * kThreads >= n_there) break;
-      const int at = first + i * kThreads + thread, token = row_of(at);
+      const int at = first + i * kThreads + thread, token = pieces.row_of(at);
       const int group4 = at - token * n_piece - part;  // four times the group
       const int column = token % kSet, set = token / kSet * Layout::bytes(n_group);
       float values[8];
@@ -96,13 +94,14 @@ __device__ __forceinline__ void copy_columns(const std::uint8_t* codes, int row_
                                              int n_there, std::uint8_t* columns, int n_group) {
   using Layout = Int8Columns<kSet>;
   constexpr int kUnroll = 4;
-  const std::uint32_t each = 3 * static_cast<std::uint32_t>(n_there), inverse = 0xFFFFFFFFu / each + 1;
+  const std::uint32_t each = 3 * static_cast<std::uint32_t>(n_there);
+  const PieceList parts(each);
   const int n_part = n_token * static_cast<int>(each), thread = static_cast<int>(threadIdx.x);
   struct Part {
     int token, kind, group;  ///< kind 0 and 1: half of a block; 2: its tail
   };
   const auto part_of = [&](int at) {
-    const int token = static_cast<int>(__umulhi(static_cast<std::uint32_t>(at), inverse));
+    const int token = parts.row_of(at);
     const int in_row = at - token * static_cast<int>(each), kind = (in_row >= n_there) + (in_row >= 2 * n_there);
     return Part{token, kind, in_row - kind * n_there};
   };

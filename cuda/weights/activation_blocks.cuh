@@ -106,6 +106,17 @@ __device__ __forceinline__ void quantize_eight(const float (&x)[8], std::uint8_t
   }
 }
 
+/// Pieces of several rows, `each` a row, as one list: the row of piece i is i / each, as the upper half of a product;
+/// exact while i * each < 2^32.
+struct PieceList {
+  std::uint32_t inverse;
+
+  __device__ __forceinline__ explicit PieceList(std::uint32_t each) : inverse(0xFFFFFFFFu / each + 1) {}
+  [[nodiscard]] __device__ __forceinline__ int row_of(int piece) const {
+    return static_cast<int>(__umulhi(static_cast<std::uint32_t>(piece), inverse));
+  }
+};
+
 /// Reads of eight values that registers hold where nothing else is under way.
 template <class TIn>
 inline constexpr int kManyPieces = sizeof(TIn) == 2 ? 11 : 5;
